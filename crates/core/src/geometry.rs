@@ -19,6 +19,7 @@ pub const MAX_REGION_SIZE: u64 = 1 << 60;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkSize(u32);
 
+#[expect(clippy::len_without_is_empty, reason = "a chunk size is never zero")]
 impl ChunkSize {
     /// The smallest chunk: one block.
     pub const MIN: Self = Self(4 << 10);
