@@ -1,1 +1,12 @@
-//! Stub.
+//! Backends on this host: memory, file, directory and null, and the local sides of a cached region that rest on them.
+//!
+//! Nothing here talks to a network or knows what a remote is. Each backend says in its file what survives a crash of
+//! the process and what survives a loss of power.
+
+mod memory;
+mod null;
+mod stored;
+
+pub use memory::Memory;
+pub use null::Null;
+pub use stored::Stored;
