@@ -90,12 +90,12 @@ impl Memory {
     /// As [`Trim::trim`].
     pub fn trim_now(&self, offset: u64, len: u64) -> Result<()> {
         check_range(Operation::Trim, self.pages.size(), offset, len)?;
-        let mut at = offset;
-        while let Some(index) = self.next_allocated(self.pages.chunk_at(at), offset + len) {
+        let end = offset + len;
+        let mut from = self.pages.chunk_at(offset);
+        while let Some(index) = self.next_allocated(from, end) {
             let page = self.pages.chunk_range(index);
-            let range = page.start.max(offset)..page.end.min(offset + len);
-            self.clear_page(index, self.within(index, &range));
-            at = page.end;
+            self.clear_page(index, self.within(index, &(page.start.max(offset)..page.end.min(end))));
+            from = index + 1;
         }
         Ok(())
     }
