@@ -1,1 +1,25 @@
-//! Stub.
+//! The kernel interfaces of r3map behind safe functions, and the only unsafe code of the project.
+//!
+//! Here is memory whose missing pages this process fills itself: [`Mapping`] is the application's side of it (views as
+//! ordinary slices), [`Pager`] is the side that fills pages, tracks writes and gives bytes out. What to fill pages
+//! with, and when, is decided elsewhere.
+//!
+//! Facts about the kernel that this crate relies on are each a test in `tests/`.
+
+#![cfg(target_os = "linux")]
+
+mod abi;
+mod event;
+mod mapping;
+mod pagemap;
+mod pager;
+mod span;
+mod userfault;
+
+pub use event::Event;
+pub use mapping::{Mapping, Protection};
+pub use pager::{Fault, Install, Pager, Woken};
+pub use userfault::{FaultScope, ScopeWanted};
+
+/// The size of a page in bytes: what this crate works in. Kernels with other page sizes are refused.
+pub const PAGE_SIZE: u64 = 4096;
