@@ -9,9 +9,9 @@ use std::sync::LazyLock;
 use crate::random::Random;
 
 /// After how many bytes the pattern starts again: a prime, so that no chunk size divides it.
-pub const PERIOD: u64 = 1_048_573;
+pub const PERIOD: u64 = LEN as u64;
 
-const LEN: usize = PERIOD as usize;
+const LEN: usize = 1_048_573;
 
 /// Two periods, so that any window of up to one period is contiguous.
 static TABLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_period_is_prime() {
-        assert!((2..1024).all(|divisor| PERIOD % divisor != 0));
+        assert!((2..1024).all(|divisor| !PERIOD.is_multiple_of(divisor)));
     }
 
     #[test]

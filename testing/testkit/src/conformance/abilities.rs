@@ -115,7 +115,7 @@ async fn extents(subject: &Subject, range: Range<u64>) -> Vec<Extent> {
 }
 
 pub(super) async fn extents_tile_what_was_asked(subject: &Subject) {
-    for range in subject.interesting().into_iter().chain([0..subject.size()]) {
+    for range in subject.interesting().into_iter().chain(std::iter::once(0..subject.size())) {
         extents(subject, range).await;
     }
     // Extents are no transfer: any range will do.

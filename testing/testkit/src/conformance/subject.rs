@@ -49,6 +49,7 @@ impl Subject {
     }
 
     /// The region, or as much of both its ends as is sensible to test, in ascending order.
+    #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges is meant")]
     pub(super) fn everything(&self) -> Vec<Range<u64>> {
         if self.size() <= 2 * WINDOW {
             return vec![0..self.size()];

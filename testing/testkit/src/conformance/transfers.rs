@@ -158,7 +158,7 @@ pub(super) async fn the_last_byte_counts(subject: &Subject) {
     subject.write([last.clone()], 7).await;
     subject.check([last.clone()], 7).await;
     if subject.size() <= 1 << 20 {
-        subject.check_initial([0..last.start]).await;
+        subject.check_initial(std::iter::once(0..last.start)).await;
     }
 }
 

@@ -257,7 +257,7 @@ pub async fn cancel_after<F: Future>(polls: usize, future: F) -> Option<F::Outpu
 }
 
 fn call(operation: Operation, offset: u64, len: u64) -> Call {
-    Call { operation, ranges: vec![offset..offset.saturating_add(len)] }
+    Call { operation, ranges: std::iter::once(offset..offset.saturating_add(len)).collect() }
 }
 
 #[async_trait]
