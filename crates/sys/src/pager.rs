@@ -10,7 +10,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::general as raw;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::mapping::Protection;
@@ -39,8 +39,6 @@ pub enum Woken {
     Faults,
     /// The event was raised.
     Stopped,
-    /// The time is over.
-    TimedOut,
 }
 
 /// What a filled page counts as.
@@ -115,16 +113,14 @@ impl Pager {
         self.shared.store(true, Ordering::Release);
     }
 
-    /// Waits for faults, `stop` or the end of `timeout`, and puts the faults into `faults`, which it clears.
+    /// Waits for faults or for `stop`, and puts the faults into `faults`, which it clears.
     ///
     /// # Errors
     /// When the kernel does not answer; nothing more can be served then.
-    pub fn wait(&self, stop: &Event, timeout: Option<Duration>, faults: &mut Vec<Fault>) -> io::Result<Woken> {
+    pub fn wait(&self, stop: &Event, faults: &mut Vec<Fault>) -> io::Result<Woken> {
         faults.clear();
         let mut fds = [PollFd::new(&self.uffd, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        let timeout = timeout.map(|timeout| Timespec::try_from(timeout).unwrap_or(FOR_EVER));
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(0) => return Ok(Woken::TimedOut),
+        match poll(&mut fds, None) {
             Err(Errno::INTR) => return Ok(Woken::Faults),
             other => other?,
         };
@@ -253,19 +249,15 @@ impl Pager {
     }
 
     /// Makes pages that have been poisoned for at least `age` missing again, so that the next access asks for them
-    /// anew. Returns how long until the next page is that old, if there is one.
+    /// anew.
     ///
     /// # Errors
     /// When the kernel does not let go of a page; it stays poisoned then.
-    pub fn heal(&self, age: Duration) -> io::Result<Option<Duration>> {
-        if self.read_poisoned().is_empty() {
-            return Ok(None);
-        }
+    pub fn heal(&self, age: Duration) -> io::Result<()> {
         let mut poisoned = self.write_poisoned();
         let old: Vec<u64> =
             poisoned.iter().filter(|(_, since)| since.elapsed() >= age).map(|(offset, _)| *offset).collect();
-        self.heal_pages(&mut poisoned, &old)?;
-        Ok(poisoned.values().map(|since| age.saturating_sub(since.elapsed())).min())
+        self.heal_pages(&mut poisoned, &old)
     }
 
     fn heal_pages(&self, poisoned: &mut BTreeMap<u64, Instant>, pages: &[u64]) -> io::Result<()> {
@@ -423,8 +415,6 @@ impl Pager {
         self.poisoned.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-const FOR_EVER: Timespec = Timespec { tv_sec: i64::MAX, tv_nsec: 0 };
 
 fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)

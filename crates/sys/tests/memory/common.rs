@@ -1,6 +1,6 @@
 //! What the tests share: position-dependent bytes, a fault server that answers from them, and children that crash.
 
-use std::process::{Command, ExitStatus};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -56,7 +56,7 @@ impl Server {
         let stopped = stop.clone();
         let thread = thread::spawn(move || {
             let (mut faults, mut served) = (Vec::new(), 0);
-            while pager.wait(&stopped, None, &mut faults).unwrap() == Woken::Faults {
+            while pager.wait(&stopped, &mut faults).unwrap() == Woken::Faults {
                 for fault in &faults {
                     let len = PAGE_SIZE.min(pager.len() - fault.offset) as usize;
                     pager.install(fault.offset, &bytes(fault.offset as usize, len), Install::Clean).unwrap();
@@ -87,5 +87,6 @@ pub(crate) fn in_child(test: &str, prefix: &[&str]) -> Option<ExitStatus> {
     let mut words = prefix.iter().map(std::ffi::OsStr::new).chain([exe.as_os_str()]);
     let mut command = Command::new(words.next().unwrap());
     command.args(words).args(["--exact", test, "--nocapture"]).env(CHILD, "1");
+    command.stdout(Stdio::null());
     Some(command.status().unwrap())
 }

@@ -161,18 +161,18 @@ fn a_poisoned_page_is_an_error_to_the_kernel_and_heals() {
     pager.poison(PAGE_SIZE).unwrap();
     pager.poison(2 * PAGE_SIZE).unwrap();
     assert!(pager.read(PAGE_SIZE, &mut [0; 8]).is_err());
-    assert!(pager.heal(Duration::from_secs(3600)).unwrap() > Some(Duration::from_secs(3000)));
+    pager.heal(Duration::from_secs(3600)).unwrap();
     assert!(pager.read(PAGE_SIZE, &mut [0; 8]).is_err());
     // Filling heals what it fills, also with zeros.
     install(pager, 0, 2);
     pager.install_zeroes(2 * PAGE_SIZE, PAGE_SIZE).unwrap();
-    assert_eq!(pager.heal(Duration::ZERO).unwrap(), None);
+    pager.heal(Duration::ZERO).unwrap();
     assert_eq!(mapping.as_slice()[..2 * PAGE], bytes(0, 2 * PAGE));
     assert_eq!(mapping.as_slice()[2 * PAGE..3 * PAGE], [0; PAGE]);
     assert_eq!(written_in(pager, 0, 3), [0; 0]);
     // Or time does: then it is asked for anew.
     pager.poison(3 * PAGE_SIZE).unwrap();
-    assert_eq!(pager.heal(Duration::ZERO).unwrap(), None);
+    pager.heal(Duration::ZERO).unwrap();
     let server = Server::start(pager);
     assert_eq!(mapping.as_slice()[3 * PAGE], byte(3 * PAGE));
     assert_eq!(server.stop(), 1);
@@ -238,7 +238,7 @@ fn a_sealed_mapping_raises_sigsegv_for_those_who_wait_too() {
         scope.spawn(|| std::hint::black_box(mapping.as_slice())[0]);
         let mut faults = Vec::new();
         while faults.is_empty() {
-            mapping.pager().wait(&stop, None, &mut faults).unwrap();
+            mapping.pager().wait(&stop, &mut faults).unwrap();
         }
         mapping.pager().seal().unwrap();
     });

@@ -2,7 +2,6 @@
 
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use crate::common::{PAGE, Server, byte, bytes, install, present, tracked, written};
 use r3map_sys::{Event, Install, Mapping, PAGE_SIZE, Protection, ScopeWanted, Woken};
@@ -112,16 +111,14 @@ fn once_shared_any_range_can_be_written_and_read() {
 }
 
 #[test]
-fn waiting_ends_by_time_and_by_the_event() {
+fn waiting_ends_by_the_event() {
     let mapping = tracked(1);
     let stop = Event::new().unwrap();
     let mut faults = Vec::new();
-    let soon = Some(Duration::from_millis(1));
-    assert_eq!(mapping.pager().wait(&stop, soon, &mut faults).unwrap(), Woken::TimedOut);
     stop.raise();
     stop.raise();
-    assert_eq!(mapping.pager().wait(&stop, None, &mut faults).unwrap(), Woken::Stopped);
-    assert_eq!(mapping.pager().wait(&stop, None, &mut faults).unwrap(), Woken::Stopped);
+    assert_eq!(mapping.pager().wait(&stop, &mut faults).unwrap(), Woken::Stopped);
+    assert_eq!(mapping.pager().wait(&stop, &mut faults).unwrap(), Woken::Stopped);
 }
 
 #[test]
@@ -136,7 +133,7 @@ fn a_fault_says_where_and_whether_it_writes() {
         scope.spawn(|| std::hint::black_box(second)[PAGE + 9] = 1);
         let (mut seen, mut faults) = (Vec::new(), Vec::new());
         while seen.len() < 2 {
-            pager.wait(&stop, None, &mut faults).unwrap();
+            pager.wait(&stop, &mut faults).unwrap();
             seen.extend(faults.iter().map(|fault| (fault.offset, fault.write)));
         }
         seen.sort_unstable();

@@ -1,0 +1,100 @@
+//! A mapping as the local side of a cached region: pulled bytes are installed as pages, and what the application writes
+//! is found by scanning.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, Capabilities, Error, ErrorKind, Operation, Piece, Result};
+use r3map_pipeline::{InstallNow, Local, Written};
+use r3map_sys::{Install, Pager, Protection};
+
+use crate::server::note_install;
+
+/// The pages behind a slice. Every call is a system call or two and waits for nobody.
+///
+/// Writing to pages that are there is refused for as long as the application has views of them; filling missing ones
+/// is not.
+#[derive(Debug)]
+pub(crate) struct Pages(Arc<Pager>);
+
+impl Pages {
+    pub(crate) fn new(pager: Arc<Pager>) -> Self {
+        Self(pager)
+    }
+
+    /// Whether every page of a range is in memory.
+    pub(crate) fn is_present(&self, range: &Range<u64>) -> Result<bool> {
+        let mut present = 0;
+        let found = self.0.present(range.clone(), &mut |run| present += run.end - run.start);
+        found.map_err(|error| failed(Operation::Read, error))?;
+        Ok(present == range.end - range.start)
+    }
+}
+
+#[async_trait]
+impl Backend for Pages {
+    fn size(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { read_only: self.0.protection() == Protection::ReadOnly, ..Capabilities::default() }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        self.0.read(offset, buf).map_err(|error| failed(Operation::Read, error).at(offset, len))
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.0.write(offset, buf).map_err(|error| failed(Operation::Write, error).at(offset, buf.len() as u64))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Local for Pages {
+    async fn install(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        InstallNow::install_now(self, offset, Piece::Data(bytes))
+    }
+
+    fn install_now(&self) -> Option<&dyn InstallNow> {
+        Some(self)
+    }
+
+    fn written(&self) -> Option<&dyn Written> {
+        (self.0.protection() == Protection::Tracked).then_some(self)
+    }
+}
+
+impl InstallNow for Pages {
+    fn install_now(&self, offset: u64, piece: Piece<'_>) -> Result<()> {
+        note_install();
+        let installed = match piece {
+            Piece::Data(bytes) => self.0.install(offset, bytes, Install::Clean),
+            Piece::Zeroes(len) => self.0.install_zeroes(offset, len),
+        };
+        installed.map_err(|error| failed(Operation::Write, error).at(offset, piece.len()))
+    }
+}
+
+impl Written for Pages {
+    fn collect(&self, valid: Range<u64>, found: &mut dyn FnMut(Range<u64>)) -> Result<()> {
+        let (offset, len) = (valid.start, valid.end - valid.start);
+        self.0.collect(valid, found).map_err(|error| {
+            Error::from_io(Operation::Flush, "cannot ask which pages were written", error).at(offset, len)
+        })
+    }
+}
+
+fn failed(operation: Operation, error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => Error::new(ErrorKind::Denied, operation, error.to_string()),
+        _ => Error::from_io(operation, "the mapped memory cannot be used", error),
+    }
+}
