@@ -1,0 +1,258 @@
+//! A region shown on a path, from mounting to unmounting.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+use crate::blocking::{off_runtime, spawn, within};
+use crate::kernel::{self, Options, Unmount, shown, unmount};
+use crate::mountinfo::mounted_on;
+use crate::place::{Made, Place};
+use crate::session::Session;
+use crate::settings::{FileSettings, Show};
+
+/// A region that is mounted as a file.
+///
+/// Dropping it detaches it as [`Self::detach`] does and waits until that is done, except inside a single-threaded
+/// runtime, which the backend may need; there it happens in the background.
+pub struct FileMount {
+    mounted: Arc<Mounted>,
+}
+
+/// What a thread needs to unmount.
+pub(crate) struct Mounted {
+    pub(crate) session: Session,
+    /// What is mounted on.
+    point: PathBuf,
+    /// `MAJOR:MINOR`, to tell our mount from one that somebody put over it.
+    device: String,
+    /// The path of the file itself.
+    file: PathBuf,
+    made: Made,
+    gone: AtomicBool,
+}
+
+impl FileMount {
+    /// Shows `backend` on `path`, and serves it on threads of its own; requests for which the backend must wait run on
+    /// the tokio runtime that this is called in. Never touch the file with blocking calls from a thread that this
+    /// runtime needs to make progress: on a single-threaded one, use `spawn_blocking` or `tokio::fs`.
+    ///
+    /// Where a killed process left its mount behind on the path, that is removed first. What does not exist is made,
+    /// and removed again when it is unmounted.
+    ///
+    /// Dropping the future may leave it mounted for a moment; it is then unmounted in the background.
+    ///
+    /// # Errors
+    /// `InvalidInput` for bad settings and for a path that cannot be mounted on, `Conflict` if something that lives is
+    /// mounted on it, `Unavailable` where the system has no FUSE, `NotFound` where the path's directory or
+    /// `fusermount3` is missing, `Denied` where the user may not.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub async fn open(backend: Arc<dyn Backend>, path: impl AsRef<Path>, settings: FileSettings) -> Result<Self> {
+        settings.validate()?;
+        let (path, runtime) = (path.as_ref().to_owned(), Handle::current());
+        off_runtime(move || Mounted::mount(backend, &path, &settings, runtime).map(Self::from)).await
+    }
+
+    /// The path of the file, with symbolic links resolved.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.mounted.file
+    }
+
+    /// Makes the kernel forget what it has cached of a range of bytes, in files and in mappings, because the region has
+    /// changed there other than through this file: call it after the change. What an application wrote to a shared
+    /// mapping and the kernel has not yet handed over is written to the backend first, over the change.
+    ///
+    /// # Errors
+    /// `InvalidInput` past the end; otherwise if the kernel does not answer.
+    pub async fn invalidate(&self, range: Range<u64>) -> Result<()> {
+        self.mounted.session.invalidate(range).await
+    }
+
+    /// Returns when the file is not mounted any more, by whoever it was unmounted (`umount`, `fusermount3 -u`).
+    pub async fn unmounted(&self) {
+        self.mounted.session.ended().await;
+    }
+
+    /// Hands over what the kernel still holds, flushes the backend, and unmounts if nobody uses the file. Does nothing
+    /// if it is unmounted already, apart from the flush.
+    ///
+    /// Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// `Conflict` if the file is in use, `Unavailable` if the backend does not take what is left within
+    /// [`FileSettings::unmount_limit`], and whatever the backend answers to the writes and the flush. Unless only the
+    /// last flush failed the file is still mounted then and works as before: call it again, or [`Self::detach`].
+    pub async fn unmount(&self) -> Result<()> {
+        let mounted = self.mounted.clone();
+        off_runtime(move || mounted.leave(false)).await
+    }
+
+    /// The same, but unmounts in any case: whoever still has the file open gets errors from then on (`ENOTCONN`).
+    ///
+    /// # Errors
+    /// As [`Self::unmount`], but never `Conflict`; it is unmounted all the same, and the error says that something may
+    /// not have been stored.
+    pub async fn detach(&self) -> Result<()> {
+        let mounted = self.mounted.clone();
+        off_runtime(move || mounted.leave(true)).await
+    }
+}
+
+impl From<Mounted> for FileMount {
+    fn from(mounted: Mounted) -> Self {
+        Self { mounted: Arc::new(mounted) }
+    }
+}
+
+impl Drop for FileMount {
+    fn drop(&mut self) {
+        if self.mounted.gone.load(Relaxed) {
+            return;
+        }
+        let mounted = self.mounted.clone();
+        let leaving = spawn(move || {
+            if let Err(error) = mounted.leave(true) {
+                tracing::error!(%error, "unmounting failed");
+            }
+        });
+        if let Ok(leaving) = leaving {
+            wait_outside_runtime(|| {
+                let _ = leaving.join();
+            });
+        }
+    }
+}
+
+/// Waits where that does not stop a runtime that may be needed for what is waited for.
+pub(crate) fn wait_outside_runtime(wait: impl FnOnce()) {
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Err(_) => wait(),
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
+        Ok(_) => {}
+    }
+}
+
+impl Mounted {
+    /// Mounts and serves. Blocks.
+    pub(crate) fn mount(
+        backend: Arc<dyn Backend>,
+        path: &Path,
+        settings: &FileSettings,
+        runtime: Handle,
+    ) -> Result<Self> {
+        let place = Place::reserve(path, &settings.show)?;
+        Self::mount_on(&place, backend, settings, runtime).inspect_err(|_| {
+            // Nothing of a failed attempt stays behind.
+            let ours = mounted_on(place.path()).is_ok_and(|found| found.is_some_and(|found| found.is_ours()));
+            if !ours || unmount(place.path(), Unmount::Abort).is_ok() {
+                place.made().remove();
+            }
+        })
+    }
+
+    fn mount_on(place: &Place, backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
+        let read_only = settings.read_only || backend.capabilities().read_only;
+        let options = Options { source: settings.source.clone(), read_only, allow_other: settings.allow_other };
+        let channel = kernel::mount(place.path(), &options)?;
+        let session = Session::start(channel, backend, runtime, settings, read_only)?;
+        let point = place.path().to_owned();
+        let file = match &settings.show {
+            Show::File => point.clone(),
+            Show::Entry(name) => point.join(name),
+        };
+        let device = answering_device(&point, &file)?;
+        kernel::raise_read_ahead(&device, settings.read_ahead);
+        Ok(Self { session, point, device, file, made: place.made(), gone: AtomicBool::new(false) })
+    }
+
+    /// Takes it off its path now. Whoever has it open goes on using it.
+    pub(crate) fn hide(&self) -> Result<()> {
+        unmount(&self.point, Unmount::Detach)?;
+        self.gone.store(true, Relaxed);
+        self.made.remove();
+        Ok(())
+    }
+
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Flushes and unmounts; `anyway` also if that fails or the file is in use. Blocks, not for ever.
+    fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
+        if !self.is_on_path() {
+            return self.finish();
+        }
+        let synced = self.within_limit("handing over what the kernel holds", Self::sync);
+        if synced.is_err() && !anyway {
+            return synced;
+        }
+        let unmounted = self.within_limit("unmounting", |mounted| unmount(&mounted.point, Unmount::Unused));
+        if let Err(error) = unmounted {
+            if !anyway {
+                return Err(error);
+            }
+            self.session.close();
+            unmount(&self.point, Unmount::Abort)?;
+        }
+        synced.and(self.finish())
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.gone.store(true, Relaxed);
+        self.made.remove();
+        self.session.settle()
+    }
+
+    /// Whether our mount is still what lies on the path: not if somebody else has unmounted it.
+    fn is_on_path(&self) -> bool {
+        !self.session.has_ended()
+            && mounted_on(&self.point).is_ok_and(|found| found.is_some_and(|found| found.device == self.device))
+    }
+
+    /// Has the kernel hand over what mappings wrote, and the backend flush it.
+    fn sync(&self) -> Result<()> {
+        let cannot = |error| {
+            Error::from_io(
+                Operation::Flush,
+                format!("{} cannot be flushed before unmounting", shown(&self.file)),
+                error,
+            )
+        };
+        std::fs::File::open(&self.file).and_then(|file| file.sync_all()).map_err(cannot)
+    }
+
+    fn within_limit(
+        self: &Arc<Self>,
+        what: &str,
+        work: impl FnOnce(&Self) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let mounted = self.clone();
+        within(self.session.limit(), what, move || work(&mounted))
+    }
+}
+
+/// The device number of the new mount, once the file on it answers.
+fn answering_device(point: &Path, file: &Path) -> Result<String> {
+    const LIMIT: Duration = Duration::from_secs(30);
+    let asked = file.to_owned();
+    within(LIMIT, "the first answer", move || {
+        std::fs::metadata(&asked).map_err(|error| {
+            Error::from_io(Operation::Mount, format!("{} does not work after mounting", shown(&asked)), error)
+        })
+    })?;
+    match mounted_on(point)? {
+        Some(mounted) if mounted.is_ours() => Ok(mounted.device),
+        _ => {
+            let message = format!("{} was unmounted by somebody else", shown(point));
+            Err(Error::new(ErrorKind::Conflict, Operation::Mount, message))
+        }
+    }
+}

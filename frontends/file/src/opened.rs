@@ -1,0 +1,119 @@
+//! A region as an open file without a path: for a program that wants a descriptor to read, write or map, or to hand on.
+
+use std::fs::{File, OpenOptions};
+use std::ops::{Deref, Range};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use r3map_core::{Backend, Error, Operation, Result};
+use tempfile::TempDir;
+use tokio::runtime::Handle;
+
+use crate::blocking::{off_runtime, spawn};
+use crate::mount::{Mounted, wait_outside_runtime};
+use crate::settings::{FileSettings, Show};
+
+/// A region that is open as a file. It is on no path, so nothing is left behind even when the process is killed; other
+/// processes reach it through `/proc/PID/fd/N`.
+///
+/// Dropping it flushes and ends it, like [`Self::close`].
+pub struct OpenedFile {
+    open: Option<Open>,
+}
+
+struct Open {
+    file: File,
+    mounted: Mounted,
+}
+
+impl OpenedFile {
+    /// Opens `backend` as a file, for writing unless it is read-only. Of the settings, what concerns the path does not
+    /// matter. The rest is as for [`FileMount::open`](crate::FileMount::open), also the runtime.
+    ///
+    /// # Errors
+    /// As [`FileMount::open`](crate::FileMount::open).
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub async fn open(backend: Arc<dyn Backend>, settings: FileSettings) -> Result<Self> {
+        let settings = FileSettings { show: Show::File, ..settings };
+        settings.validate()?;
+        let runtime = Handle::current();
+        let open = off_runtime(move || Open::start(backend, &settings, runtime)).await?;
+        Ok(Self { open: Some(open) })
+    }
+
+    /// As [`FileMount::invalidate`](crate::FileMount::invalidate).
+    ///
+    /// # Errors
+    /// As [`FileMount::invalidate`](crate::FileMount::invalidate).
+    pub async fn invalidate(&self, range: Range<u64>) -> Result<()> {
+        self.get().mounted.session.invalidate(range).await
+    }
+
+    /// Hands over what the kernel still holds, flushes the backend, and closes the file. Clones of the descriptor and
+    /// mappings get errors from then on.
+    ///
+    /// # Errors
+    /// Whatever the backend answers to the last writes and the flush; it is closed all the same.
+    pub async fn close(mut self) -> Result<()> {
+        match self.open.take() {
+            Some(open) => off_runtime(move || open.close()).await,
+            None => Ok(()),
+        }
+    }
+
+    fn get(&self) -> &Open {
+        self.open.as_ref().expect("it is taken only by what consumes it")
+    }
+}
+
+impl Open {
+    fn start(backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
+        let cannot = |error| Error::from_io(Operation::Open, "the region cannot be opened as a file", error);
+        let read_only = settings.read_only || backend.capabilities().read_only;
+        let directory = TempDir::with_prefix("r3map-").map_err(cannot)?;
+        let mounted = Mounted::mount(backend, &directory.path().join("region"), settings, runtime)?;
+        let opened = OpenOptions::new().read(true).write(!read_only).open(mounted.file());
+        mounted.hide()?;
+        Ok(Self { file: opened.map_err(cannot)?, mounted })
+    }
+
+    fn close(self) -> Result<()> {
+        let synced = self.file.sync_all().map_err(|error| {
+            Error::from_io(Operation::Close, "what was written to the opened file cannot be flushed", error)
+        });
+        drop(self.file);
+        synced.and(self.mounted.session.settle())
+    }
+}
+
+impl Deref for OpenedFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.get().file
+    }
+}
+
+impl AsFd for OpenedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.get().file.as_fd()
+    }
+}
+
+impl Drop for OpenedFile {
+    fn drop(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        let closing = spawn(move || {
+            if let Err(error) = open.close() {
+                tracing::error!(%error, "closing failed");
+            }
+        });
+        if let Ok(closing) = closing {
+            wait_outside_runtime(|| {
+                let _ = closing.join();
+            });
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! One connection to the kernel: the threads that take requests, and how it starts, is told of changes, and ends. It
+//! knows no paths; `mount` and `opened` do.
+
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fuser::{Config, INodeNo, Notifier, SessionACL};
+use r3map_core::{Backend, Error, Operation, Result, check_range};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use crate::blocking::{off_runtime, spawn, within};
+use crate::filesystem::{RegionFile, file_ino};
+use crate::kernel::device_can_be_opened;
+use crate::service::Service;
+use crate::settings::FileSettings;
+
+/// A file system that is being served.
+pub(crate) struct Session {
+    backend: Arc<dyn Backend>,
+    service: Arc<Service>,
+    notifier: Notifier,
+    file: INodeNo,
+    read_only: bool,
+    limit: Duration,
+    ended: watch::Receiver<bool>,
+}
+
+impl Session {
+    /// Answers the kernel's first request on `channel` and starts to serve. Blocks until that is done.
+    ///
+    /// # Errors
+    /// If the kernel and this program do not agree, or no threads can be started.
+    pub(crate) fn start(
+        channel: OwnedFd,
+        backend: Arc<dyn Backend>,
+        runtime: Handle,
+        settings: &FileSettings,
+        read_only: bool,
+    ) -> Result<Self> {
+        let threads = settings.thread_count();
+        let longest = settings.max_request.max(settings.read_ahead) as usize;
+        let service = Arc::new(Service::new(backend.clone(), runtime, longest, threads * 2));
+        let file_system = RegionFile::new(service.clone(), &*backend, settings.clone(), read_only);
+        let served = fuser::Session::from_fd(file_system, channel, SessionACL::All, config(threads)).map_err(failed)?;
+        let notifier = served.notifier();
+        let ended = serve(served)?;
+        let file = file_ino(&settings.show);
+        Ok(Self { backend, service, notifier, file, read_only, limit: settings.unmount_limit, ended })
+    }
+
+    /// How long an end may take.
+    pub(crate) fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Whether the kernel has let go.
+    pub(crate) fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
+    /// Waits until the kernel has let go.
+    pub(crate) async fn ended(&self) {
+        // An error says that the thread that would tell is gone, and with it the session.
+        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+    }
+
+    /// Makes the kernel forget what it has cached of a range.
+    pub(crate) async fn invalidate(&self, range: Range<u64>) -> Result<()> {
+        let len = range.end.saturating_sub(range.start);
+        check_range(Operation::Read, self.backend.size(), range.start, len)?;
+        if len == 0 || self.has_ended() {
+            return Ok(());
+        }
+        let (notifier, file) = (self.notifier.clone(), self.file);
+        let (start, len) = (signed(range.start), signed(len));
+        // The kernel waits for reads of these pages that are under way, which may be a while.
+        off_runtime(move || notifier.inval_inode(file, start, len).map_err(failed)).await
+    }
+
+    /// Ends the service: from now on requests, and those that wait, are answered with an error.
+    pub(crate) fn close(&self) {
+        self.service.close();
+    }
+
+    /// After the last request: waits for what is left of those that were given up, and flushes the backend. Blocks, at
+    /// most for the limit; not to be called on a thread of the runtime.
+    pub(crate) fn settle(&self) -> Result<()> {
+        self.close();
+        let (service, backend, read_only) = (self.service.clone(), self.backend.clone(), self.read_only);
+        within(self.limit, "the backend's last flush", move || {
+            service.runtime().block_on(async {
+                service.drained().await;
+                if read_only { Ok(()) } else { backend.flush().await }
+            })
+        })
+    }
+}
+
+fn config(threads: usize) -> Config {
+    let mut config = Config::default();
+    config.n_threads = Some(threads);
+    // A channel for each thread saves them from queueing for one; opening it takes permission that users of the helper
+    // may not have.
+    config.clone_fd = device_can_be_opened();
+    config
+}
+
+/// Serves on threads of its own; the receiver turns true when they have ended.
+fn serve(session: fuser::Session<RegionFile>) -> Result<watch::Receiver<bool>> {
+    let (end, ended) = watch::channel(false);
+    spawn(move || {
+        // Inherited by the threads that take requests. Reclaiming memory must not wait for them when they themselves
+        // ask for memory (a loop device or swap on this file); needs CAP_SYS_RESOURCE, and is only a help.
+        let _ = rustix::process::configure_io_flusher_behavior(true);
+        if let Err(error) = session.run() {
+            tracing::error!(%error, "the FUSE session failed");
+        }
+        end.send_replace(true);
+    })?;
+    Ok(ended)
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+fn failed(error: std::io::Error) -> Error {
+    Error::from_io(Operation::Mount, "the kernel's FUSE does not work with this program", error)
+}
