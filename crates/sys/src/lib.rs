@@ -2,7 +2,7 @@
 //!
 //! Here is memory whose missing pages this process fills itself: [`Mapping`] is the application's side of it (views as
 //! ordinary slices), [`Pager`] is the side that fills pages, tracks writes and gives bytes out. What to fill pages
-//! with, and when, is decided elsewhere.
+//! with, and when, is decided elsewhere. A [`FileMapping`] is a mapped file, for seeing what other programs see.
 //!
 //! Facts about the kernel that this crate relies on are each a test in `tests/`.
 
@@ -10,6 +10,7 @@
 
 mod abi;
 mod event;
+mod file_mapping;
 mod mapping;
 mod pagemap;
 mod pager;
@@ -17,6 +18,7 @@ mod span;
 mod userfault;
 
 pub use event::Event;
+pub use file_mapping::{FileMapping, Sharing};
 pub use mapping::{Mapping, Protection};
 pub use pager::{Fault, Install, Pager, Woken};
 pub use userfault::{FaultScope, ScopeWanted};
