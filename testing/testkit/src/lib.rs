@@ -11,10 +11,13 @@
 //! - [`process`], [`crash`]: running programs, and killing them.
 
 pub mod conformance;
+pub mod crash;
 pub mod faults;
 pub mod fill;
 mod limits;
 pub mod model;
+pub mod process;
+pub mod proxy;
 pub mod random;
 pub mod store;
 
