@@ -6,10 +6,15 @@
 //! done elsewhere.
 
 mod backend;
+mod bits;
 mod error;
 mod geometry;
+pub mod pull;
+pub mod push;
 mod range_lock;
+pub mod state;
 mod sync;
+pub mod window;
 
 pub use backend::{
     Access, Backend, Capabilities, Extent, ExtentKind, Extents, Piece, ReadMany, ReadOp, ReadPieces, Trim, WriteZeroes,

@@ -1,0 +1,108 @@
+//! When to push and how much at once: plain data, without I/O and without a clock.
+
+use std::time::Duration;
+
+use crate::pull::Workers;
+use crate::window::{Flight, Window};
+
+/// When dirty blocks go to the remote.
+#[derive(Debug)]
+pub struct PushPlan {
+    workers: Workers,
+    interval: Duration,
+    budget: u64,
+    window: Window,
+    due: Duration,
+    failures: u32,
+}
+
+/// The pause after a failed round; doubled with each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Whether it is time for a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Round {
+    /// Push what is dirty, then have the remote flush it.
+    Complete,
+    /// Push what is dirty: the budget is half used up.
+    Budget,
+    /// Not before this time, unless the budget asks for it.
+    Later(Duration),
+}
+
+impl PushPlan {
+    /// Rounds every `interval`, and whenever half of `budget` bytes are dirty.
+    #[must_use]
+    pub fn new(workers: Workers, interval: Duration, budget: u64) -> Self {
+        Self { workers, interval, budget, window: Window::default(), due: interval, failures: 0 }
+    }
+
+    /// Whether it is time for a round at `now`, with `dirty` bytes that are not pushed.
+    #[must_use]
+    pub fn round(&self, dirty: u64, now: Duration) -> Round {
+        if now >= self.due {
+            Round::Complete
+        } else if self.failures == 0 && self.is_pressing(dirty) {
+            Round::Budget
+        } else {
+            Round::Later(self.due)
+        }
+    }
+
+    /// Whether half of the budget is used up: pushing begins before writers have to wait.
+    #[must_use]
+    pub fn is_pressing(&self, dirty: u64) -> bool {
+        dirty >= (self.budget / 2).max(1)
+    }
+
+    /// Whether the budget is used up: writers wait.
+    #[must_use]
+    pub fn is_exhausted(&self, dirty: u64) -> bool {
+        dirty >= self.budget
+    }
+
+    /// A round has ended at `now`. After a failure the next comes after a pause that grows, not at the next interval.
+    pub fn round_ended(&mut self, round: Round, ok: bool, now: Duration) {
+        if !ok {
+            let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(5)).min(LONGEST_PAUSE);
+            self.failures = self.failures.saturating_add(1);
+            self.due = now + pause;
+        } else {
+            self.failures = 0;
+            if round == Round::Complete {
+                self.due = now + self.interval;
+            }
+        }
+    }
+
+    /// Whether another push may begin.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        match self.workers {
+            Workers::Off => self.window.requests() == 0,
+            Workers::Fixed(limit) => self.window.requests() < limit.get(),
+            Workers::Adaptive => self.window.requests() == 0 || self.window.room(false) > 0,
+        }
+    }
+
+    /// A push of `bytes` begins at `now`.
+    pub fn start(&mut self, bytes: u64, now: Duration) -> Flight {
+        self.window.start(bytes, now)
+    }
+
+    /// It has ended.
+    pub fn finish(&mut self, flight: Flight, ok: bool, now: Duration) {
+        self.window.finish(flight, ok, now);
+    }
+
+    /// What is under way.
+    #[must_use]
+    pub fn window(&self) -> &Window {
+        &self.window
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -1,0 +1,168 @@
+//! How many bytes to keep in flight: a controller that is fed with completions and a clock reading, and decides alone.
+//!
+//! The link's bandwidth and its round trip are estimated from what completes (the delivery-rate sample of BBR,
+//! draft-cardwell-iccrg-bbr-congestion-control §4.1): the window grows fourfold each round while the delivered rate
+//! grows with it, and stays a little above bandwidth × shortest latency once it does not. A longer latency alone never
+//! makes it grow. No I/O and no clock here.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// The window at the start, in bytes: small enough for a slow link, and three rounds away from 40 MiB.
+const INITIAL: u64 = 2 << 20;
+/// It never shrinks below this, so that a link with no latency to speak of still has something to overlap.
+const FLOOR: u64 = 1 << 20;
+/// It never grows above this: a gigabyte per second at a quarter of a second.
+const CEILING: u64 = 256 << 20;
+/// A round in which the rate grew by less than a quarter counts as flat; after this many the link is full.
+const FLAT_ROUNDS: u32 = 2;
+/// Rounds that the highest rate is remembered for.
+const RATE_ROUNDS: u64 = 10;
+/// How long the shortest latency is remembered for.
+const LATENCY_MEMORY: Duration = Duration::from_secs(10);
+
+/// What is known of a request that is in flight. Give it back to [`Window::finish`].
+#[derive(Debug)]
+#[must_use = "the bytes count as in flight until it is finished"]
+pub struct Flight {
+    bytes: u64,
+    sent: Duration,
+    delivered: u64,
+    round: u64,
+    full: bool,
+}
+
+/// Bytes in flight, and how many there should be.
+#[derive(Debug)]
+pub struct Window {
+    target: u64,
+    in_flight: u64,
+    requests: usize,
+    delivered: u64,
+    round: u64,
+    starting: bool,
+    flat: u32,
+    best_at_start: f64,
+    rates: VecDeque<(u64, f64)>,
+    latency: Option<(Duration, Duration)>,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self {
+            target: INITIAL,
+            in_flight: 0,
+            requests: 0,
+            delivered: 0,
+            round: 0,
+            starting: true,
+            flat: 0,
+            best_at_start: 0.0,
+            rates: VecDeque::new(),
+            latency: None,
+        }
+    }
+}
+
+impl Window {
+    /// The bytes that should be in flight.
+    #[must_use]
+    pub fn target(&self) -> u64 {
+        self.target
+    }
+
+    /// The bytes that are in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight
+    }
+
+    /// The requests that are in flight.
+    #[must_use]
+    pub fn requests(&self) -> usize {
+        self.requests
+    }
+
+    /// Bytes that may be started now without filling the link so far that what comes next has to queue: three quarters
+    /// of the target where `polite`, all of it otherwise.
+    #[must_use]
+    pub fn room(&self, polite: bool) -> u64 {
+        let target = if polite { self.target / 4 * 3 } else { self.target };
+        target.saturating_sub(self.in_flight)
+    }
+
+    /// A request of `bytes` begins at `now`.
+    pub fn start(&mut self, bytes: u64, now: Duration) -> Flight {
+        self.in_flight += bytes;
+        self.requests += 1;
+        let full = self.in_flight * 8 >= self.target * 7;
+        Flight { bytes, sent: now, delivered: self.delivered, round: self.round, full }
+    }
+
+    /// It has ended at `now`, and `delivered` says whether the bytes came through.
+    pub fn finish(&mut self, flight: Flight, delivered: bool, now: Duration) {
+        self.in_flight -= flight.bytes;
+        self.requests -= 1;
+        if !delivered {
+            return;
+        }
+        self.delivered += flight.bytes;
+        let took = now.saturating_sub(flight.sent).max(Duration::from_micros(1));
+        self.note_latency(took, now);
+        // What was started while there was little to do says nothing about what the link could carry.
+        if flight.full || self.starting {
+            self.note_rate((self.delivered - flight.delivered) as f64 / took.as_secs_f64());
+        }
+        if flight.round == self.round {
+            self.end_round();
+        }
+        self.retarget(flight.bytes);
+    }
+
+    fn note_latency(&mut self, took: Duration, now: Duration) {
+        match self.latency {
+            Some((shortest, at)) if took > shortest && now.saturating_sub(at) < LATENCY_MEMORY => {}
+            _ => self.latency = Some((took, now)),
+        }
+    }
+
+    fn note_rate(&mut self, rate: f64) {
+        while self.rates.back().is_some_and(|(_, known)| *known <= rate) {
+            self.rates.pop_back();
+        }
+        self.rates.push_back((self.round, rate));
+        while self.rates.front().is_some_and(|(round, _)| round + RATE_ROUNDS < self.round) {
+            self.rates.pop_front();
+        }
+    }
+
+    /// The highest rate of late, in bytes per second.
+    fn rate(&self) -> f64 {
+        self.rates.front().map_or(0.0, |(_, rate)| *rate)
+    }
+
+    /// Everything that was in flight when the last round ended is through.
+    fn end_round(&mut self) {
+        self.round += 1;
+        if !self.starting {
+            return;
+        }
+        if self.rate() >= self.best_at_start * 1.25 {
+            self.best_at_start = self.rate();
+            self.flat = 0;
+        } else {
+            self.flat += 1;
+            self.starting = self.flat < FLAT_ROUNDS;
+        }
+    }
+
+    fn retarget(&mut self, bytes: u64) {
+        let carried = self.rate() * self.latency.map_or(0.0, |(shortest, _)| shortest.as_secs_f64());
+        let wanted = (carried * 1.5) as u64;
+        let target = if self.starting { self.target + 3 * bytes } else { wanted };
+        self.target = target.clamp(FLOOR, CEILING);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -1,0 +1,306 @@
+//! How bytes come: demand pulls, background pulls, and the doing of both.
+//!
+//! What to pull is decided by [`r3map_core::pull`] and [`r3map_core::state`]. There is no task per chunk: a demand pull
+//! that completes when it is first polled has none, one that has to wait gets one (so that it does not die with the
+//! reader that began it), and all background pulls share a few.
+
+use std::ops::Range;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use r3map_core::pull::{Next, Workers};
+use r3map_core::state::{Need, Pull, Wait};
+use r3map_core::window::Flight;
+use r3map_core::{Backend, Error, ErrorKind, Operation, ReadPieces, Result};
+
+use super::placer::{Placer, install};
+use super::{DEMAND_REQUEST, Inner, Phase, poll_once};
+use crate::InstallNow;
+
+/// How a pull ended.
+pub(super) struct Pulled {
+    failed: Vec<Range<u64>>,
+    error: Option<Error>,
+}
+
+/// A demand pull that waits for the remote, counted so that the background leaves it room.
+struct Demand(Arc<Inner>);
+
+impl Demand {
+    fn new(inner: Arc<Inner>) -> Self {
+        inner.demands.fetch_add(1, Ordering::Relaxed);
+        Self(inner)
+    }
+}
+
+impl Drop for Demand {
+    fn drop(&mut self) {
+        if self.0.demands.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.pull_wake.notify_one();
+        }
+    }
+}
+
+/// A background pull as the plan counts it, however it ends.
+struct UnderWay<'a> {
+    inner: &'a Inner,
+    flight: Option<Flight>,
+}
+
+impl UnderWay<'_> {
+    fn end(mut self, pulled: &Pulled) {
+        let Some(flight) = self.flight.take() else { return };
+        let inner = self.inner;
+        // The remote as a whole is away: asking it for something else would not help.
+        let away = pulled.error.as_ref().is_some_and(|error| error.kind().is_retryable());
+        inner.pull_plan().finish(flight, &pulled.failed, inner.settings.pull.retry_pause, away, inner.now());
+        inner.pull_wake.notify_one();
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            self.inner.pull_plan().finish(flight, &[], Duration::ZERO, false, self.inner.now());
+        }
+    }
+}
+
+impl Inner {
+    /// Makes a range local, or fails.
+    pub(super) async fn demand(self: &Arc<Self>, bytes: Range<u64>) -> Result<()> {
+        while !self.table.is_valid(&bytes) {
+            self.check_serving(Operation::Read)?;
+            if let Err((chunks, error)) = self.demand_missing(&bytes).await {
+                let range = self.table.geometry().chunks_range(&chunks);
+                self.local.fail(range.clone(), &error);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts pulls for everything missing, side by side, and waits for all of them and for those of others.
+    async fn demand_missing(self: &Arc<Self>, bytes: &Range<u64>) -> Result<(), (Range<u64>, Error)> {
+        let geometry = self.table.geometry();
+        let longest = (DEMAND_REQUEST.min(self.request_limit) / geometry.chunk_size().bytes()).max(1);
+        let mut rest = bytes.clone();
+        let mut waits: Vec<(Wait, bool)> = Vec::new();
+        while rest.start < rest.end {
+            match self.table.need(&rest, longest) {
+                Need::Nothing => break,
+                Need::Busy(chunk) => self.table.settled(chunk).await,
+                Need::Join(wait) => {
+                    rest.start = geometry.chunks_range(&wait.chunks()).end;
+                    waits.push((wait, false));
+                }
+                Need::Pull(pull) => {
+                    let chunks = pull.chunks();
+                    rest.start = geometry.chunks_range(&chunks).end;
+                    self.pull_plan_demanded(&chunks);
+                    match self.start_demand(pull).await {
+                        Ok(None) => {}
+                        Ok(Some(wait)) => waits.push((wait, true)),
+                        Err(error) => return Err((chunks, error)),
+                    }
+                }
+            }
+        }
+        for (wait, own) in waits {
+            let chunks = wait.chunks();
+            match wait.await {
+                Some(Err(error)) => return Err((chunks, error)),
+                None if own => return Err((chunks, self.given_up())),
+                Some(Ok(())) | None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn pull_plan_demanded(&self, chunks: &Range<u64>) {
+        if self.settings.pull.workers != Workers::Off {
+            self.pull_plan().demanded(chunks);
+        }
+    }
+
+    /// Why a pull that this region's runtime was doing was given up.
+    fn given_up(&self) -> Error {
+        match self.check_serving(Operation::Read) {
+            Err(error) => error,
+            Ok(()) => Error::new(ErrorKind::Cancelled, Operation::Read, "the runtime of the region is shutting down"),
+        }
+    }
+
+    /// Polls a pull once; if that does not complete it, it goes on in a task, and what to wait for is answered.
+    async fn start_demand(self: &Arc<Self>, pull: Pull) -> Result<Option<Wait>> {
+        let wait = pull.wait();
+        let mut work: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.clone().do_demand(pull));
+        if poll_once(&self.runtime, &mut work).await.is_pending() {
+            let demand = Demand::new(self.clone());
+            self.spawn(&self.stop, async move {
+                let _waiting = demand;
+                work.await;
+            });
+            return Ok(Some(wait));
+        }
+        match wait.now_or_never() {
+            Some(Some(result)) => result.map(|()| None),
+            _ => Err(self.given_up()),
+        }
+    }
+
+    async fn do_demand(self: Arc<Self>, pull: Pull) {
+        self.pull(pull).await;
+    }
+
+    /// Does a pull: every chunk has ended afterwards, well or with an error. Where a request for several chunks fails
+    /// because of what is in one of them, the others are asked for one by one.
+    async fn pull(&self, mut pull: Pull) -> Pulled {
+        let end = pull.chunks().end;
+        let mut pulled = Pulled { failed: Vec::new(), error: None };
+        let mut upto = end;
+        while !pull.chunks().is_empty() {
+            let Err(error) = self.fetch(&mut pull, upto).await else {
+                upto = pull.chunks().start + 1;
+                continue;
+            };
+            let rest = pull.chunks();
+            if upto > rest.start + 1 && !error.kind().is_retryable() {
+                upto = rest.start + 1;
+                continue;
+            }
+            let failed = rest.start..if error.kind().is_retryable() { end } else { upto };
+            pull.end(failed.end, Err(error.clone()));
+            upto = failed.end + 1;
+            pulled.failed.push(failed);
+            pulled.error = Some(error);
+        }
+        if self.table.is_complete() {
+            self.publish();
+            self.pull_news.notify_waiters();
+        }
+        pulled
+    }
+
+    /// Fetches the chunks of a pull before `end`, and puts them in place.
+    async fn fetch(&self, pull: &mut Pull, end: u64) -> Result<()> {
+        let range = self.table.geometry().chunks_range(&(pull.chunks().start..end));
+        let local = self.local.install_now();
+        match (self.remote.capabilities().pieces, local) {
+            (Some(remote), Some(local)) => self.fetch_pieces(remote, local, pull, range).await,
+            _ => self.fetch_bytes(local, pull, range).await,
+        }
+    }
+
+    /// Straight from the bytes that the remote lends.
+    async fn fetch_pieces(
+        &self,
+        remote: &dyn ReadPieces,
+        local: &dyn InstallNow,
+        pull: &mut Pull,
+        range: Range<u64>,
+    ) -> Result<()> {
+        let mut placer = Placer::new(self, local, pull);
+        let mut result = Ok(());
+        while result.is_ok() && placer.at() < range.end {
+            let (at, len) = (placer.at(), (range.end - placer.at()).min(self.request_limit));
+            result = remote.read_pieces(at, len, &mut |at, piece| placer.place(at, piece)).await;
+            if result.is_ok() && placer.at() != at + len {
+                let message = "the remote lent fewer bytes than it was asked for";
+                result = Err(Error::new(ErrorKind::Corrupt, Operation::Read, message).at(at, len));
+            }
+        }
+        placer.finish();
+        result
+    }
+
+    /// Through a buffer.
+    async fn fetch_bytes(&self, local: Option<&dyn InstallNow>, pull: &mut Pull, range: Range<u64>) -> Result<()> {
+        let mut buffer = self.buffers.take((range.end - range.start) as usize);
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(self.request_limit);
+            let from = (at - range.start) as usize;
+            self.remote.read_at(at, &mut buffer[from..from + len as usize]).await?;
+            at += len;
+        }
+        match local {
+            None => install(self, pull, range.start, &buffer).await,
+            Some(local) => {
+                let mut placer = Placer::new(self, local, pull);
+                let result = placer.place(range.start, r3map_core::Piece::Data(&buffer));
+                placer.finish();
+                result
+            }
+        }
+    }
+
+    /// Pulls in the background until there is nothing left.
+    pub(super) async fn run_puller(self: Arc<Self>) {
+        let mut under_way = FuturesUnordered::new();
+        while !self.table.is_complete() {
+            let again = self.start_pulls(|pull, flight| under_way.push(self.background_pull(pull, flight)));
+            let mut news = pin!(self.pull_wake.notified());
+            tokio::select! {
+                Some(()) = under_way.next() => tokio::task::yield_now().await,
+                () = &mut news => {}
+                () = tokio::time::sleep(again) => {}
+            }
+        }
+    }
+
+    /// Starts what the plan allows; answers when to look again at the latest.
+    fn start_pulls(&self, mut start: impl FnMut(Pull, Flight)) -> Duration {
+        // What is left while others are at work may come back: a demand that fails, a write that does.
+        const LOOK_AGAIN: Duration = Duration::from_secs(1);
+        let mut plan = self.pull_plan();
+        loop {
+            let now = self.now();
+            match plan.next(now, self.demands.load(Ordering::Relaxed) > 0) {
+                Next::Pull(pull, flight) => start(pull, flight),
+                Next::Later(due) => return due.saturating_sub(now).max(Duration::from_millis(1)),
+                Next::Full | Next::Done => return LOOK_AGAIN,
+            }
+        }
+    }
+
+    async fn background_pull(&self, pull: Pull, flight: Flight) {
+        let under_way = UnderWay { inner: self, flight: Some(flight) };
+        let pulled = self.pull(pull).await;
+        under_way.end(&pulled);
+        if let Some(error) = &pulled.error {
+            self.report.failed(error);
+            self.pull_failures.fetch_add(1, Ordering::SeqCst);
+            self.pull_news.notify_waiters();
+        }
+    }
+
+    /// Waits until everything is local.
+    pub(super) async fn pulled(&self) -> Result<()> {
+        let failures = self.pull_failures.load(Ordering::SeqCst);
+        loop {
+            let mut news = pin!(self.pull_news.notified());
+            news.as_mut().enable();
+            if self.table.is_complete() {
+                return Ok(());
+            }
+            if self.phase() != Phase::Running {
+                return Err(Error::new(ErrorKind::Cancelled, Operation::Read, "the region is closing or closed"));
+            }
+            if self.settings.pull.workers == Workers::Off {
+                let message = "background pulling is off, so the region will not be pulled as a whole";
+                return Err(Error::new(ErrorKind::InvalidInput, Operation::Read, message));
+            }
+            if self.pull_failures.load(Ordering::SeqCst) != failures {
+                if let Some(error) = self.report.last_error() {
+                    return Err(error);
+                }
+            }
+            news.await;
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! How bytes go: rounds of pushes, flushes, and the end.
+//!
+//! One round at a time: so nothing is pushed while the remote flushes, and a round that begins finds nothing under way
+//! that could fail behind its back. When to push is decided by [`r3map_core::push`].
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::join;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use r3map_core::push::Round;
+use r3map_core::state::{NextPush, Push};
+use r3map_core::window::Flight;
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result, is_zero};
+
+use super::{Durability, Inner};
+
+/// How often a flush pushes again when the remote says that it has lost what was pushed before.
+const FLUSH_ATTEMPTS: u32 = 4;
+
+/// A push as the plan counts it, however it ends.
+struct UnderWay<'a> {
+    inner: &'a Inner,
+    flight: Option<Flight>,
+    ok: bool,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            self.inner.push_plan().finish(flight, self.ok, self.inner.now());
+        }
+    }
+}
+
+impl Inner {
+    /// Makes everything durable that was written before the call, as far as the settings ask for it.
+    pub(super) async fn flush(self: &Arc<Self>) -> Result<()> {
+        self.before_flush().await?;
+        match self.settings.durability {
+            Durability::Local => {
+                self.collect()?;
+                self.flush_local().await?;
+                self.push_wake.notify_one();
+                Ok(())
+            }
+            Durability::Remote => self.flush_folded().await,
+        }
+    }
+
+    pub(super) async fn before_flush(&self) -> Result<()> {
+        match &self.parts.hooks.on_before_flush {
+            Some(hook) => hook().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Several flushes that wait for one another become one: whoever finds that a flush which began after his call has
+    /// succeeded has nothing left to do.
+    async fn flush_folded(self: &Arc<Self>) -> Result<()> {
+        let ticket = self.flushes_asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let _round = self.rounds.lock().await;
+        if self.flushes_done.load(Ordering::SeqCst) >= ticket {
+            return Ok(());
+        }
+        let covers = self.flushes_asked.load(Ordering::SeqCst);
+        self.collect()?;
+        let (local, remote) = join(self.flush_local(), self.push_and_flush()).await;
+        local.and(remote)?;
+        self.flushes_done.store(covers, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Makes the local side durable, and what it remembers of itself.
+    async fn flush_local(&self) -> Result<()> {
+        match &self.parts.record {
+            Some(record) => record.checkpoint().await,
+            None => self.local.flush().await,
+        }
+    }
+
+    /// Pushes what is dirty and has the remote flush it. To be called with `rounds` held.
+    async fn push_and_flush(self: &Arc<Self>) -> Result<()> {
+        for attempt in 1.. {
+            self.push_round().await?;
+            if !self.table.has_unflushed() {
+                return Ok(());
+            }
+            let Err(error) = self.remote.flush().await else { return self.table.flushed() };
+            self.table.flush_failed();
+            // The remote is another one than the one that was written to: what is dirty again can be pushed at once.
+            if error.kind() != ErrorKind::Conflict || attempt == FLUSH_ATTEMPTS {
+                return Err(error);
+            }
+        }
+        unreachable!("the loop returns at its last attempt")
+    }
+
+    /// Pushes once whatever is dirty, several runs side by side. What is written behind its back waits for the next
+    /// round. To be called with `rounds` held.
+    async fn push_round(self: &Arc<Self>) -> Result<()> {
+        let mut under_way = FuturesUnordered::new();
+        let mut failure: Option<Error> = None;
+        let mut at = 0;
+        loop {
+            // A remote that is away would make every further run spend the whole time of its retries.
+            while !failure.as_ref().is_some_and(|error| error.kind().is_retryable()) && self.push_plan().has_room() {
+                match self.next_push(&mut at).await {
+                    Ok(Some(push)) => under_way.push(self.counted_push(push)),
+                    Ok(None) => break,
+                    Err(error) => drop(failure.get_or_insert(error)),
+                }
+            }
+            match under_way.next().await {
+                Some(Ok(())) => {}
+                Some(Err(error)) => drop(failure.get_or_insert(error)),
+                None => return failure.map_or(Ok(()), Err),
+            }
+        }
+    }
+
+    /// The next run at or after `at`, made whole where the remote takes whole chunks only.
+    async fn next_push(self: &Arc<Self>, at: &mut u64) -> Result<Option<Push>> {
+        let longest = self.settings.push.max_request.get().min(self.request_limit);
+        loop {
+            match self.table.push(*at, longest, self.push_unit)? {
+                None => return Ok(None),
+                Some(NextPush::Push(push)) => {
+                    *at = push.blocks().end;
+                    return Ok(Some(push));
+                }
+                Some(NextPush::Absent(bytes)) => {
+                    if let Err(error) = self.demand(bytes.clone()).await {
+                        *at = self.table.geometry().blocks_touched(&bytes).end;
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn counted_push(&self, push: Push) -> Result<()> {
+        let bytes = push.bytes();
+        let flight = self.push_plan().start(bytes.end - bytes.start, self.now());
+        let mut under_way = UnderWay { inner: self, flight: Some(flight), ok: false };
+        self.push_run(push).await?;
+        under_way.ok = true;
+        Ok(())
+    }
+
+    async fn push_run(&self, push: Push) -> Result<()> {
+        let bytes = push.bytes();
+        let len = bytes.end - bytes.start;
+        let mut buffer = self.buffers.take(len as usize);
+        self.local.read_at(bytes.start, &mut buffer).await?;
+        match self.remote.capabilities().write_zeroes {
+            Some(remote) if is_zero(&buffer) => remote.write_zeroes(bytes.start, len).await?,
+            _ => self.remote.write_at(bytes.start, &buffer).await?,
+        }
+        push.done();
+        self.report.pushed_bytes.fetch_add(len, Ordering::Relaxed);
+        self.report.touch();
+        self.room.notify_waiters();
+        Ok(())
+    }
+
+    /// Asks a mapping what was written through it, and marks that dirty.
+    fn collect(&self) -> Result<()> {
+        let Some(written) = self.local.written() else { return Ok(()) };
+        let geometry = self.table.geometry();
+        let mut at = 0;
+        let mut journalled = Ok(());
+        while let Some(run) = self.next_valid_run(at) {
+            at = run.end;
+            written.collect(geometry.blocks_range(&run), &mut |found| {
+                let marked = self.table.mark_dirty(geometry.blocks_touched(&found));
+                if journalled.is_ok() {
+                    journalled = marked;
+                }
+            })?;
+        }
+        self.report.touch();
+        journalled
+    }
+
+    /// The next run of valid blocks, across the borders that the table cuts them at.
+    fn next_valid_run(&self, from: u64) -> Option<std::ops::Range<u64>> {
+        let mut run = self.table.next_valid(from)?;
+        while let Some(next) = self.table.next_valid(run.end).filter(|next| next.start == run.end) {
+            run.end = next.end;
+        }
+        Some(run)
+    }
+
+    /// Pushes in the background.
+    pub(super) async fn run_pusher(self: Arc<Self>) {
+        let mut collected = self.now();
+        loop {
+            let again = self.next_round_in(collected);
+            tokio::select! {
+                () = self.push_wake.notified() => {}
+                () = tokio::time::sleep(again) => {}
+            }
+            let mut result = Ok(());
+            if self.local.written().is_some() && self.now() >= collected + self.settings.push.collect_interval {
+                result = self.collect();
+                collected = self.now();
+            }
+            let round = self.push_plan().round(self.table.unpushed_bytes(), self.now());
+            if let Err(error) = result.and(self.background_round(round).await) {
+                self.report.failed(&error);
+            }
+        }
+    }
+
+    /// When to look again at the latest.
+    fn next_round_in(&self, collected: Duration) -> Duration {
+        let now = self.now();
+        let mut due = match self.push_plan().round(self.table.unpushed_bytes(), now) {
+            Round::Later(due) => due,
+            Round::Budget | Round::Complete => now,
+        };
+        if self.local.written().is_some() {
+            due = due.min(collected + self.settings.push.collect_interval);
+        }
+        due.saturating_sub(now)
+    }
+
+    async fn background_round(self: &Arc<Self>, round: Round) -> Result<()> {
+        let result = match round {
+            Round::Later(_) => return Ok(()),
+            Round::Budget => {
+                let _round = self.rounds.lock().await;
+                self.push_round().await
+            }
+            Round::Complete => self.complete_round().await,
+        };
+        self.push_plan().round_ended(round, result.is_ok(), self.now());
+        result
+    }
+
+    async fn complete_round(self: &Arc<Self>) -> Result<()> {
+        let _round = self.rounds.lock().await;
+        self.collect()?;
+        self.push_and_flush().await?;
+        match &self.parts.record {
+            Some(record) => record.checkpoint().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Stores everything; nobody writes any more.
+    pub(super) async fn drain(self: &Arc<Self>) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        {
+            let _round = self.rounds.lock().await;
+            self.collect()?;
+            self.push_and_flush().await?;
+        }
+        // Last, so that the record says of everything that it is clean.
+        self.flush_local().await?;
+        match self.table.unpushed_bytes() {
+            0 => Ok(()),
+            left => Err(Error::new(
+                ErrorKind::Conflict,
+                Operation::Close,
+                format!("{left} bytes were written while the region was being stored; close it again"),
+            )),
+        }
+    }
+}
