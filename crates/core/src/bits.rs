@@ -26,11 +26,6 @@ impl Bits {
         !matches!(self, Self::Clear)
     }
 
-    /// Whether every bit is set.
-    pub(crate) fn full(&self) -> bool {
-        matches!(self, Self::Full)
-    }
-
     /// 64 bits from bit `64 * index` on. Bits past the end are whatever they are: mask them.
     pub(crate) fn word(&self, index: u32) -> u64 {
         match self {
@@ -168,7 +163,6 @@ mod tests {
                 prop_assert_eq!(bits.intersects(range.clone()), any);
                 prop_assert_eq!(count(range, |index| bits.word(index)) as usize, ones);
                 prop_assert_eq!(bits.any(), model.contains(&true));
-                prop_assert_eq!(bits.full(), !model.contains(&false));
                 let mut found = vec![false; len as usize];
                 each_run(0..len, |index| bits.word(index), |run| {
                     found[run.start as usize..run.end as usize].fill(true);

@@ -96,7 +96,7 @@ impl Ordered {
     /// How many of the first chunks follow on one another, up to `max`.
     fn run(&self, max: u64) -> Option<Range<u64>> {
         let first = *self.0.front()?;
-        let count = self.0.iter().zip(first..).take_while(|(chunk, next)| **chunk == *next).take(max as usize).count();
+        let count = self.0.iter().zip(first..).take_while(|(chunk, next)| **chunk == *next).take(index(max)).count();
         Some(first..first + count as u64)
     }
 
@@ -105,7 +105,7 @@ impl Ordered {
         while let Some(run) = self.run(max) {
             let pull = table.pull(run.clone(), max);
             let done_to = pull.as_ref().map_or(run.end, |pull| pull.chunks().end);
-            self.0.drain(..(done_to - run.start) as usize);
+            self.0.drain(..index(done_to - run.start));
             if pull.is_some() {
                 return pull;
             }
@@ -198,10 +198,8 @@ impl PullPlan {
         if let Some(pull) = self.urgent.next(&self.table, max) {
             return Some(pull);
         }
-        while let Some(pull) = self.wanted.next(&self.table, max).or_else(|| self.refill(max)) {
-            return Some(pull);
-        }
-        self.sequential(max).or_else(|| self.overdue(max, now))
+        let wanted = self.wanted.next(&self.table, max).or_else(|| self.refill(max));
+        wanted.or_else(|| self.sequential(max)).or_else(|| self.overdue(max, now))
     }
 
     /// Sorts the next part of a priority function's chunks until one of them can be pulled.
@@ -281,11 +279,16 @@ impl PullPlan {
     }
 }
 
+/// A count as an index; larger than memory means all there is.
+fn index(count: u64) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
+}
+
 /// The [`SORTED`] first chunks behind `after` in the order of a priority function.
 fn best_after(after: Option<(i64, u64)>, count: u64, value: &dyn Fn(u64) -> i64) -> Vec<(i64, u64)> {
     use std::cmp::Reverse;
     // The heap's top is the worst of the best so far: a low value, then a high index.
-    let mut best = BinaryHeap::with_capacity(SORTED.min(count as usize) + 1);
+    let mut best = BinaryHeap::with_capacity(SORTED.min(index(count)) + 1);
     for chunk in 0..count {
         let value = value(chunk);
         let behind = after.is_none_or(|(last, index)| (Reverse(value), chunk) > (Reverse(last), index));

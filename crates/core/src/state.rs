@@ -252,13 +252,13 @@ impl Table {
     /// How many blocks a segment has: fewer at the region's end.
     fn segment_len(&self, segment: u64) -> u32 {
         let rest = self.geometry.block_count() - segment * self.segment_blocks;
-        rest.min(self.segment_blocks) as u32
+        narrow(rest.min(self.segment_blocks))
     }
 
     fn part(&self, segment: u64, blocks: Range<u64>) -> Part {
         let base = segment * self.segment_blocks;
         let len = u64::from(self.segment_len(segment));
-        let bits = (blocks.start.max(base) - base) as u32..(blocks.end - base).min(len) as u32;
+        let bits = narrow(blocks.start.max(base) - base)..narrow((blocks.end - base).min(len));
         Part { segment, bits }
     }
 
@@ -268,7 +268,7 @@ impl Table {
     }
 
     fn shard(&self, segment: u64) -> &Mutex<Shard> {
-        &self.shards[(segment % SHARDS as u64) as usize]
+        &self.shards[narrow(segment % SHARDS as u64) as usize]
     }
 
     /// Runs `change` on a segment under its lock, keeps the indices in step, and wakes whom `change` put on the list.
@@ -373,6 +373,11 @@ impl Table {
             self.unpushed_blocks.fetch_sub(u64::from(before - after), Ordering::AcqRel);
         }
     }
+}
+
+/// A number of blocks inside a segment.
+fn narrow(blocks: u64) -> u32 {
+    u32::try_from(blocks).expect("a segment has at most 16384 blocks")
 }
 
 /// Whom to wake once the lock is released.

@@ -42,8 +42,10 @@ pub struct Window {
     round: u64,
     starting: bool,
     flat: u32,
-    best_at_start: f64,
-    rates: VecDeque<(u64, f64)>,
+    /// The best rate of a round so far, while starting.
+    best_at_start: u64,
+    /// Rates of late by round, in bytes per second, falling.
+    rates: VecDeque<(u64, u64)>,
     latency: Option<(Duration, Duration)>,
 }
 
@@ -57,7 +59,7 @@ impl Default for Window {
             round: 0,
             starting: true,
             flat: 0,
-            best_at_start: 0.0,
+            best_at_start: 0,
             rates: VecDeque::new(),
             latency: None,
         }
@@ -111,7 +113,7 @@ impl Window {
         self.note_latency(took, now);
         // What was started while there was little to do says nothing about what the link could carry.
         if flight.full || self.starting {
-            self.note_rate((self.delivered - flight.delivered) as f64 / took.as_secs_f64());
+            self.note_rate(per_second(self.delivered - flight.delivered, took));
         }
         if flight.round == self.round {
             self.end_round();
@@ -126,7 +128,7 @@ impl Window {
         }
     }
 
-    fn note_rate(&mut self, rate: f64) {
+    fn note_rate(&mut self, rate: u64) {
         while self.rates.back().is_some_and(|(_, known)| *known <= rate) {
             self.rates.pop_back();
         }
@@ -137,8 +139,8 @@ impl Window {
     }
 
     /// The highest rate of late, in bytes per second.
-    fn rate(&self) -> f64 {
-        self.rates.front().map_or(0.0, |(_, rate)| *rate)
+    fn rate(&self) -> u64 {
+        self.rates.front().map_or(0, |(_, rate)| *rate)
     }
 
     /// Everything that was in flight when the last round ended is through.
@@ -147,7 +149,7 @@ impl Window {
         if !self.starting {
             return;
         }
-        if self.rate() >= self.best_at_start * 1.25 {
+        if self.rate() >= self.best_at_start / 4 * 5 {
             self.best_at_start = self.rate();
             self.flat = 0;
         } else {
@@ -157,11 +159,22 @@ impl Window {
     }
 
     fn retarget(&mut self, bytes: u64) {
-        let carried = self.rate() * self.latency.map_or(0.0, |(shortest, _)| shortest.as_secs_f64());
-        let wanted = (carried * 1.5) as u64;
+        let carried = self.latency.map_or(0, |(shortest, _)| carried(self.rate(), shortest));
+        let wanted = carried / 2 * 3;
         let target = if self.starting { self.target + 3 * bytes } else { wanted };
         self.target = target.clamp(FLOOR, CEILING);
     }
+}
+
+fn per_second(bytes: u64, took: Duration) -> u64 {
+    let rate = u128::from(bytes) * Duration::from_secs(1).as_nanos() / took.as_nanos().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
+/// Bytes that a link of `rate` bytes per second holds in `time`.
+fn carried(rate: u64, time: Duration) -> u64 {
+    let bytes = u128::from(rate) * time.as_nanos() / Duration::from_secs(1).as_nanos();
+    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 #[cfg(all(test, not(loom)))]

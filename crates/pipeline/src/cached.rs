@@ -475,11 +475,11 @@ impl Inner {
     }
 
     async fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
-        let zeroes = vec![0; ZEROES.min((range.end - range.start) as usize)];
+        let zeroes = vec![0; ZEROES.min(index(range.end - range.start))];
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(zeroes.len() as u64);
-            self.local.write_at(at, &zeroes[..len as usize]).await?;
+            self.local.write_at(at, &zeroes[..index(len)]).await?;
             at += len;
         }
         Ok(())
@@ -686,6 +686,11 @@ fn open_table(geometry: Geometry, parts: &CachedParts, read_only: bool) -> Resul
         return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
     }
     Ok(table)
+}
+
+/// A length of something in memory.
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("what is in memory has a length that fits")
 }
 
 /// Polls a boxed future once, inside `runtime`.

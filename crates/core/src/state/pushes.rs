@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Part, Segment, Table};
+use super::{Part, Segment, Table, narrow};
 use crate::bits::{first, first_run};
 use crate::sync::lock;
 use crate::{BLOCK_SIZE, Result};
@@ -25,8 +25,8 @@ impl Table {
     /// # Errors
     /// When the journal refuses to call such clean blocks dirty, which a push that fails would make them.
     pub fn push(self: &Arc<Self>, from: u64, max_bytes: u64, unit: u64) -> Result<Option<NextPush>> {
-        let unit = (unit / BLOCK_SIZE) as u32;
-        let max = (max_bytes / BLOCK_SIZE).clamp(u64::from(unit), self.segment_blocks) as u32;
+        let unit = narrow(unit / BLOCK_SIZE);
+        let max = narrow((max_bytes / BLOCK_SIZE).clamp(u64::from(unit), self.segment_blocks));
         let mut at = from;
         loop {
             let Some(index) = lock(&self.dirty).range(at / self.segment_blocks..).next().copied() else {

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use r3map_core::state::Pull;
 use r3map_core::{BLOCK_SIZE, Geometry, Piece, Result, is_zero};
 
-use super::Inner;
+use super::{Inner, index};
 use crate::InstallNow;
 
 /// Takes pieces of any length in ascending order and installs whole blocks of them at once.
@@ -73,7 +73,7 @@ impl<'a> Placer<'a> {
         }
         match piece {
             Piece::Data(bytes) => self.begun.extend_from_slice(bytes),
-            Piece::Zeroes(len) => self.begun.resize(self.begun.len() + len as usize, 0),
+            Piece::Zeroes(len) => self.begun.resize(self.begun.len() + index(len), 0),
         }
         self.at += piece.len();
         if self.missing_of_block() == 0 {
@@ -120,8 +120,8 @@ pub(super) async fn install(inner: &Inner, pull: &mut Pull, offset: u64, bytes: 
     let range = offset..offset + bytes.len() as u64;
     while let Some(install) = pull.claim(geometry.blocks_touched(&range)) {
         let span = install.bytes();
-        let from = (span.start - offset) as usize;
-        inner.local.install(span.start, &bytes[from..from + (span.end - span.start) as usize]).await?;
+        let from = index(span.start - offset);
+        inner.local.install(span.start, &bytes[from..from + index(span.end - span.start)]).await?;
         let completed = install.commit()?;
         note_pulled(inner, &span);
         inner.tell_local(completed);
@@ -169,7 +169,7 @@ fn by_zeroes<'p>(
 /// The bytes `range` of a piece that begins at `start`.
 fn part<'p>(piece: Piece<'p>, start: u64, range: &Range<u64>) -> Piece<'p> {
     match piece {
-        Piece::Data(bytes) => Piece::Data(&bytes[(range.start - start) as usize..(range.end - start) as usize]),
+        Piece::Data(bytes) => Piece::Data(&bytes[index(range.start - start)..index(range.end - start)]),
         Piece::Zeroes(_) => Piece::Zeroes(range.end - range.start),
     }
 }

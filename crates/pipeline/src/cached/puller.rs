@@ -15,10 +15,10 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use r3map_core::pull::{Next, Workers};
 use r3map_core::state::{Need, Pull, Wait};
 use r3map_core::window::Flight;
-use r3map_core::{Backend, Error, ErrorKind, Operation, ReadPieces, Result};
+use r3map_core::{Error, ErrorKind, Operation, ReadPieces, Result};
 
 use super::placer::{Placer, install};
-use super::{DEMAND_REQUEST, Inner, Phase, poll_once};
+use super::{DEMAND_REQUEST, Inner, Phase, index, poll_once};
 use crate::InstallNow;
 
 /// How a pull ended.
@@ -220,12 +220,12 @@ impl Inner {
 
     /// Through a buffer.
     async fn fetch_bytes(&self, local: Option<&dyn InstallNow>, pull: &mut Pull, range: Range<u64>) -> Result<()> {
-        let mut buffer = self.buffers.take((range.end - range.start) as usize);
+        let mut buffer = self.buffers.take(index(range.end - range.start));
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(self.request_limit);
-            let from = (at - range.start) as usize;
-            self.remote.read_at(at, &mut buffer[from..from + len as usize]).await?;
+            let from = index(at - range.start);
+            self.remote.read_at(at, &mut buffer[from..from + index(len)]).await?;
             at += len;
         }
         match local {

@@ -12,9 +12,9 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use r3map_core::push::Round;
 use r3map_core::state::{NextPush, Push};
 use r3map_core::window::Flight;
-use r3map_core::{Backend, Error, ErrorKind, Operation, Result, is_zero};
+use r3map_core::{Error, ErrorKind, Operation, Result, is_zero};
 
-use super::{Durability, Inner};
+use super::{Durability, Inner, index};
 
 /// How often a flush pushes again when the remote says that it has lost what was pushed before.
 const FLUSH_ATTEMPTS: u32 = 4;
@@ -152,7 +152,7 @@ impl Inner {
     async fn push_run(&self, push: Push) -> Result<()> {
         let bytes = push.bytes();
         let len = bytes.end - bytes.start;
-        let mut buffer = self.buffers.take(len as usize);
+        let mut buffer = self.buffers.take(index(len));
         self.local.read_at(bytes.start, &mut buffer).await?;
         match self.remote.capabilities().write_zeroes {
             Some(remote) if is_zero(&buffer) => remote.write_zeroes(bytes.start, len).await?,

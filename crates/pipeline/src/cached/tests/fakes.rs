@@ -1,0 +1,210 @@
+//! Local sides over the testkit's store and over a vector, and a record in memory that outlives a region.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use r3map_core::{Backend, Capabilities, Error, ErrorKind, Operation, Piece, Result, check_range};
+
+use crate::{Cached, CachedParts, CachedSettings, InstallNow, Local, Recorded, StateRecord, Written};
+
+/// A local side whose bytes rest in `bytes`.
+pub(crate) struct Side {
+    bytes: Arc<dyn Backend>,
+    /// The same, where pulled bytes can be put there at once.
+    vector: Option<Arc<Vector>>,
+    /// Ranges written through the mapping that this side pretends to be.
+    mapped: Option<Mutex<Vec<Range<u64>>>>,
+    pub(crate) failed: Mutex<Vec<Range<u64>>>,
+    pub(crate) installs: AtomicUsize,
+    pub(crate) refuses_installs: AtomicBool,
+}
+
+impl Side {
+    /// Over any backend, where putting pulled bytes has to be waited for.
+    pub(crate) fn over(bytes: Arc<dyn Backend>) -> Arc<Self> {
+        Arc::new(Self::new(bytes, None))
+    }
+
+    /// In a vector, which takes pulled bytes at once.
+    pub(crate) fn vector(size: u64) -> Arc<Self> {
+        let vector = Arc::new(Vector::new(size));
+        Arc::new(Self::new(vector.clone(), Some(vector)))
+    }
+
+    /// In a vector that is written through a mapping, too.
+    pub(crate) fn mapping(size: u64) -> Arc<Self> {
+        let vector = Arc::new(Vector::new(size));
+        Arc::new(Self { mapped: Some(Mutex::default()), ..Self::new(vector.clone(), Some(vector)) })
+    }
+
+    fn new(bytes: Arc<dyn Backend>, vector: Option<Arc<Vector>>) -> Self {
+        Self {
+            bytes,
+            vector,
+            mapped: None,
+            failed: Mutex::default(),
+            installs: AtomicUsize::new(0),
+            refuses_installs: AtomicBool::new(false),
+        }
+    }
+
+    /// A write through the mapping: no call tells the region of it.
+    pub(crate) fn poke(&self, offset: u64, bytes: &[u8]) {
+        self.vector.as_ref().unwrap().put(offset, bytes);
+        self.mapped.as_ref().unwrap().lock().unwrap().push(offset..offset + bytes.len() as u64);
+    }
+
+    fn note_install(&self) -> Result<()> {
+        self.installs.fetch_add(1, Ordering::SeqCst);
+        match self.refuses_installs.load(Ordering::SeqCst) {
+            true => Err(Error::new(ErrorKind::Exhausted, Operation::Write, "the local disk is full")),
+            false => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for Side {
+    fn size(&self) -> u64 {
+        self.bytes.size()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        self.bytes.capabilities()
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.bytes.read_at(offset, buf).await
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.bytes.write_at(offset, buf).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.bytes.flush().await
+    }
+}
+
+#[async_trait]
+impl Local for Side {
+    async fn install(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.note_install()?;
+        self.bytes.write_at(offset, bytes).await
+    }
+
+    fn install_now(&self) -> Option<&dyn InstallNow> {
+        self.vector.as_ref().map(|_| self as &dyn InstallNow)
+    }
+
+    fn written(&self) -> Option<&dyn Written> {
+        self.mapped.as_ref().map(|_| self as &dyn Written)
+    }
+
+    fn fail(&self, range: Range<u64>, _error: &Error) {
+        self.failed.lock().unwrap().push(range);
+    }
+}
+
+impl InstallNow for Side {
+    fn install_now(&self, offset: u64, piece: Piece<'_>) -> Result<()> {
+        self.note_install()?;
+        assert_eq!(offset % 4096, 0, "installed ranges begin at blocks");
+        assert!(piece.len() % 4096 == 0 || offset + piece.len() == self.size(), "and end there");
+        let vector = self.vector.as_ref().unwrap();
+        match piece {
+            Piece::Data(bytes) => vector.put(offset, bytes),
+            Piece::Zeroes(len) => vector.put(offset, &vec![0; len as usize]),
+        }
+        Ok(())
+    }
+}
+
+impl Written for Side {
+    fn collect(&self, valid: Range<u64>, found: &mut dyn FnMut(Range<u64>)) -> Result<()> {
+        let mut mapped = self.mapped.as_ref().unwrap().lock().unwrap();
+        mapped.retain(|range| {
+            let inside = valid.start <= range.start && range.end <= valid.end;
+            if inside {
+                found(range.start / 4096 * 4096..range.end.next_multiple_of(4096));
+            }
+            !inside
+        });
+        Ok(())
+    }
+}
+
+/// Bytes in a vector, read and written without waiting.
+struct Vector(Mutex<Vec<u8>>);
+
+impl Vector {
+    fn new(size: u64) -> Self {
+        Self(Mutex::new(vec![0; size as usize]))
+    }
+
+    fn put(&self, offset: u64, bytes: &[u8]) {
+        self.0.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+#[async_trait]
+impl Backend for Vector {
+    fn size(&self) -> u64 {
+        self.0.lock().unwrap().len() as u64
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(Operation::Read, self.size(), offset, buf.len() as u64)?;
+        buf.copy_from_slice(&self.0.lock().unwrap()[offset as usize..][..buf.len()]);
+        Ok(())
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        check_range(Operation::Write, self.size(), offset, buf.len() as u64)?;
+        self.put(offset, buf);
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A record that outlives the region, as a file would.
+#[derive(Default)]
+pub(crate) struct Record {
+    blocks: Mutex<BTreeMap<u64, Recorded>>,
+    pub(crate) checkpoints: AtomicUsize,
+}
+
+impl Record {
+    pub(crate) fn state(&self, block: u64) -> Option<Recorded> {
+        self.blocks.lock().unwrap().get(&block).copied()
+    }
+}
+
+#[async_trait]
+impl StateRecord for Record {
+    fn load(&self, visit: &mut dyn FnMut(Range<u64>, Recorded)) -> Result<()> {
+        self.blocks.lock().unwrap().iter().for_each(|(block, state)| visit(*block..block + 1, *state));
+        Ok(())
+    }
+
+    fn record(&self, blocks: Range<u64>, state: Recorded) -> Result<()> {
+        self.blocks.lock().unwrap().extend(blocks.map(|block| (block, state)));
+        Ok(())
+    }
+
+    async fn checkpoint(&self) -> Result<()> {
+        self.checkpoints.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// Opens a region with plain parts.
+pub(crate) async fn open(local: Arc<Side>, remote: Arc<dyn Backend>, settings: CachedSettings) -> Arc<Cached> {
+    Cached::open(local, remote, settings, CachedParts::default()).await.unwrap()
+}
