@@ -170,7 +170,14 @@ impl Error {
     /// An error that the operating system reported; the kind follows from it.
     #[must_use]
     pub fn from_io(operation: Operation, message: impl Into<String>, error: std::io::Error) -> Self {
-        Self::new(ErrorKind::from_io(error.kind()), operation, message).with_source(error)
+        let kind = match error.raw_os_error() {
+            // std has no stable kinds for these: ENXIO and ENODEV, ENFILE and EMFILE, ELOOP.
+            Some(6 | 19) => ErrorKind::NotFound,
+            Some(23 | 24) => ErrorKind::Exhausted,
+            Some(40) => ErrorKind::InvalidInput,
+            _ => ErrorKind::from_io(error.kind()),
+        };
+        Self::new(kind, operation, message).with_source(error)
     }
 
     /// The same error, about `len` bytes at `offset`.
@@ -271,6 +278,18 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "read of 512 bytes at 4096: the file is shorter than the region (corrupt): unexpected end of file"
+        );
+    }
+
+    #[test]
+    fn errors_of_the_system_say_what_to_do() {
+        let kind = |errno| Error::from_io(Operation::Open, "x", std::io::Error::from_raw_os_error(errno)).kind();
+        // ENOENT, ENXIO, EACCES, EMFILE, EFBIG, ENOSPC, EROFS, ELOOP, EDQUOT
+        let kinds = [2, 6, 13, 24, 27, 28, 30, 40, 122].map(kind);
+        use ErrorKind::{Denied, Exhausted, InvalidInput, NotFound};
+        assert_eq!(
+            kinds,
+            [NotFound, NotFound, Denied, Exhausted, Exhausted, Exhausted, Denied, InvalidInput, Exhausted]
         );
     }
 
