@@ -3,10 +3,15 @@
 //! Nothing here talks to a network or knows what a remote is. Each backend says in its file what survives a crash of
 //! the process and what survives a loss of power.
 
+mod durability;
+mod file;
 mod memory;
 mod null;
+mod opened;
 mod stored;
+mod window;
 
+pub use file::{File, FileSettings};
 pub use memory::Memory;
 pub use null::Null;
 pub use stored::Stored;

@@ -65,8 +65,8 @@ impl Backend for Stored {
 #[async_trait]
 impl Local for Stored {
     async fn install(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        match self.bytes.capabilities().write_zeroes {
-            Some(zeroes) if is_zero(bytes) => zeroes.write_zeroes(offset, bytes.len() as u64).await,
+        match self.bytes.capabilities().trim {
+            Some(trim) if is_zero(bytes) => trim.trim(offset, bytes.len() as u64).await,
             _ => self.bytes.write_at(offset, bytes).await,
         }
     }

@@ -1,0 +1,131 @@
+//! Opening files and block devices for exactly one writer, with errors that say what is wrong.
+//!
+//! It neither reads nor writes a region's bytes.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use rustix::fs::{FlockOperation, OFlags, SeekFrom, flock, seek};
+
+/// A file or block device that is open and locked: exclusively by whoever writes, or together with other readers. The
+/// lock is advisory (`flock`), holds between processes and within one, and goes with the descriptor.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) file: fs::File,
+    pub(crate) path: PathBuf,
+    pub(crate) is_device: bool,
+}
+
+impl Opened {
+    /// Opens what exists.
+    pub(crate) fn existing(path: &Path, read_only: bool) -> Result<Self> {
+        // Without O_NONBLOCK a FIFO would wait here for its other end; it means nothing to files and block devices.
+        let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+        if !read_only && fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
+            // Refuses a device that is mounted or otherwise in use by the kernel.
+            flags |= OFlags::EXCL;
+        }
+        let flags = flags.bits().cast_signed();
+        let file = fs::OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
+        let file = file.map_err(|error| fault(Operation::Open, path, "cannot open", error))?;
+        let kind = metadata(&file, path)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = if kind.is_dir() { "is a directory, not a file" } else { "is no file and no block device" };
+            return Err(refusal(ErrorKind::InvalidInput, path, what));
+        }
+        let opened = Self { file, path: path.to_owned(), is_device: kind.is_block_device() };
+        opened.lock(read_only)?;
+        Ok(opened)
+    }
+
+    /// Makes a new, empty file that only `mode` (as in `chmod`, before the umask) may use. `None` if something is there
+    /// already.
+    pub(crate) fn new(path: &Path, mode: u32) -> Result<Option<Self>> {
+        let file = match fs::OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+            Err(error) => return Err(fault(Operation::Open, path, "cannot create", error)),
+        };
+        let opened = Self { file, path: path.to_owned(), is_device: false };
+        opened.lock(false)?;
+        Ok(Some(opened))
+    }
+
+    fn lock(&self, read_only: bool) -> Result<()> {
+        let operation = match read_only {
+            true => FlockOperation::NonBlockingLockShared,
+            false => FlockOperation::NonBlockingLockExclusive,
+        };
+        match flock(&self.file, operation) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let what = if read_only { "is being written by someone else" } else { "is in use by someone else" };
+                Err(refusal(ErrorKind::Conflict, &self.path, what))
+            }
+            Err(error) => Err(self.fault(Operation::Open, "cannot lock", error.into())),
+        }
+    }
+
+    /// The size in bytes, now.
+    pub(crate) fn size(&self) -> io::Result<u64> {
+        match self.is_device {
+            true => Ok(seek(&self.file, SeekFrom::End(0))?),
+            false => Ok(self.file.metadata()?.len()),
+        }
+    }
+
+    /// Fails with `UnexpectedEof` if a file has become shorter than `len`. A device cannot.
+    pub(crate) fn check_not_cut(&self, len: u64) -> io::Result<()> {
+        match self.is_device || self.file.metadata()?.len() >= len {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    /// Makes a new file's size, and its name in its directory, durable.
+    pub(crate) fn sync_name(&self) -> Result<()> {
+        self.file
+            .sync_all()
+            .and_then(|()| sync_directory(parent(&self.path)))
+            .map_err(|error| self.fault(Operation::Open, "cannot make durable", error))
+    }
+
+    /// What went wrong with this file.
+    pub(crate) fn fault(&self, operation: Operation, what: &str, error: io::Error) -> Error {
+        fault(operation, &self.path, what, error)
+    }
+}
+
+/// What the system said about the file at `path`, in one line.
+pub(crate) fn fault(operation: Operation, path: &Path, what: &str, error: io::Error) -> Error {
+    let what = match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the file is shorter than the region: it was truncated",
+        _ => what,
+    };
+    Error::from_io(operation, format!("{}: {what}", path.display()), error)
+}
+
+/// Why the file at `path` is not opened.
+pub(crate) fn refusal(kind: ErrorKind, path: &Path, what: impl std::fmt::Display) -> Error {
+    Error::new(kind, Operation::Open, format!("{} {what}", path.display()))
+}
+
+pub(crate) fn metadata(file: &fs::File, path: &Path) -> Result<fs::Metadata> {
+    file.metadata().map_err(|error| fault(Operation::Open, path, "cannot look at", error))
+}
+
+/// The directory that holds the name `path`.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes names in a directory durable.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    fs::File::open(path)?.sync_all()
+}
