@@ -44,28 +44,23 @@ impl PushPlan {
     pub fn round(&self, dirty: u64, now: Duration) -> Round {
         if now >= self.due {
             Round::Complete
-        } else if self.failures == 0 && self.is_pressing(dirty) {
+        } else if self.failures == 0 && dirty >= self.press_at() {
             Round::Budget
         } else {
             Round::Later(self.due)
         }
     }
 
-    /// Whether half of the budget is used up: pushing begins before writers have to wait.
+    /// The dirty bytes at which a round begins, half of the budget: pushing starts before writers have to wait.
     #[must_use]
-    pub fn is_pressing(&self, dirty: u64) -> bool {
-        dirty >= (self.budget / 2).max(1)
-    }
-
-    /// Whether the budget is used up: writers wait.
-    #[must_use]
-    pub fn is_exhausted(&self, dirty: u64) -> bool {
-        dirty >= self.budget
+    pub fn press_at(&self) -> u64 {
+        (self.budget / 2).max(1)
     }
 
     /// A round has ended at `now`. After a failure the next comes after a pause that grows, not at the next interval.
     pub fn round_ended(&mut self, round: Round, ok: bool, now: Duration) {
         if !ok {
+            // The pause is capped long before the shift is.
             let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(5)).min(LONGEST_PAUSE);
             self.failures = self.failures.saturating_add(1);
             self.due = now + pause;
@@ -95,6 +90,10 @@ impl PushPlan {
     /// It has ended.
     pub fn finish(&mut self, flight: Flight, ok: bool, now: Duration) {
         self.window.finish(flight, ok, now);
+        if ok {
+            // The remote is back, whoever found out: the budget counts again at once.
+            self.failures = 0;
+        }
     }
 
     /// What is under way.

@@ -53,7 +53,7 @@ mod pushes;
 mod tests;
 mod writes;
 
-pub use pulls::{Install, Need, Pull, Wait};
+pub use pulls::{Failed, Install, Need, Pull, Wait};
 pub use pushes::{NextPush, Push};
 pub use writes::{Begin, Write};
 

@@ -88,10 +88,12 @@ struct Inner {
     pull_wake: Notify,
     /// A pull has failed, or all are done.
     pull_news: Notify,
-    pull_failures: AtomicU64,
+    pull_failures: puller::Failures,
     /// Demand pulls that wait for the remote.
     demands: AtomicUsize,
     push_plan: Mutex<PushPlan>,
+    /// Dirty bytes at which the pusher is woken.
+    press_at: u64,
     push_wake: Notify,
     /// Dirty bytes have become fewer, or writes are refused from now on.
     room: Notify,
@@ -232,8 +234,9 @@ impl Inner {
             pull_plan: Mutex::new(pull_plan),
             pull_wake: Notify::new(),
             pull_news: Notify::new(),
-            pull_failures: AtomicU64::new(0),
+            pull_failures: puller::Failures::default(),
             demands: AtomicUsize::new(0),
+            press_at: push_plan.press_at(),
             push_plan: Mutex::new(push_plan),
             push_wake: Notify::new(),
             room: Notify::new(),
@@ -454,7 +457,7 @@ impl Inner {
     }
 
     fn changed(&self) {
-        if self.push_plan().is_pressing(self.table.unpushed_bytes()) {
+        if self.table.unpushed_bytes() >= self.press_at {
             self.push_wake.notify_one();
         }
         if self.table.is_complete() {
@@ -502,6 +505,12 @@ impl Inner {
         }
     }
 
+    fn is_readable_now(&self, offset: u64, len: u64) -> bool {
+        self.check_serving(Operation::Read).is_ok()
+            && check_range(Operation::Read, self.table.geometry().size(), offset, len).is_ok()
+            && self.table.is_valid(&(offset..offset + len))
+    }
+
     async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_serving(Operation::Read)?;
         check_range(Operation::Read, self.local.size(), offset, buf.len() as u64)?;
@@ -545,16 +554,10 @@ impl Backend for Cached {
         'b: 'c,
         Self: 'c,
     {
-        let inner = &self.inner;
-        match offset.checked_add(buf.len() as u64) {
-            Some(end) if end <= self.size() && inner.check_serving(Operation::Read).is_ok() => {
-                if inner.table.is_valid(&(offset..end)) {
-                    return inner.local.read_at(offset, buf);
-                }
-            }
-            _ => {}
+        if self.inner.is_readable_now(offset, buf.len() as u64) {
+            return self.inner.local.read_at(offset, buf);
         }
-        Box::pin(inner.read(offset, buf))
+        Box::pin(self.inner.read(offset, buf))
     }
 
     async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {

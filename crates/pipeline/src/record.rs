@@ -16,9 +16,10 @@ pub enum Recorded {
 
 /// A durable table of block states. Blocks that it says nothing about are absent.
 ///
-/// Order is what makes it safe: `Dirty` is recorded before the block's bytes change; `Clean` is recorded after pulled
-/// bytes are in place, or after the remote has flushed what was pushed. Calls are short and synchronous: they go to the
-/// page cache, which a killed process leaves behind whole.
+/// Order is what makes it safe: `Dirty` is recorded before the bytes of a present block change, and for an absent block
+/// after the bytes that make it present are in place (a crash in between leaves it absent, never half written and
+/// present); `Clean` is recorded after pulled bytes are in place, or after the remote has flushed what was pushed. Calls
+/// are short and synchronous: they go to the page cache, which a killed process leaves behind whole.
 #[async_trait]
 pub trait StateRecord: Send + Sync + 'static {
     /// Gives every run of blocks that is present to `visit`, with its state, in ascending order.

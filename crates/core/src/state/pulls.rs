@@ -22,7 +22,7 @@ struct RunState {
     /// Every chunk before this one has ended.
     next: u64,
     /// Those of them that failed.
-    failed: Vec<(Range<u64>, Error)>,
+    failed: Vec<Failed>,
     /// The rest was given up.
     abandoned: bool,
     wakers: Vec<Waker>,
@@ -37,6 +37,21 @@ impl Run {
     /// The chunks that have not ended.
     fn open(&self) -> Range<u64> {
         lock(&self.state).next..self.chunks.end
+    }
+}
+
+/// Chunks that could not be had.
+#[derive(Debug, Clone)]
+pub struct Failed {
+    /// Which.
+    pub chunks: Range<u64>,
+    /// Why.
+    pub error: Error,
+}
+
+impl Failed {
+    fn overlaps(&self, chunks: &Range<u64>) -> bool {
+        self.chunks.start < chunks.end && chunks.start < self.chunks.end
     }
 }
 
@@ -213,7 +228,7 @@ impl Pull {
             let mut state = lock(&self.run.state);
             state.next = ended.end;
             if let Err(error) = result {
-                state.failed.push((ended, error));
+                state.failed.push(Failed { chunks: ended, error });
             }
             std::mem::take(&mut state.wakers)
         };
@@ -325,13 +340,12 @@ impl Wait {
 }
 
 impl Future for Wait {
-    type Output = Option<Result<()>>;
+    type Output = Option<Result<(), Failed>>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = lock(&self.run.state);
-        let overlaps = |failed: &Range<u64>| failed.start < self.chunks.end && self.chunks.start < failed.end;
-        if let Some((_, error)) = state.failed.iter().find(|(failed, _)| overlaps(failed)) {
-            return Poll::Ready(Some(Err(error.clone())));
+        if let Some(failed) = state.failed.iter().find(|failed| failed.overlaps(&self.chunks)) {
+            return Poll::Ready(Some(Err(failed.clone())));
         }
         if state.next >= self.chunks.end {
             return Poll::Ready(Some(Ok(())));

@@ -6,14 +6,14 @@
 
 use std::ops::Range;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use r3map_core::pull::{Next, Workers};
-use r3map_core::state::{Need, Pull, Wait};
+use r3map_core::state::{Failed, Need, Pull, Wait};
 use r3map_core::window::Flight;
 use r3map_core::{Error, ErrorKind, Operation, ReadPieces, Result};
 
@@ -25,6 +25,31 @@ use crate::InstallNow;
 pub(super) struct Pulled {
     failed: Vec<Range<u64>>,
     error: Option<Error>,
+}
+
+/// Background pulls that have failed: how many, and why the last one did.
+#[derive(Default)]
+pub(super) struct Failures(Mutex<(u64, Option<Error>)>);
+
+impl Failures {
+    fn count(&self) -> u64 {
+        self.lock().0
+    }
+
+    fn add(&self, error: &Error) {
+        let mut failures = self.lock();
+        *failures = (failures.0 + 1, Some(error.clone()));
+    }
+
+    /// The last error, if there was one after the first `seen`.
+    fn since(&self, seen: u64) -> Option<Error> {
+        let failures = self.lock();
+        failures.1.clone().filter(|_| failures.0 > seen)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (u64, Option<Error>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A demand pull that waits for the remote, counted so that the background leaves it room.
@@ -75,9 +100,8 @@ impl Inner {
     pub(super) async fn demand(self: &Arc<Self>, bytes: Range<u64>) -> Result<()> {
         while !self.table.is_valid(&bytes) {
             self.check_serving(Operation::Read)?;
-            if let Err((chunks, error)) = self.demand_missing(&bytes).await {
-                let range = self.table.geometry().chunks_range(&chunks);
-                self.local.fail(range.clone(), &error);
+            if let Err(Failed { chunks, error }) = self.demand_missing(&bytes).await {
+                self.local.fail(self.table.geometry().chunks_range(&chunks), &error);
                 return Err(error);
             }
         }
@@ -85,7 +109,7 @@ impl Inner {
     }
 
     /// Starts pulls for everything missing, side by side, and waits for all of them and for those of others.
-    async fn demand_missing(self: &Arc<Self>, bytes: &Range<u64>) -> Result<(), (Range<u64>, Error)> {
+    async fn demand_missing(self: &Arc<Self>, bytes: &Range<u64>) -> Result<(), Failed> {
         let geometry = self.table.geometry();
         let longest = (DEMAND_REQUEST.min(self.request_limit) / geometry.chunk_size().bytes()).max(1);
         let mut rest = bytes.clone();
@@ -102,10 +126,8 @@ impl Inner {
                     let chunks = pull.chunks();
                     rest.start = geometry.chunks_range(&chunks).end;
                     self.pull_plan_demanded(&chunks);
-                    match self.start_demand(pull).await {
-                        Ok(None) => {}
-                        Ok(Some(wait)) => waits.push((wait, true)),
-                        Err(error) => return Err((chunks, error)),
+                    if let Some(wait) = self.start_demand(pull).await? {
+                        waits.push((wait, true));
                     }
                 }
             }
@@ -113,9 +135,9 @@ impl Inner {
         for (wait, own) in waits {
             let chunks = wait.chunks();
             match wait.await {
-                Some(Err(error)) => return Err((chunks, error)),
-                None if own => return Err((chunks, self.given_up())),
-                Some(Ok(())) | None => {}
+                Some(result) => result?,
+                None if own => return Err(Failed { chunks, error: self.given_up() }),
+                None => {}
             }
         }
         Ok(())
@@ -136,8 +158,9 @@ impl Inner {
     }
 
     /// Polls a pull once; if that does not complete it, it goes on in a task, and what to wait for is answered.
-    async fn start_demand(self: &Arc<Self>, pull: Pull) -> Result<Option<Wait>> {
+    async fn start_demand(self: &Arc<Self>, pull: Pull) -> Result<Option<Wait>, Failed> {
         let wait = pull.wait();
+        let chunks = wait.chunks();
         let mut work: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.clone().do_demand(pull));
         if poll_once(&self.runtime, &mut work).await.is_pending() {
             let demand = Demand::new(self.clone());
@@ -149,7 +172,7 @@ impl Inner {
         }
         match wait.now_or_never() {
             Some(Some(result)) => result.map(|()| None),
-            _ => Err(self.given_up()),
+            _ => Err(Failed { chunks, error: self.given_up() }),
         }
     }
 
@@ -274,14 +297,14 @@ impl Inner {
         under_way.end(&pulled);
         if let Some(error) = &pulled.error {
             self.report.failed(error);
-            self.pull_failures.fetch_add(1, Ordering::SeqCst);
+            self.pull_failures.add(error);
             self.pull_news.notify_waiters();
         }
     }
 
     /// Waits until everything is local.
     pub(super) async fn pulled(&self) -> Result<()> {
-        let failures = self.pull_failures.load(Ordering::SeqCst);
+        let seen = self.pull_failures.count();
         loop {
             let mut news = pin!(self.pull_news.notified());
             news.as_mut().enable();
@@ -295,10 +318,8 @@ impl Inner {
                 let message = "background pulling is off, so the region will not be pulled as a whole";
                 return Err(Error::new(ErrorKind::InvalidInput, Operation::Read, message));
             }
-            if self.pull_failures.load(Ordering::SeqCst) != failures {
-                if let Some(error) = self.report.last_error() {
-                    return Err(error);
-                }
+            if let Some(error) = self.pull_failures.since(seen) {
+                return Err(error);
             }
             news.await;
         }

@@ -41,9 +41,7 @@ impl Inner {
         match self.settings.durability {
             Durability::Local => {
                 self.collect()?;
-                self.flush_local().await?;
-                self.push_wake.notify_one();
-                Ok(())
+                self.flush_local().await
             }
             Durability::Remote => self.flush_folded().await,
         }
@@ -195,17 +193,20 @@ impl Inner {
 
     /// Pushes in the background.
     pub(super) async fn run_pusher(self: Arc<Self>) {
-        let mut collected = self.now();
+        let mut next_collect = self.settings.push.collect_interval;
         loop {
-            let again = self.next_round_in(collected);
+            let again = self.next_round_in(next_collect);
             tokio::select! {
                 () = self.push_wake.notified() => {}
                 () = tokio::time::sleep(again) => {}
             }
             let mut result = Ok(());
-            if self.local.written().is_some() && self.now() >= collected + self.settings.push.collect_interval {
+            let began = self.now();
+            if self.local.written().is_some() && began >= next_collect {
                 result = self.collect();
-                collected = self.now();
+                // A search of a very large mapping takes long: it must not become all that is done.
+                let took = self.now() - began;
+                next_collect = self.now() + self.settings.push.collect_interval.max(took * 20);
             }
             let round = self.push_plan().round(self.table.unpushed_bytes(), self.now());
             if let Err(error) = result.and(self.background_round(round).await) {
@@ -215,14 +216,14 @@ impl Inner {
     }
 
     /// When to look again at the latest.
-    fn next_round_in(&self, collected: Duration) -> Duration {
+    fn next_round_in(&self, next_collect: Duration) -> Duration {
         let now = self.now();
         let mut due = match self.push_plan().round(self.table.unpushed_bytes(), now) {
             Round::Later(due) => due,
             Round::Budget | Round::Complete => now,
         };
         if self.local.written().is_some() {
-            due = due.min(collected + self.settings.push.collect_interval);
+            due = due.min(next_collect);
         }
         due.saturating_sub(now)
     }

@@ -47,7 +47,7 @@ impl Report {
         }
     }
 
-    pub(super) fn last_error(&self) -> Option<Error> {
+    fn last_error(&self) -> Option<Error> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -71,19 +71,22 @@ impl Inner {
 
     /// Publishes how things stand now.
     pub(super) fn publish(&self) {
-        let (pulling_bytes, pushing_bytes) =
-            (self.pull_plan().window().in_flight(), self.push_plan().window().in_flight());
-        self.report.sender.send_replace(Progress {
+        // Looked at under the channel's lock, so that an older look never replaces a newer one.
+        self.report.sender.send_modify(|progress| *progress = self.look());
+    }
+
+    fn look(&self) -> Progress {
+        Progress {
             size: self.table.geometry().size(),
             valid_bytes: self.table.valid_bytes(),
             pulled: self.table.is_complete(),
             dirty_bytes: self.table.unpushed_bytes(),
             pulled_bytes: self.report.pulled_bytes.load(Ordering::Relaxed),
             pushed_bytes: self.report.pushed_bytes.load(Ordering::Relaxed),
-            pulling_bytes,
-            pushing_bytes,
+            pulling_bytes: self.pull_plan().window().in_flight(),
+            pushing_bytes: self.push_plan().window().in_flight(),
             phase: self.phase(),
             last_error: self.report.last_error(),
-        });
+        }
     }
 }

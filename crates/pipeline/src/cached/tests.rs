@@ -1,6 +1,8 @@
 //! The managed region through its public face: against the contract, a model, faults, races that a test stops at chosen
 //! points, and restarts.
 
+#![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small")]
+
 mod fakes;
 mod promises;
 mod restarts;

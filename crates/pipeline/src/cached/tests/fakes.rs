@@ -113,7 +113,7 @@ impl InstallNow for Side {
     fn install_now(&self, offset: u64, piece: Piece<'_>) -> Result<()> {
         self.note_install()?;
         assert_eq!(offset % 4096, 0, "installed ranges begin at blocks");
-        assert!(piece.len() % 4096 == 0 || offset + piece.len() == self.size(), "and end there");
+        assert!(piece.len().is_multiple_of(4096) || offset + piece.len() == self.size(), "and end there");
         let vector = self.vector.as_ref().unwrap();
         match piece {
             Piece::Data(bytes) => vector.put(offset, bytes),
