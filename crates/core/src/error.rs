@@ -226,6 +226,16 @@ impl Error {
         &self.0.message
     }
 
+    /// The message and the source, without operation, range and kind: what to tell somebody who knows these already,
+    /// such as the other side of a connection.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match &self.0.source {
+            Some(source) => format!("{}: {source}", self.0.message),
+            None => self.0.message.clone(),
+        }
+    }
+
     /// The errno for kernel interfaces; see [`ErrorKind::errno`].
     #[must_use]
     pub fn errno(&self) -> i32 {
@@ -275,6 +285,7 @@ mod tests {
         .at(4096, 512);
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert_eq!(error.errno(), 5);
+        assert_eq!(error.reason(), "the file is shorter than the region: unexpected end of file");
         assert_eq!(
             error.to_string(),
             "read of 512 bytes at 4096: the file is shorter than the region (corrupt): unexpected end of file"

@@ -1,1 +1,58 @@
-//! Stub.
+//! The gRPC transport of r3map: [`Server`] serves any [`Backend`](r3map_core::Backend), and [`Client`] is one whose
+//! bytes are at a server.
+//!
+//! Two services are spoken. Our own, `r3map.region.v1.Region`, knows size and chunk size, answers several reads in one
+//! round trip, leaves zeros out, checks every chunk and every write with a checksum, and notices a restarted server.
+//! The other, `com.pojtinger.felicitas.r3map.mount.v1.Backend`, is that of the r3map programs written in Go: a server
+//! answers it too, and a client falls back to it.
+//!
+//! HTTP/2 is hyper's, messages are prost's, statuses are tonic's. The few lines of gRPC between them (one message per
+//! request and per reply) are in `message` and `exchange` here rather than tonic's, because tonic's codecs gather each
+//! message in one more buffer on either side, and receive the whole of a request before anybody is asked whether there
+//! is room for it.
+//!
+//! There is no retrying here and no time-out per call, which the retry stage has, and no TLS: bind to loopback or a
+//! Unix socket, or tunnel.
+
+mod client;
+mod exchange;
+mod message;
+mod rope;
+mod server;
+mod status;
+mod stream;
+mod target;
+
+pub use client::{Client, ClientSettings, GoRegion};
+pub use server::{Server, ServerSettings};
+pub use target::Target;
+
+/// Generated from `proto/`.
+mod proto {
+    #[allow(missing_docs, unreachable_pub, clippy::all)]
+    pub(crate) mod region {
+        include!(concat!(env!("OUT_DIR"), "/messages/r3map.region.v1.rs"));
+    }
+    #[allow(missing_docs, unreachable_pub, clippy::all)]
+    pub(crate) mod go {
+        include!(concat!(env!("OUT_DIR"), "/messages/com.pojtinger.felicitas.r3map.mount.v1.rs"));
+    }
+}
+
+/// The version of the region service that this crate speaks; `region.proto` has the rule.
+pub(crate) const VERSION: (u32, u32) = (1, 0);
+
+/// Paths of the methods.
+mod path {
+    pub(crate) const DESCRIBE: &str = "/r3map.region.v1.Region/Describe";
+    pub(crate) const READ: &str = "/r3map.region.v1.Region/Read";
+    pub(crate) const WRITE: &str = "/r3map.region.v1.Region/Write";
+    pub(crate) const FLUSH: &str = "/r3map.region.v1.Region/Flush";
+    pub(crate) const TRIM: &str = "/r3map.region.v1.Region/Trim";
+    pub(crate) const WRITE_ZEROES: &str = "/r3map.region.v1.Region/WriteZeroes";
+    pub(crate) const EXTENTS: &str = "/r3map.region.v1.Region/Extents";
+
+    pub(crate) const GO_READ_AT: &str = "/com.pojtinger.felicitas.r3map.mount.v1.Backend/ReadAt";
+    pub(crate) const GO_WRITE_AT: &str = "/com.pojtinger.felicitas.r3map.mount.v1.Backend/WriteAt";
+    pub(crate) const GO_SYNC: &str = "/com.pojtinger.felicitas.r3map.mount.v1.Backend/Sync";
+}

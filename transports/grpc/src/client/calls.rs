@@ -1,0 +1,267 @@
+//! The calls of both protocols: from arguments to messages, and from replies to results.
+//!
+//! It does not cut requests; whoever calls keeps to what the server takes.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use r3map_core::{Error, ErrorKind, Extent, ExtentKind, Operation, Result};
+use tokio::runtime::Handle;
+
+use crate::client::ClientSettings;
+use crate::client::facts::{Facts, Protocol, SMALL};
+use crate::client::fetched::Fetched;
+use crate::client::links::{Links, OpenLink};
+use crate::client::unflushed::Unflushed;
+use crate::message::{self, Malformed};
+use crate::path;
+use crate::proto::{go, region};
+use crate::rope::Rope;
+use crate::target::Target;
+
+/// Calls to one server.
+#[derive(Debug)]
+pub(crate) struct Calls {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    links: Links,
+    protocol: Protocol,
+    unflushed: Unflushed,
+}
+
+impl Calls {
+    pub(crate) async fn open(target: Target, settings: ClientSettings) -> Result<(Self, Facts)> {
+        let (links, facts) = Links::open(target, settings).await?;
+        let shared = Shared { links, protocol: facts.protocol, unflushed: Unflushed::default() };
+        Ok((Self { shared: Arc::new(shared) }, facts))
+    }
+
+    pub(crate) fn target(&self) -> &Target {
+        self.shared.links.target()
+    }
+
+    /// Reads ranges (offset and length). A Go server takes one.
+    pub(crate) async fn read(&self, ranges: &[(u64, u64)]) -> Result<Fetched> {
+        match (self.shared.protocol, ranges) {
+            (Protocol::Go, &[(offset, len)]) => self.shared.go_read(offset, len).await,
+            (Protocol::Go, _) => Err(Error::new(ErrorKind::InvalidInput, Operation::Read, "one range at a time")),
+            (Protocol::Region { .. }, _) => self.shared.region_read(ranges).await,
+        }
+    }
+
+    /// Writes. The bytes are copied at once, so that the call does not end with the caller's buffer.
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> impl Future<Output = Result<()>> + Send + use<> {
+        let (shared, bytes) = (self.shared.clone(), Bytes::copy_from_slice(bytes));
+        let len = bytes.len() as u64;
+        async move {
+            let result = match shared.protocol {
+                Protocol::Region { .. } => shared.region_write(offset, bytes).await,
+                Protocol::Go => shared.go_write(offset, bytes).await,
+            };
+            result.map_err(|error| error.at(offset, len))
+        }
+    }
+
+    /// Trims or writes zeros.
+    pub(crate) fn release(
+        &self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+    ) -> impl Future<Output = Result<()>> + Send + use<> {
+        let shared = self.shared.clone();
+        let path = if operation == Operation::Trim { path::TRIM } else { path::WRITE_ZEROES };
+        async move {
+            let link = shared.links.first(operation).await?;
+            let request = message::encode(&region::RangeRequest { offset, length });
+            let reply: Result<region::WriteReply> = shared.small(&link, operation, path, request).await;
+            shared.written(operation, reply).map_err(|error| error.at(offset, length))
+        }
+    }
+
+    pub(crate) async fn flush(&self) -> Result<()> {
+        self.shared.flush().await
+    }
+
+    pub(crate) async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>> {
+        let link = self.shared.links.first(Operation::Extents).await?;
+        let request = message::encode(&region::RangeRequest { offset, length });
+        let reply: region::ExtentsReply = self.shared.small(&link, Operation::Extents, path::EXTENTS, request).await?;
+        extents(&reply, offset, length).ok_or_else(|| {
+            let message = format!("{} answered with extents that do not fit the request", self.target());
+            Error::new(ErrorKind::Corrupt, Operation::Extents, message).at(offset, length)
+        })
+    }
+
+    /// Polls `call`, and lets it go on in the background if the future that this returns is dropped before its end.
+    pub(crate) fn to_the_end<T: Send + 'static>(&self, call: impl Future<Output = T> + Send + 'static) -> ToTheEnd<T> {
+        ToTheEnd { call: Some(Box::pin(call)), runtime: self.shared.links.runtime().clone() }
+    }
+}
+
+impl Shared {
+    async fn region_read(&self, ranges: &[(u64, u64)]) -> Result<Fetched> {
+        let ranges: Vec<_> = ranges.iter().map(|&(offset, length)| region::Range { offset, length }).collect();
+        let asked: u64 = ranges.iter().map(|range| range.length).sum();
+        // A run of at most 20 bytes for every 4 KiB and at each end of every range.
+        let rest = SMALL + usize::try_from(asked / 64).unwrap_or(usize::MAX) + 64 * ranges.len();
+        let limit = rest + usize::try_from(asked).unwrap_or(usize::MAX);
+        let first = ranges.first().map_or(0, |range| range.offset);
+        let request = message::encode(&region::ReadRequest { ranges });
+        let (reply, data) =
+            self.bulk::<region::ReadReply>(path::READ, request, rest, limit).await.map_err(|e| e.at(first, asked))?;
+        Ok(Fetched::with_checksums(reply.runs, data))
+    }
+
+    async fn go_read(&self, offset: u64, len: u64) -> Result<Fetched> {
+        let length = i32::try_from(len).unwrap_or(i32::MAX);
+        let request = message::encode(&go::ReadAtArgs { length, off: offset.cast_signed() });
+        let limit = SMALL + usize::try_from(len).unwrap_or(usize::MAX);
+        let (reply, data) = self
+            .bulk::<go::ReadAtReply>(path::GO_READ_AT, request, SMALL, limit)
+            .await
+            .map_err(|error| error.at(offset, len))?;
+        if reply.n != length || data.len() as u64 != len {
+            let message = format!("{} sent {} bytes, {} of them read", self.links.target(), data.len(), reply.n);
+            return Err(Error::new(ErrorKind::Corrupt, Operation::Read, message).at(offset, len));
+        }
+        Ok(Fetched::plain(data))
+    }
+
+    async fn bulk<M: message::Bulk>(
+        &self,
+        path: &'static str,
+        request: Rope,
+        rest: usize,
+        limit: usize,
+    ) -> Result<(M, Rope)> {
+        let open = self.links.next(Operation::Read).await?;
+        let reply = open.link.call(path, request, limit).await;
+        let reply = reply.map_err(|error| error.into_error(Operation::Read, self.links.target()))?;
+        message::decode_bulk(reply, rest).map_err(|why| self.malformed(Operation::Read, why))
+    }
+
+    /// A call whose reply carries no data.
+    async fn small<M: prost::Message + Default>(
+        &self,
+        open: &OpenLink,
+        operation: Operation,
+        path: &'static str,
+        request: Rope,
+    ) -> Result<M> {
+        let reply = open.link.call(path, request, SMALL).await;
+        let reply = reply.map_err(|error| error.into_error(operation, self.links.target()))?;
+        message::decode(reply.into_bytes()).map_err(|why| self.malformed(operation, why))
+    }
+
+    async fn region_write(&self, offset: u64, bytes: Bytes) -> Result<()> {
+        let link = self.links.first(Operation::Write).await?;
+        let head = region::WriteRequest { offset, crc32c: crc32c::crc32c(&bytes), data: Bytes::new() };
+        let request = message::encode_bulk(&head, bytes.into());
+        let reply: Result<region::WriteReply> = self.small(&link, Operation::Write, path::WRITE, request).await;
+        self.written(Operation::Write, reply)
+    }
+
+    fn written(&self, operation: Operation, reply: Result<region::WriteReply>) -> Result<()> {
+        let instance = self.instance(operation, &reply?.instance)?;
+        self.unflushed.written(instance);
+        Ok(())
+    }
+
+    async fn go_write(&self, offset: u64, bytes: Bytes) -> Result<()> {
+        let link = self.links.first(Operation::Write).await?;
+        let len = bytes.len();
+        let head = go::WriteAtArgs { off: offset.cast_signed(), p: Bytes::new() };
+        let request = message::encode_bulk(&head, bytes.into());
+        let reply: go::WriteAtReply = self.small(&link, Operation::Write, path::GO_WRITE_AT, request).await?;
+        if i64::from(reply.length) != len as i64 {
+            let message = format!("{} wrote {} of {len} bytes", self.links.target(), reply.length);
+            return Err(Error::new(ErrorKind::Corrupt, Operation::Write, message));
+        }
+        self.unflushed.written(link.serial);
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let mark = self.unflushed.mark();
+        let link = self.links.first(Operation::Flush).await?;
+        let instance = match self.protocol {
+            Protocol::Region { .. } => {
+                let request = message::encode(&region::FlushRequest {});
+                let reply: region::FlushReply = self.small(&link, Operation::Flush, path::FLUSH, request).await?;
+                self.instance(Operation::Flush, &reply.instance)?
+            }
+            Protocol::Go => {
+                let request = message::encode(&go::SyncArgs {});
+                let _: go::SyncReply = self.small(&link, Operation::Flush, path::GO_SYNC, request).await?;
+                link.serial
+            }
+        };
+        if self.unflushed.flushed(&mark, instance) {
+            return Ok(());
+        }
+        let what = match self.protocol {
+            Protocol::Region { .. } => "the server restarted since these writes",
+            Protocol::Go => "the connection broke since these writes, so the server may have restarted",
+        };
+        let message = format!("{}: {what}: they may be lost, write them again", self.links.target());
+        Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
+    }
+
+    fn instance(&self, operation: Operation, bytes: &Bytes) -> Result<u128> {
+        let bytes = bytes.as_ref().try_into();
+        bytes.map(u128::from_be_bytes).map_err(|_| self.malformed(operation, Malformed("no instance of the server")))
+    }
+
+    fn malformed(&self, operation: Operation, why: Malformed) -> Error {
+        let message = format!("{} answered with {}", self.links.target(), why.0);
+        Error::new(ErrorKind::Corrupt, operation, message)
+    }
+}
+
+fn extents(reply: &region::ExtentsReply, offset: u64, length: u64) -> Option<Vec<Extent>> {
+    let end = offset + length;
+    let mut at = offset;
+    let mut extents = Vec::with_capacity(reply.extents.len());
+    for extent in &reply.extents {
+        let next = at.checked_add(extent.length).filter(|next| (at + 1..=end).contains(next))?;
+        let kind = if extent.hole { ExtentKind::Hole } else { ExtentKind::Data };
+        extents.push(Extent { range: at..next, kind });
+        at = next;
+    }
+    (at > offset || length == 0).then_some(extents)
+}
+
+type Call<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// A call that goes on without its caller.
+pub(crate) struct ToTheEnd<T: Send + 'static> {
+    call: Option<Call<T>>,
+    runtime: Handle,
+}
+
+impl<T: Send + 'static> Future for ToTheEnd<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let Some(call) = &mut self.call else { return Poll::Pending };
+        let result = call.as_mut().poll(context);
+        if result.is_ready() {
+            self.call = None;
+        }
+        result
+    }
+}
+
+impl<T: Send + 'static> Drop for ToTheEnd<T> {
+    fn drop(&mut self) {
+        if let Some(call) = self.call.take() {
+            self.runtime.spawn(call);
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! A region at a server, as a backend.
+//!
+//! `Client` cuts requests to what the server takes and gives out what comes back; `calls` has the two protocols, `links`
+//! the connections.
+
+mod calls;
+mod facts;
+mod fetched;
+mod link;
+mod links;
+mod unflushed;
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use r3map_core::{
+    Access, Backend, Capabilities, ChunkSize, Error, ErrorKind, Extent, Extents, Operation, Piece, RangeGuard,
+    RangeLock, ReadMany, ReadOp, ReadPieces, Result, Trim, WriteZeroes, check_range,
+};
+
+use crate::target::Target;
+use calls::Calls;
+use facts::{Facts, Protocol};
+
+pub(crate) use links::random;
+
+/// Requests of one call that are under way at once, where the call is too long for one request.
+const PARTS_IN_FLIGHT: usize = 4;
+/// The most bytes in a part of a call that is cut: enough to fill a pipe, four times, and not much memory.
+const PART: u64 = 4 << 20;
+
+/// How a [`Client`] connects. Plain data.
+#[derive(Debug, Clone)]
+pub struct ClientSettings {
+    /// How long connecting may take in all: the name, the socket, and the server's first answer. 10 s.
+    pub connect_timeout: Duration,
+    /// When nothing was received for so long, the server is asked for a sign of life; when that does not come for as
+    /// long again, the connection is given up and its calls fail. 5 s. Go servers, which do not stand for it, are left
+    /// to TCP, which notices a host that is gone within 30 s, but not a program that hangs.
+    pub keep_alive: Duration,
+    /// Connections for reads. One; more cost the server a thread's work each and help only where a single one is not
+    /// fast enough. Go servers get one.
+    pub connections: NonZeroUsize,
+    /// What a Go server cannot tell. Without it a Go server is refused; with it other servers are not affected.
+    pub go: Option<GoRegion>,
+}
+
+/// The region of a server that speaks only the Go programs' protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GoRegion {
+    /// Its size in bytes. The Go server must have been told the same.
+    pub size: u64,
+    /// Its chunk size. Likewise.
+    pub chunk_size: ChunkSize,
+}
+
+impl Default for ClientSettings {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            keep_alive: Duration::from_secs(5),
+            connections: NonZeroUsize::MIN,
+            go: None,
+        }
+    }
+}
+
+/// A region at a server. Reads of any length are cut to what the server takes; each byte that is given out agreed with
+/// its checksum (except from a Go server, which sends none).
+///
+/// It connects again by itself when a call finds no connection. Calls that were under way when a connection broke fail
+/// with `Unavailable`: whether a write among them was done is unknown. What a call does is never overtaken: a write
+/// that was given up (its future dropped) goes on in the background, and later writes to the same bytes wait for its
+/// end; over a new connection the server first ends what is left of the old one.
+///
+/// `flush` fails with `Conflict`, once, when the server restarted since writes that it is to make durable: these may
+/// be lost and must be written again. A Go server cannot tell that it restarted, so there every lost connection counts.
+///
+/// A server that comes back with another region (size, chunk size, or identity) is refused with `Conflict`.
+#[derive(Debug)]
+pub struct Client {
+    calls: Arc<Calls>,
+    facts: Facts,
+    writes: RangeLock,
+}
+
+impl Client {
+    /// Connects to a server and asks what region it has.
+    ///
+    /// The connections are driven by tasks on the current tokio runtime, now and after they broke; calls may be made
+    /// from any thread. That runtime must never wait for memory that this region fills: if its threads can fault on a
+    /// slice that is mapped from this client, use a runtime of its own.
+    ///
+    /// # Errors
+    /// `Unavailable` if nobody answers (in time), naming the target; `InvalidInput` for a server of another major
+    /// version, one that serves no region, or a Go server without [`ClientSettings::go`]; `Corrupt` for one that
+    /// speaks something else.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn connect(target: Target, settings: ClientSettings) -> Result<Self> {
+        let (calls, facts) = Calls::open(target, settings).await?;
+        Ok(Self { calls: Arc::new(calls), facts, writes: RangeLock::new() })
+    }
+
+    /// Where the server is.
+    #[must_use]
+    pub fn target(&self) -> &Target {
+        self.calls.target()
+    }
+
+    /// Cuts a range into what fits one request, at multiples of the chunk size where that is possible.
+    fn parts(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + Send + use<> {
+        let chunk = self.facts.geometry.chunk_size().bytes();
+        let limit = self.facts.max_request.min(PART.max(chunk));
+        let unit = if limit >= chunk { chunk } else { 1 };
+        let mut at = range.start;
+        std::iter::from_fn(move || {
+            let start = at;
+            at = range.end.min((start + limit) / unit * unit);
+            (start < range.end).then_some(start..at)
+        })
+    }
+
+    async fn fetch(&self, range: Range<u64>) -> Result<(Range<u64>, fetched::Fetched)> {
+        let fetched = self.calls.read(&[(range.start, range.end - range.start)]).await?;
+        Ok((range, fetched))
+    }
+
+    /// Calls something that changes `range`, to its end even if the caller does not wait for it.
+    async fn change<F>(&self, guard: Arc<RangeGuard>, call: F) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let call = async move {
+            let result = call.await;
+            drop(guard);
+            result
+        };
+        self.calls.to_the_end(call).await
+    }
+
+    fn check(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
+        check_range(operation, self.size(), offset, len)
+    }
+
+    /// The same for what changes something.
+    fn check_change(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
+        self.check(operation, offset, len)?;
+        match self.facts.read_only {
+            true => {
+                let message = format!("{} serves the region read-only", self.target());
+                Err(Error::new(ErrorKind::Denied, operation, message).at(offset, len))
+            }
+            false => Ok(()),
+        }
+    }
+}
+
+fn fill(buf: &mut [u8], start: u64) -> impl for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send + use<'_> {
+    move |offset, piece| {
+        let at = usize::try_from(offset - start).unwrap_or(usize::MAX);
+        match piece {
+            Piece::Data(bytes) => buf[at..at + bytes.len()].copy_from_slice(bytes),
+            Piece::Zeroes(len) => buf[at..at + usize::try_from(len).unwrap_or(usize::MAX)].fill(0),
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Backend for Client {
+    fn size(&self) -> u64 {
+        self.facts.geometry.size()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        let chunk = self.facts.geometry.chunk_size();
+        Capabilities {
+            read_only: self.facts.read_only,
+            access: if self.facts.whole_chunks { Access::WholeChunks(chunk) } else { Access::Any },
+            max_request: None,
+            preferred_chunk: Some(chunk),
+            pieces: Some(self),
+            read_many: self.facts.is_ours().then_some(self),
+            trim: self.facts.trim.then_some(self),
+            write_zeroes: self.facts.write_zeroes.then_some(self),
+            extents: self.facts.extents.then_some(self),
+        }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_pieces(offset, buf.len() as u64, &mut fill(buf, offset)).await
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        self.check_change(Operation::Write, offset, len)?;
+        let guard = Arc::new(self.writes.lock(offset..offset + len).await);
+        stream::iter(self.parts(offset..offset + len).map(Ok))
+            .try_for_each_concurrent(PARTS_IN_FLIGHT, |part| {
+                let at = usize::try_from(part.start - offset).unwrap_or(usize::MAX);
+                let bytes = &buf[at..at + usize::try_from(part.end - part.start).unwrap_or(usize::MAX)];
+                self.change(guard.clone(), self.calls.write(part.start, bytes))
+            })
+            .await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.calls.flush().await
+    }
+}
+
+#[async_trait]
+impl ReadPieces for Client {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
+    ) -> Result<()> {
+        self.check(Operation::Read, offset, len)?;
+        let parts = stream::iter(self.parts(offset..offset + len));
+        let mut fetched = parts.map(|part| self.fetch(part)).buffered(PARTS_IN_FLIGHT);
+        while let Some((part, fetched)) = fetched.try_next().await? {
+            fetched.lend([(part.start, part.end - part.start)], visit)?;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl ReadMany for Client {
+    async fn read_many(&self, reads: &mut [ReadOp<'_>]) -> Result<()> {
+        for read in reads.iter() {
+            self.check(Operation::Read, read.offset, read.buf.len() as u64)?;
+        }
+        let mut at = 0;
+        while at < reads.len() {
+            let end = at + self.batch(&reads[at..]);
+            match &mut reads[at..end] {
+                [read] => self.read_at(read.offset, read.buf).await?,
+                batch => self.read_batch(batch).await?,
+            }
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+impl Client {
+    /// How many of the first reads fit one request; one if not even that does, which `read_at` cuts.
+    fn batch(&self, reads: &[ReadOp<'_>]) -> usize {
+        let Protocol::Region { max_ranges } = self.facts.protocol else { return 1 };
+        let mut room = self.facts.max_request;
+        let mut count = 0;
+        for read in reads.iter().take(max_ranges) {
+            match room.checked_sub(read.buf.len() as u64) {
+                Some(left) => room = left,
+                None => break,
+            }
+            count += 1;
+        }
+        count.max(1)
+    }
+
+    /// Does reads that fit one request.
+    async fn read_batch(&self, batch: &mut [ReadOp<'_>]) -> Result<()> {
+        let ranges: Vec<_> = batch.iter().map(|read| (read.offset, read.buf.len() as u64)).collect();
+        let fetched = self.calls.read(&ranges).await?;
+        let (mut current, mut filled) = (0, 0);
+        fetched.lend(ranges, &mut |_, piece| {
+            let len = usize::try_from(piece.len()).unwrap_or(usize::MAX);
+            while filled == batch[current].buf.len() {
+                (current, filled) = (current + 1, 0);
+            }
+            let into = &mut batch[current].buf[filled..filled + len];
+            match piece {
+                Piece::Data(bytes) => into.copy_from_slice(bytes),
+                Piece::Zeroes(_) => into.fill(0),
+            }
+            filled += len;
+            Ok(())
+        })
+    }
+}
+
+#[async_trait]
+impl Trim for Client {
+    async fn trim(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_change(Operation::Trim, offset, len)?;
+        let guard = Arc::new(self.writes.lock(offset..offset + len).await);
+        self.change(guard, self.calls.release(Operation::Trim, offset, len)).await
+    }
+}
+
+#[async_trait]
+impl WriteZeroes for Client {
+    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_change(Operation::WriteZeroes, offset, len)?;
+        let guard = Arc::new(self.writes.lock(offset..offset + len).await);
+        self.change(guard, self.calls.release(Operation::WriteZeroes, offset, len)).await
+    }
+}
+
+#[async_trait]
+impl Extents for Client {
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
+        self.check(Operation::Extents, offset, len)?;
+        self.calls.extents(offset, len).await
+    }
+}

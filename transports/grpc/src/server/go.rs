@@ -1,0 +1,51 @@
+//! The service of the Go programs. Where they look at an error's text it is the same as theirs; elsewhere errors have
+//! the codes of our own service, which they do not look at.
+
+use bytes::Bytes;
+use r3map_core::{Operation, check_range};
+use tonic::Status;
+
+use crate::message;
+use crate::proto::go;
+use crate::rope::Rope;
+use crate::server::budget::Share;
+use crate::server::region::{answer, decode, decode_bulk};
+use crate::server::session::Session;
+use crate::status::{GO_END, GO_TOO_LONG};
+
+impl Session {
+    pub(crate) async fn go_read_at(&self, request: Rope) -> Result<Rope, Status> {
+        let go::ReadAtArgs { length, off } = decode(request)?;
+        let len = u64::try_from(length).map_err(|_| Status::invalid_argument("negative length"))?;
+        if len > self.shared.max_request {
+            return Err(Status::unknown(GO_TOO_LONG));
+        }
+        let offset = offset(off)?;
+        check_range(Operation::Read, self.shared.geometry.size(), offset, len).map_err(|_| Status::unknown(GO_END))?;
+        let share = self.shared.budget.share(len).await;
+        let mut buf = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+        answer(self.shared.backend.read_at(offset, &mut buf).await)?;
+        let reply = go::ReadAtReply { n: length, p: Bytes::new() };
+        Ok(message::encode_bulk(&reply, share.hold(buf).into()))
+    }
+
+    pub(crate) async fn go_write_at(&self, (request, share): (Rope, Share)) -> Result<Rope, Status> {
+        let (head, data) = decode_bulk::<go::WriteAtArgs>(request)?;
+        let (offset, len) = (offset(head.off)?, data.len());
+        answer(self.shared.check_change(Operation::Write, offset, len as u64))?;
+        let result = self.shared.backend.write_at(offset, &data.into_bytes()).await;
+        drop(share);
+        answer(result)?;
+        Ok(message::encode(&go::WriteAtReply { length: i32::try_from(len).unwrap_or(i32::MAX) }))
+    }
+
+    pub(crate) async fn go_sync(&self, request: Rope) -> Result<Rope, Status> {
+        let go::SyncArgs {} = decode(request)?;
+        answer(self.shared.backend.flush().await)?;
+        Ok(message::encode(&go::SyncReply {}))
+    }
+}
+
+fn offset(off: i64) -> Result<u64, Status> {
+    u64::try_from(off).map_err(|_| Status::invalid_argument("invalid offset"))
+}

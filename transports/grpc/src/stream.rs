@@ -1,0 +1,151 @@
+//! A connected socket of either kind, which counts what it receives, so that somebody can tell whether the peer lives.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+
+use crate::target::Target;
+
+/// How long a connection may be idle before TCP asks whether the peer is there.
+const IDLE_BEFORE_PROBE: Duration = Duration::from_secs(15);
+/// How often it asks again, and how many times.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+const PROBES: u32 = 3;
+/// How long sent bytes may go unacknowledged, in milliseconds, before TCP gives the connection up.
+const UNACKNOWLEDGED_MS: u32 = 30_000;
+
+/// Bytes received over a connection so far.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Received(Arc<AtomicU64>);
+
+impl Received {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A connected socket.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    socket: Socket,
+    received: Received,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+macro_rules! socket {
+    ($stream:expr, $socket:ident => $call:expr) => {
+        match &mut $stream.get_mut().socket {
+            Socket::Tcp($socket) => $call,
+            Socket::Unix($socket) => $call,
+        }
+    };
+}
+
+impl Stream {
+    /// Connects, trying each address of a name in turn. Takes as long as the system lets it: limit it from outside.
+    ///
+    /// # Errors
+    /// Names the target. `Unavailable` if nobody answers there now.
+    pub(crate) async fn connect(target: &Target) -> Result<Self> {
+        let result = match target {
+            Target::Tcp { host, port } => connect_any(host, *port).await,
+            Target::Unix(path) => UnixStream::connect(path).await.map(Self::from),
+        };
+        result.map_err(|error| unreachable(target, error))
+    }
+
+    /// A handle to the count of what this receives.
+    pub(crate) fn received(&self) -> Received {
+        self.received.clone()
+    }
+}
+
+/// A socket that is not there yet may be there later, so unlike a missing file it is worth trying again.
+fn unreachable(target: &Target, error: io::Error) -> Error {
+    let kind = match ErrorKind::from_io(error.kind()) {
+        ErrorKind::NotFound | ErrorKind::Internal => ErrorKind::Unavailable,
+        kind => kind,
+    };
+    Error::new(kind, Operation::Open, format!("cannot connect to {target}")).with_source(error)
+}
+
+async fn connect_any(host: &str, port: u16) -> io::Result<Stream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in lookup_host((host, port)).await?.collect::<Vec<SocketAddr>>() {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Stream::tcp(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+impl Stream {
+    /// Sends at once, and notices a peer that is gone without a word.
+    pub(crate) fn tcp(stream: TcpStream) -> io::Result<Self> {
+        sockopt::set_tcp_nodelay(&stream, true)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, IDLE_BEFORE_PROBE)?;
+        sockopt::set_tcp_keepintvl(&stream, PROBE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&stream, PROBES)?;
+        sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
+        Ok(Self { socket: Socket::Tcp(stream), received: Received::default() })
+    }
+}
+
+impl From<UnixStream> for Stream {
+    fn from(stream: UnixStream) -> Self {
+        Self { socket: Socket::Unix(stream), received: Received::default() }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let result = socket!(self.as_mut(), socket => Pin::new(socket).poll_read(context, buf));
+        let count = buf.filled().len() - before;
+        self.received.0.fetch_add(count as u64, Ordering::Relaxed);
+        result
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        socket!(self, socket => Pin::new(socket).poll_write(context, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        socket!(self, socket => Pin::new(socket).poll_write_vectored(context, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Sockets have no buffer of their own on this side of the kernel.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        socket!(self, socket => Pin::new(socket).poll_shutdown(context))
+    }
+}
