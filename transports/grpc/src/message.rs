@@ -190,7 +190,7 @@ mod tests {
     fn fields_may_come_in_any_order_and_twice_and_unknown() {
         // The bulk first, then an unknown varint, string and fixed64, the bulk again (the last one counts), the rest.
         let framed =
-            "00 0000001e 12 02 61 62  78 01  82 01 02 78 79  89 01 01 02 03 04 05 06 07 08  12 03 63 64 65  08 07";
+            "00 0000001c 12 02 61 62  78 01  82 01 02 78 79  89 01 01 02 03 04 05 06 07 08  12 03 63 64 65  08 07";
         let (args, bulk) = decode_bulk::<go::WriteAtArgs>(body(framed), 64).unwrap();
         assert_eq!((args.off, bulk.into_bytes().as_ref()), (7, b"cde".as_ref()));
     }

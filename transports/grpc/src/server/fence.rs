@@ -48,7 +48,10 @@ impl Gate {
 
 /// The gates of all links.
 #[derive(Debug, Default)]
-pub(crate) struct Fences(Mutex<HashMap<LinkId, Vec<(u64, Weak<Gate>)>>>);
+pub(crate) struct Fences(Mutex<HashMap<LinkId, Vec<Connection>>>);
+
+/// The number of a connection among those of its link, and its gate.
+type Connection = (u64, Weak<Gate>);
 
 impl Fences {
     /// `gate` belongs to the connection number `epoch` of a link: shuts the gates of the earlier ones, or this one if

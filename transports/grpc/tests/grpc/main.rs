@@ -1,0 +1,7 @@
+//! The gRPC transport from outside: what it promises as a backend, what it does when things go wrong, and what it says
+//! on the wire.
+
+mod common;
+mod connecting;
+mod contract;
+mod foreign;
