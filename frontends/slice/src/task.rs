@@ -47,6 +47,7 @@ impl<T> Future for Task<T> {
     }
 }
 
+/// What a task without a result answers with.
 fn ended(operation: Operation, error: tokio::task::JoinError) -> Error {
     let (kind, text) = match error.is_cancelled() {
         true => (ErrorKind::Cancelled, "the slice's runtime was shut down"),
@@ -55,6 +56,7 @@ fn ended(operation: Operation, error: tokio::task::JoinError) -> Error {
     Error::new(kind, operation, text).with_source(error)
 }
 
+/// Wakes a thread that is parked in [`block_on`].
 struct Unpark(Thread);
 
 impl Wake for Unpark {
@@ -63,7 +65,8 @@ impl Wake for Unpark {
     }
 }
 
-fn block_on<F: Future + Unpin>(mut future: F) -> F::Output {
+/// Polls a future on this thread until it is done, without any runtime.
+pub(crate) fn block_on<F: Future + Unpin>(mut future: F) -> F::Output {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut context = Context::from_waker(&waker);
     loop {
