@@ -43,7 +43,9 @@ impl<T> Future for Task<T> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let operation = self.operation;
-        Pin::new(&mut self.handle).poll(context).map(|joined| joined.unwrap_or_else(|error| Err(ended(operation, error))))
+        Pin::new(&mut self.handle)
+            .poll(context)
+            .map(|joined| joined.unwrap_or_else(|error| Err(ended(operation, error))))
     }
 }
 
