@@ -16,6 +16,8 @@ use crate::{ChunkSize, Error, ErrorKind, Operation, Result};
 /// point loses no state and leaves no lock held; what it was about to write is then undefined in its range only, and
 /// never lands after a later write to the same range has returned.
 ///
+/// A request of no bytes at a place where a longer one could begin or end succeeds and does nothing.
+///
 /// Each call boxes its future: the one allocation per request that keeps the trait object-safe. Requests are chunks
 /// and runs of chunks, never single bytes, so that it does not show.
 #[async_trait]
@@ -94,7 +96,24 @@ pub enum Piece<'a> {
     Zeroes(u64),
 }
 
-impl Piece<'_> {
+impl<'a> Piece<'a> {
+    /// What of this piece, which is at `offset`, lies in `range`, and where; if anything.
+    #[must_use]
+    pub fn cut(self, offset: u64, range: &Range<u64>) -> Option<(u64, Piece<'a>)> {
+        let both = offset.max(range.start)..offset.saturating_add(self.len()).min(range.end);
+        if both.is_empty() {
+            return None;
+        }
+        let piece = match self {
+            Self::Data(bytes) => {
+                let at = |end: u64| usize::try_from(end - offset).expect("it lies in a slice");
+                Self::Data(&bytes[at(both.start)..at(both.end)])
+            }
+            Self::Zeroes(_) => Self::Zeroes(both.end - both.start),
+        };
+        Some((both.start, piece))
+    }
+
     /// The length in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -212,5 +231,39 @@ pub fn check_range(operation: Operation, size: u64, offset: u64, len: u64) -> Re
             format!("past the end of the region, which has {size} bytes"),
         )
         .at(offset, len)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_is_cut_to_a_range() {
+        let bytes = [0, 1, 2, 3, 4];
+        let (data, zeros) = (Piece::Data(&bytes), Piece::Zeroes(5));
+        for (range, cut) in [
+            (0..100, Some((10, 0..5))),
+            (11..13, Some((11, 1..3))),
+            (0..11, Some((10, 0..1))),
+            (14..99, Some((14, 4..5))),
+        ] {
+            let expected = cut.map(|(at, part): (u64, Range<usize>)| (at, Piece::Data(&bytes[part])));
+            assert_eq!(data.cut(10, &range), expected, "{range:?}");
+            let lengths = expected.map(|(at, piece)| (at, Piece::Zeroes(piece.len())));
+            assert_eq!(zeros.cut(10, &range), lengths, "{range:?}");
+        }
+        for range in [0..10, 15..20, 12..12] {
+            assert_eq!((data.cut(10, &range), zeros.cut(10, &range)), (None, None), "{range:?}");
+        }
+    }
+
+    #[test]
+    fn the_end_is_the_end() {
+        assert!(check_range(Operation::Read, 10, 10, 0).is_ok());
+        for (offset, len) in [(10, 1), (11, 0), (0, 11), (u64::MAX, 1)] {
+            let error = check_range(Operation::Read, 10, offset, len).unwrap_err();
+            assert_eq!((error.kind(), error.range()), (ErrorKind::InvalidInput, Some((offset, len))));
+        }
     }
 }

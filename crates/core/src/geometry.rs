@@ -60,6 +60,12 @@ impl ChunkSize {
     pub fn blocks(self) -> u64 {
         self.bytes() / BLOCK_SIZE
     }
+
+    /// The last chunk border at or before `offset`; of a length, as much of it as whole chunks make up.
+    #[must_use]
+    pub fn round_down(self, offset: u64) -> u64 {
+        offset - offset % self.bytes()
+    }
 }
 
 impl Default for ChunkSize {
@@ -271,6 +277,13 @@ mod tests {
                 bytes[at] = 0;
             }
         }
+    }
+
+    #[test]
+    fn rounds_down_to_a_border() {
+        let chunk = ChunkSize::new(8192).unwrap();
+        let cases = [(0, 0), (8191, 0), (8192, 8192), (20_000, 16384), (u64::MAX, u64::MAX - 8191)];
+        cases.into_iter().for_each(|(offset, border)| assert_eq!(chunk.round_down(offset), border));
     }
 
     fn any_geometry() -> impl Strategy<Value = Geometry> {

@@ -185,11 +185,7 @@ impl Cached {
     /// When anything could not be stored; `Cancelled` after [`Self::abandon`].
     pub async fn close(&self) -> Result<()> {
         let inner = &self.inner;
-        let closed = inner.in_runtime(inner.unless_stopped(Operation::Close, inner.close())).await;
-        // Where it is closed already, what ended it has also given up this call.
-        if inner.phase() != Phase::Closed {
-            closed?;
-        }
+        inner.in_runtime(inner.unless_stopped(Operation::Close, inner.close())).await?;
         inner.stop.cancel();
         inner.tasks.close();
         inner.tasks.wait().await;

@@ -1,13 +1,28 @@
 //! Stages over a [`Backend`](r3map_core::Backend): each is a backend that wraps another and adds one behaviour, and can
 //! be tested alone. The puller and the pusher drive the cached stage in the background.
 
+mod aligned;
+mod block_set;
 mod cached;
+mod chunked;
+mod gate;
 mod local;
 mod record;
+mod retry;
+mod tracked;
 
+pub use aligned::Aligned;
+pub use block_set::BlockSet;
 pub use cached::{
     Cached, CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings,
 };
+pub use chunked::Chunked;
+pub use gate::{Closed, Gate, WhenClosed};
 pub use local::{InstallNow, Local, Written};
 pub use r3map_core::pull::{Priority, Workers};
 pub use record::{Recorded, StateRecord};
+pub use retry::{Backoff, Outage, Retry, RetrySettings};
+pub use tracked::{Taken, Tracked};
+
+/// Why a stage may expect an ability of the backend inside: it was asked for through its own capabilities.
+const DECLARED: &str = "a stage declares only abilities that the backend inside has";

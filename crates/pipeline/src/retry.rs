@@ -1,0 +1,388 @@
+//! The one place with retries, backoff and time-outs for single attempts: what a remote is wrapped in before anybody
+//! uses it.
+//!
+//! A call that fails because the remote does not answer is made again until it succeeds, fails for another reason, or
+//! the limit is reached. Only calls whose repetition changes nothing exist in the contract: the same bytes to the same
+//! place. An attempt that takes too long is dropped before the next begins, and [`Backend`] promises that a write that
+//! was dropped never lands after a later write to its range has returned: so when the call returns, no attempt of it can
+//! still land on top of what comes after.
+//!
+//! It does not retry conflicts: if the remote says that somebody else owns the region now, or that it lost what was
+//! written before a flush, whoever wrote must know.
+
+use std::future::Future;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use r3map_core::{
+    Access, Backend, Capabilities, Error, ErrorKind, Extent, Extents, Operation, Piece, ReadMany, ReadOp, ReadPieces,
+    Result, Trim, WriteZeroes,
+};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout};
+
+use crate::DECLARED;
+
+/// For how long and how often to try.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RetrySettings {
+    /// For how long one call is tried, from its beginning. `None`: until it succeeds. Default: one minute. A short one
+    /// shows an outage soon; a long one sits it out.
+    pub limit: Option<Duration>,
+    /// How long one attempt may take, the transfer included. Default: ten seconds. Too short for a slow line, and no
+    /// attempt ever succeeds; a long one is slow to notice a remote that fell silent.
+    pub attempt_timeout: Duration,
+    /// How long to wait between attempts.
+    pub backoff: Backoff,
+}
+
+/// Waits that grow from attempt to attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Backoff {
+    /// After the first failure. Default: 50 milliseconds.
+    pub initial: Duration,
+    /// The longest. Default: two seconds.
+    pub max: Duration,
+    /// By what it grows each time; at least one. Default: two.
+    pub multiplier: f64,
+}
+
+impl Default for RetrySettings {
+    fn default() -> Self {
+        Self {
+            limit: Some(Duration::from_secs(60)),
+            attempt_timeout: Duration::from_secs(10),
+            backoff: Backoff::default(),
+        }
+    }
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { initial: Duration::from_millis(50), max: Duration::from_secs(2), multiplier: 2.0 }
+    }
+}
+
+impl RetrySettings {
+    /// Checks that they make sense.
+    ///
+    /// # Errors
+    /// `InvalidInput`, naming the setting that does not.
+    pub fn validate(&self) -> Result<()> {
+        let Backoff { initial, max, multiplier } = &self.backoff;
+        let wrong = if self.limit.is_some_and(|limit| limit.is_zero()) {
+            "the retry limit is zero; give it some time, or none to retry for ever"
+        } else if self.attempt_timeout.is_zero() {
+            "the time for an attempt is zero; no attempt could succeed"
+        } else if initial.is_zero() || max < initial {
+            "the backoff must be longer than zero at first, and not shorter at last"
+        } else if !multiplier.is_finite() || *multiplier < 1.0 {
+            "the backoff must be multiplied by one or more"
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(ErrorKind::InvalidInput, Operation::Open, wrong))
+    }
+}
+
+/// A remote that does not answer, while calls wait for it.
+#[derive(Debug, Clone)]
+pub struct Outage {
+    /// Since when, on tokio's clock: the first failure that some call still waits out.
+    pub since: Instant,
+    /// What went wrong last.
+    pub error: Error,
+}
+
+/// A backend that tries again.
+///
+/// A call that succeeds at once costs a timer beyond what the backend inside does, and no allocation. When one call gets
+/// through after a failure, those that wait for their next attempt make it at once.
+pub struct Retry {
+    inner: Arc<dyn Backend>,
+    settings: RetrySettings,
+    /// How many calls have failed and are not over.
+    waiting: Mutex<usize>,
+    outage: watch::Sender<Option<Outage>>,
+    recovered: Notify,
+}
+
+impl Retry {
+    /// Wraps `inner`.
+    ///
+    /// # Errors
+    /// As [`RetrySettings::validate`].
+    pub fn new(inner: Arc<dyn Backend>, settings: RetrySettings) -> Result<Self> {
+        settings.validate()?;
+        let (waiting, outage, recovered) = (Mutex::default(), watch::Sender::default(), Notify::new());
+        Ok(Self { inner, settings, waiting, outage, recovered })
+    }
+
+    /// Whether calls are being retried now, since when and why: for whoever tells a user. It is `None` again when no call
+    /// waits any more.
+    #[must_use]
+    pub fn outage(&self) -> watch::Receiver<Option<Outage>> {
+        self.outage.subscribe()
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, usize> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call(&self, operation: Operation) -> Call<'_> {
+        Call { retry: self, operation, start: Instant::now(), wait: self.settings.backoff.initial, trouble: None }
+    }
+}
+
+/// One call, over all its attempts.
+struct Call<'a> {
+    retry: &'a Retry,
+    operation: Operation,
+    start: Instant,
+    wait: Duration,
+    trouble: Option<Trouble<'a>>,
+}
+
+impl Call<'_> {
+    /// Makes an attempt. `None` if there shall be another; the time until then has passed.
+    async fn attempt<T>(&mut self, attempt: impl Future<Output = Result<T>>) -> Option<Result<T>> {
+        let allowed = self
+            .left()
+            .map_or(self.retry.settings.attempt_timeout, |left| left.min(self.retry.settings.attempt_timeout));
+        let result = timeout(allowed, attempt).await;
+        match result.unwrap_or_else(|_| Err(self.silence(allowed))) {
+            Err(error) if error.kind().is_retryable() => self.wait(error).await.err().map(Err),
+            other => {
+                if self.trouble.is_some() {
+                    self.retry.recovered.notify_waiters();
+                }
+                Some(other)
+            }
+        }
+    }
+
+    /// What is left of the limit, if there is one.
+    fn left(&self) -> Option<Duration> {
+        self.retry.settings.limit.map(|limit| limit.saturating_sub(self.start.elapsed()))
+    }
+
+    /// What an attempt that was not answered says. One that had less than its time, because of the limit, says nothing
+    /// new where there was an error before.
+    fn silence(&self, allowed: Duration) -> Error {
+        match &self.trouble {
+            Some(trouble) if allowed < self.retry.settings.attempt_timeout => trouble.error.clone(),
+            _ => Error::new(ErrorKind::Unavailable, self.operation, format!("no answer within {allowed:?}")),
+        }
+    }
+
+    /// Waits for the next attempt, or gives up.
+    async fn wait(&mut self, error: Error) -> Result<()> {
+        let backoff = &self.retry.settings.backoff;
+        let wait = self.left().map_or(self.wait, |left| left.min(self.wait));
+        self.wait = self.wait.mul_f64(backoff.multiplier).min(backoff.max);
+        let recovered = self.retry.recovered.notified();
+        self.trouble.get_or_insert_with(|| Trouble::new(self.retry, error.clone())).goes_on(error.clone());
+        let _ = timeout(wait, recovered).await;
+        if self.left() != Some(Duration::ZERO) {
+            return Ok(());
+        }
+        let tried = self.start.elapsed();
+        Err(error.context(format!("gave up after {tried:.1?}; check that the remote is up and reachable")))
+    }
+}
+
+/// A call that has failed and is not over: as long as there is one, there is an outage.
+struct Trouble<'a> {
+    retry: &'a Retry,
+    /// What went wrong last.
+    error: Error,
+}
+
+impl<'a> Trouble<'a> {
+    fn new(retry: &'a Retry, error: Error) -> Self {
+        *retry.waiting() += 1;
+        Self { retry, error }
+    }
+
+    fn goes_on(&mut self, error: Error) {
+        self.error = error.clone();
+        self.retry.outage.send_modify(|outage| {
+            let since = outage.as_ref().map_or_else(Instant::now, |outage| outage.since);
+            *outage = Some(Outage { since, error });
+        });
+    }
+}
+
+impl Drop for Trouble<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.retry.waiting();
+        *waiting -= 1;
+        if *waiting == 0 {
+            self.retry.outage.send_replace(None);
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for Retry {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        let inner = self.inner.capabilities();
+        Capabilities {
+            pieces: inner.pieces.map(|_| self as _),
+            read_many: inner.read_many.map(|_| self as _),
+            trim: inner.trim.map(|_| self as _),
+            write_zeroes: inner.write_zeroes.map(|_| self as _),
+            extents: inner.extents.map(|_| self as _),
+            ..inner
+        }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut call = self.call(Operation::Read);
+        loop {
+            if let Some(result) = call.attempt(self.inner.read_at(offset, buf)).await {
+                return result;
+            }
+        }
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        let mut call = self.call(Operation::Write);
+        loop {
+            if let Some(result) = call.attempt(self.inner.write_at(offset, buf)).await {
+                return result;
+            }
+        }
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let mut call = self.call(Operation::Flush);
+        loop {
+            if let Some(result) = call.attempt(self.inner.flush()).await {
+                return result;
+            }
+        }
+    }
+}
+
+/// Pieces that were lent stay lent: the next attempt goes on behind them.
+#[async_trait]
+impl ReadPieces for Retry {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
+    ) -> Result<()> {
+        let Capabilities { pieces, access, .. } = self.inner.capabilities();
+        let pieces = pieces.expect(DECLARED);
+        let mut lending = Lending { left: offset..offset.saturating_add(len), refusal: None, visit };
+        let (mut start, mut len) = (offset, len);
+        let mut call = self.call(Operation::Read);
+        loop {
+            let mut lend = |at: u64, piece: Piece<'_>| lending.lend(at, piece);
+            let result = call.attempt(pieces.read_pieces(start, len, &mut lend)).await;
+            if let Some(refusal) = lending.refusal {
+                return Err(refusal);
+            }
+            if let Some(result) = result {
+                return result;
+            }
+            if lending.left.start > offset {
+                if lending.left.is_empty() {
+                    return Ok(());
+                }
+                start = border(access, lending.left.start);
+                len = lending.left.end - start;
+            }
+        }
+    }
+}
+
+/// Where a request must begin to go on at `offset`.
+fn border(access: Access, offset: u64) -> u64 {
+    match access {
+        Access::Any => offset,
+        Access::WholeChunks(chunk) => chunk.round_down(offset),
+    }
+}
+
+struct Lending<'a> {
+    /// What was not lent yet.
+    left: Range<u64>,
+    /// The visitor's own error, which no attempt can mend.
+    refusal: Option<Error>,
+    visit: &'a mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
+}
+
+impl Lending<'_> {
+    fn lend(&mut self, at: u64, piece: Piece<'_>) -> Result<()> {
+        let Some((at, piece)) = piece.cut(at, &self.left) else { return Ok(()) };
+        self.left.start = at + piece.len();
+        (self.visit)(at, piece).map_err(|refusal| {
+            self.refusal = Some(refusal);
+            Error::new(ErrorKind::Cancelled, Operation::Read, "whoever asked wants no more")
+        })
+    }
+}
+
+#[async_trait]
+impl ReadMany for Retry {
+    async fn read_many(&self, reads: &mut [ReadOp<'_>]) -> Result<()> {
+        let many = self.inner.capabilities().read_many.expect(DECLARED);
+        let mut call = self.call(Operation::Read);
+        loop {
+            if let Some(result) = call.attempt(many.read_many(reads)).await {
+                return result;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Trim for Retry {
+    async fn trim(&self, offset: u64, len: u64) -> Result<()> {
+        let trim = self.inner.capabilities().trim.expect(DECLARED);
+        let mut call = self.call(Operation::Trim);
+        loop {
+            if let Some(result) = call.attempt(trim.trim(offset, len)).await {
+                return result;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl WriteZeroes for Retry {
+    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        let zeroing = self.inner.capabilities().write_zeroes.expect(DECLARED);
+        let mut call = self.call(Operation::WriteZeroes);
+        loop {
+            if let Some(result) = call.attempt(zeroing.write_zeroes(offset, len)).await {
+                return result;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Extents for Retry {
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
+        let extents = self.inner.capabilities().extents.expect(DECLARED);
+        let mut call = self.call(Operation::Extents);
+        loop {
+            if let Some(result) = call.attempt(extents.extents(offset, len)).await {
+                return result;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
