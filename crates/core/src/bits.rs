@@ -9,7 +9,7 @@ use std::ops::Range;
 const WORD: u32 = u64::BITS;
 
 /// A set of bits. The number of bits is its owner's business and given with each call that needs it.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) enum Bits {
     /// No bit is set.
     #[default]

@@ -185,7 +185,11 @@ impl Cached {
     /// When anything could not be stored; `Cancelled` after [`Self::abandon`].
     pub async fn close(&self) -> Result<()> {
         let inner = &self.inner;
-        inner.in_runtime(inner.unless_stopped(Operation::Close, inner.close())).await?;
+        let closed = inner.in_runtime(inner.unless_stopped(Operation::Close, inner.close())).await;
+        // Where it is closed already, what ended it has also given up this call.
+        if inner.phase() != Phase::Closed {
+            closed?;
+        }
         inner.stop.cancel();
         inner.tasks.close();
         inner.tasks.wait().await;

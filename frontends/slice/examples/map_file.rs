@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use r3map_core::{Backend, ErrorKind, Operation, Result};
-use r3map_slice::Map;
+use r3map_slice::map;
 
 /// A backend takes four methods. This one answers from a file with plain blocking reads: each fault waits for its own.
 struct Source {
@@ -39,7 +39,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let path = std::env::args().nth(1).ok_or("usage: map_file PATH")?;
     let file = File::open(&path)?;
     let size = file.metadata()?.len();
-    let map = Map::open(Arc::new(Source { file, size }))?;
+    let map = map(Arc::new(Source { file, size }))?;
     let lines = map.iter().filter(|byte| **byte == b'\n').count();
     #[expect(clippy::print_stdout, reason = "an example talks to whoever runs it")]
     {

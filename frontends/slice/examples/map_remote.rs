@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 
 use r3map_core::{Backend, ErrorKind, Operation, Result};
-use r3map_slice::Map;
+use r3map_slice::map;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Bytes of the object: 1 GiB, that nobody has to hold.
@@ -53,7 +53,7 @@ fn main() -> std::result::Result<(), Box<dyn Error>> {
     let address = listener.local_addr()?;
     std::thread::spawn(move || listener.incoming().flatten().for_each(|connection| drop(answer(connection))));
 
-    let map = Map::open(Arc::new(Object { address }))?;
+    let map = map(Arc::new(Object { address }))?;
     let middle = map.len() / 2;
     let found = [map[0], map[middle], map[map.len() - 1]];
     assert_eq!(found, [byte(0), byte(SIZE / 2), byte(SIZE - 1)]);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, Capabilities, Error, ErrorKind, Operation, Piece, Result};
+use r3map_core::{Backend, Error, ErrorKind, Operation, Piece, Result};
 use r3map_pipeline::{InstallNow, Local, Written};
 use r3map_sys::{Install, Pager, Protection};
 
@@ -23,24 +23,12 @@ impl Pages {
     pub(crate) fn new(pager: Arc<Pager>) -> Self {
         Self(pager)
     }
-
-    /// Whether every page of a range is in memory.
-    pub(crate) fn is_present(&self, range: &Range<u64>) -> Result<bool> {
-        let mut present = 0;
-        let found = self.0.present(range.clone(), &mut |run| present += run.end - run.start);
-        found.map_err(|error| failed(Operation::Read, error))?;
-        Ok(present == range.end - range.start)
-    }
 }
 
 #[async_trait]
 impl Backend for Pages {
     fn size(&self) -> u64 {
         self.0.len()
-    }
-
-    fn capabilities(&self) -> Capabilities<'_> {
-        Capabilities { read_only: self.0.protection() == Protection::ReadOnly, ..Capabilities::default() }
     }
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -7,7 +7,6 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::num::NonZeroUsize;
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,17 +15,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use r3map_core::{Error, Operation, Result};
+use r3map_pipeline::Cached;
 use r3map_sys::{Event, Fault, PAGE_SIZE, Pager, Woken};
 use tokio::runtime::Handle;
 
 /// A demand that is under way.
-pub(crate) type Demanded = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
-
-/// Where missing bytes come from.
-pub(crate) trait Demand: Send + Sync + 'static {
-    /// Has a range installed; done when it is. Polled first outside of any task, so that what is at hand costs none.
-    fn demand(&self, range: Range<u64>) -> Demanded;
-}
+type Demanded = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 
 thread_local! {
     static INSTALLS: Cell<u64> = const { Cell::new(0) };
@@ -48,7 +42,7 @@ pub(crate) struct Server {
 /// What it takes to answer a fault.
 pub(crate) struct Handler {
     pub(crate) pager: Arc<Pager>,
-    pub(crate) demand: Arc<dyn Demand>,
+    pub(crate) region: Arc<Cached>,
     pub(crate) runtime: Handle,
     /// How long a page that could not be had stays poisoned before it is asked for anew.
     pub(crate) heal_after: Duration,
@@ -72,13 +66,10 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.raise();
-        // In a forked child the threads do not exist, and waiting for them would last for ever.
-        if self.pager.is_ours() {
-            // A fault thread catches the panics of what it calls: how it ended tells nothing more.
-            self.threads.drain(..).for_each(|thread| drop(thread.join()));
-            // Who comes now would wait for ever.
-            let _ = self.pager.seal();
-        }
+        // A fault thread catches the panics of what it calls: how it ended tells nothing more.
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
+        // Who comes now would wait for ever.
+        let _ = self.pager.seal();
     }
 }
 
@@ -109,7 +100,8 @@ impl Handler {
 
     fn poll_once(&self, offset: u64) -> Polled {
         let end = (offset + PAGE_SIZE).min(self.pager.len());
-        let mut demanded = self.demand.demand(offset..end);
+        let region = self.region.clone();
+        let mut demanded: Demanded = Box::pin(async move { region.demand(offset..end).await });
         // The task that goes on with it polls it again at once, with a waker that does something.
         match demanded.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(outcome) => Polled::Done(outcome),

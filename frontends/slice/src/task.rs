@@ -43,10 +43,13 @@ impl<T> Future for Task<T> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let operation = self.operation;
-        Pin::new(&mut self.handle).poll(context).map(|joined| joined.unwrap_or_else(|error| Err(ended(operation, error))))
+        Pin::new(&mut self.handle)
+            .poll(context)
+            .map(|joined| joined.unwrap_or_else(|error| Err(ended(operation, error))))
     }
 }
 
+/// What a task without a result answers with.
 fn ended(operation: Operation, error: tokio::task::JoinError) -> Error {
     let (kind, text) = match error.is_cancelled() {
         true => (ErrorKind::Cancelled, "the slice's runtime was shut down"),
@@ -55,6 +58,7 @@ fn ended(operation: Operation, error: tokio::task::JoinError) -> Error {
     Error::new(kind, operation, text).with_source(error)
 }
 
+/// Wakes a thread that is parked in [`block_on`].
 struct Unpark(Thread);
 
 impl Wake for Unpark {
@@ -63,7 +67,8 @@ impl Wake for Unpark {
     }
 }
 
-fn block_on<F: Future + Unpin>(mut future: F) -> F::Output {
+/// Polls a future on this thread until it is done, without any runtime.
+pub(crate) fn block_on<F: Future + Unpin>(mut future: F) -> F::Output {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut context = Context::from_waker(&waker);
     loop {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use super::{Part, Segment, Table};
-use crate::bits::first_run;
+use crate::bits::{first, first_run};
 use crate::sync::{Mutex, lock};
 use crate::{Error, Result};
 
@@ -264,6 +264,34 @@ impl Drop for Pull {
     }
 }
 
+impl Table {
+    /// Waits until every installation that had begun before this call has ended, well or not.
+    ///
+    /// Through a mapping, bytes can be seen and changed as soon as they are in place, which is before their blocks count
+    /// as present. Who wants to learn of every change that was made so far, and asks about present blocks only, waits
+    /// for this first. Installations are local and short.
+    pub async fn installations_ended(&self) {
+        for shard in &self.shards {
+            let begun: Vec<_> = lock(shard)
+                .segments
+                .iter()
+                .filter(|(_, segment)| segment.installing.any())
+                .map(|(index, segment)| (*index, segment.installing.clone()))
+                .collect();
+            for (index, begun) in begun {
+                let all = 0..self.segment_len(index);
+                self.wait_for(index, |segment, _| {
+                    match first(all.clone(), |word| begun.word(word) & segment.installing.word(word)) {
+                        Some(_) => Poll::Pending,
+                        None => Poll::Ready(()),
+                    }
+                })
+                .await;
+            }
+        }
+    }
+}
+
 /// Blocks that pulled bytes are being put into. Dropped without [`Self::commit`] they are absent again.
 #[derive(Debug)]
 #[must_use = "the blocks stay absent when this is dropped"]
@@ -357,5 +385,32 @@ impl Future for Wait {
             state.wakers.push(context.waker().clone());
         }
         Poll::Pending
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::pin::pin;
+    use std::task::Waker;
+
+    use super::*;
+    use crate::{ChunkSize, Geometry};
+
+    #[test]
+    fn waiting_for_installations_waits_for_those_that_had_begun() {
+        let geometry = Geometry::new(64 << 20, ChunkSize::DEFAULT).unwrap();
+        let table = Arc::new(Table::new(geometry, None));
+        let mut context = Context::from_waker(Waker::noop());
+        let pulls = [0, 400].map(|chunk| table.pull(chunk..chunk + 2, 2).unwrap());
+        let [first, second] = [(&pulls[0], 3), (&pulls[1], 6402)].map(|(pull, at)| pull.claim(at..at + 4).unwrap());
+        let mut ended = pin!(table.installations_ended());
+        assert!(ended.as_mut().poll(&mut context).is_pending());
+        let later = pulls[0].claim(8..9).unwrap();
+        first.commit().unwrap();
+        assert!(ended.as_mut().poll(&mut context).is_pending());
+        drop(second);
+        assert!(ended.as_mut().poll(&mut context).is_ready());
+        drop(later);
+        assert!(pin!(table.installations_ended()).poll(&mut context).is_ready());
     }
 }

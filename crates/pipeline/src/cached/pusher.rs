@@ -40,7 +40,7 @@ impl Inner {
         self.before_flush().await?;
         match self.settings.durability {
             Durability::Local => {
-                self.collect()?;
+                self.collect_all().await?;
                 self.flush_local().await
             }
             Durability::Remote => self.flush_folded().await,
@@ -63,7 +63,7 @@ impl Inner {
             return Ok(());
         }
         let covers = self.flushes_asked.load(Ordering::SeqCst);
-        self.collect()?;
+        self.collect_all().await?;
         let (local, remote) = join(self.flush_local(), self.push_and_flush()).await;
         local.and(remote)?;
         self.flushes_done.store(covers, Ordering::SeqCst);
@@ -163,6 +163,15 @@ impl Inner {
         Ok(())
     }
 
+    /// [`Self::collect`], without missing anything that was written before the call: not even to blocks whose bytes are
+    /// in place and that do not count as present yet.
+    async fn collect_all(&self) -> Result<()> {
+        if self.local.written().is_some() {
+            self.table.installations_ended().await;
+        }
+        self.collect()
+    }
+
     /// Asks a mapping what was written through it, and marks that dirty.
     fn collect(&self) -> Result<()> {
         let Some(written) = self.local.written() else { return Ok(()) };
@@ -258,7 +267,7 @@ impl Inner {
         }
         {
             let _round = self.rounds.lock().await;
-            self.collect()?;
+            self.collect_all().await?;
             self.push_and_flush().await?;
         }
         // Last, so that the record says of everything that it is clean.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
-use r3map_slice::Map;
+use r3map_slice::{Slice, map};
 
 /// Position-dependent bytes, and how many reads there were.
 struct Counted {
@@ -39,9 +39,9 @@ impl Backend for Counted {
     }
 }
 
-fn open(size: u64) -> (Map, Arc<Counted>) {
+fn open(size: u64) -> (Slice, Arc<Counted>) {
     let source = Arc::new(Counted { size, reads: AtomicUsize::new(0) });
-    (Map::open(source.clone()).unwrap(), source)
+    (map(source.clone()).unwrap(), source)
 }
 
 #[test]
@@ -66,12 +66,12 @@ fn only_what_is_touched_is_read() {
 fn threads_that_want_the_same_chunk_share_one_read() {
     let (map, source) = open(64 << 16);
     std::thread::scope(|scope| {
-        for thread in 0..8u64 {
+        for thread in 0..8 {
             let map = &map;
             scope.spawn(move || {
-                for chunk in 0..64u64 {
+                for chunk in 0..64 {
                     let at = chunk * 65536 + thread * 4096;
-                    assert_eq!(map[at as usize], byte(at));
+                    assert_eq!(map[at], byte(at as u64));
                 }
             });
         }
