@@ -1,11 +1,11 @@
-//! What tests need beyond Rust: Debian packages, and nothing else.
+//! What tests need beyond Rust: Debian packages, and one program from crates.io.
 
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::step;
+use crate::{cargo, step};
 
 /// A package, and a file that is there once it is installed.
 const PACKAGES: &[(&str, &str)] = &[
@@ -17,13 +17,22 @@ const PACKAGES: &[(&str, &str)] = &[
     ("util-linux", "/usr/bin/setpriv"),
 ];
 
-/// Installs the missing ones as root on Debian; elsewhere fails with what to install.
+/// The file system exerciser, which is no library: name, version, and where it is installed.
+const FSX: (&str, &str, &str) = ("fsx", "0.3.2", "target/tools");
+
+/// Installs what is missing: packages as root on Debian, and elsewhere it fails with what to install; fsx into the
+/// build's own folder.
 pub(crate) fn run() -> Result<()> {
     println!("== set-up");
+    packages()?;
+    fsx()
+}
+
+fn packages() -> Result<()> {
     let missing: Vec<&str> =
         PACKAGES.iter().filter(|(_, file)| !Path::new(file).exists()).map(|(package, _)| *package).collect();
     if missing.is_empty() {
-        println!("nothing to install");
+        println!("no packages to install");
         return Ok(());
     }
     if !Path::new("/usr/bin/apt-get").exists() || !is_root() {
@@ -34,6 +43,16 @@ pub(crate) fn run() -> Result<()> {
     let mut install = vec!["install", "--yes", "--no-install-recommends"];
     install.extend(&missing);
     step("apt-get install", apt(&install))
+}
+
+fn fsx() -> Result<()> {
+    let (name, version, root) = FSX;
+    // Cargo keeps a list of what it has installed there.
+    let installed = std::fs::read_to_string(Path::new(root).join(".crates.toml")).unwrap_or_default();
+    if installed.contains(&format!("\"{name} {version} ")) {
+        return Ok(());
+    }
+    step("fsx", cargo(&["install", name, "--version", version, "--locked", "--quiet", "--root", root]))
 }
 
 fn apt(arguments: &[&str]) -> Command {

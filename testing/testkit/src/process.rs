@@ -3,7 +3,7 @@
 //! Calls block. In an async test use a multi-threaded runtime, so that servers of the test itself go on meanwhile.
 
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write as _};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -133,6 +133,17 @@ impl Process {
         self.signal(Signal::CONT);
     }
 
+    /// Writes to its standard input.
+    ///
+    /// # Panics
+    /// If that was closed, here or there.
+    pub fn send(&mut self, text: &str) {
+        let stdin = self.child.stdin.as_mut().expect("its standard input is open");
+        if let Err(error) = stdin.write_all(text.as_bytes()) {
+            self.complain(&format!("does not take {text:?}: {error}"));
+        }
+    }
+
     /// Closes its standard input.
     pub fn close_stdin(&mut self) {
         self.child.stdin = None;
@@ -210,6 +221,17 @@ mod tests {
         assert_eq!(process.wait(LONG).code(), Some(3));
         assert_eq!((process.stdout(), process.stderr()), (vec!["one".into(), "three".into()], vec!["two".into()]));
         assert!(!process.is_running());
+    }
+
+    #[test]
+    fn is_told_things() {
+        let mut process = Process::start(&mut Command::new("cat"));
+        process.send("one\n");
+        assert_eq!(process.wait_for_line(LONG, "one"), "one");
+        process.send("two\n");
+        process.close_stdin();
+        assert!(process.wait(LONG).success());
+        assert_eq!(process.stdout(), ["one", "two"]);
     }
 
     #[test]
