@@ -1,10 +1,61 @@
 //! Knowing whether everything that was changed is on stable storage, and never forgetting that it may not be.
 
+use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use r3map_core::{Error, Result};
+
+/// Why changes are not durable.
+#[derive(Debug)]
+pub(crate) enum Undurable {
+    /// The kernel could not write something, and will not try again: see [`Durability`].
+    Lost(io::Error),
+    /// Something else failed, and may work the next time.
+    NotYet(io::Error),
+}
+
+impl From<io::Error> for Undurable {
+    fn from(error: io::Error) -> Self {
+        Self::NotYet(error)
+    }
+}
+
+/// `fdatasync`.
+pub(crate) fn sync_data(file: &fs::File) -> std::result::Result<(), Undurable> {
+    #[cfg(test)]
+    on_sync::call();
+    file.sync_data().map_err(Undurable::Lost)
+}
+
+/// Lets a test see what is on the disk for sure: everything that was done before this thread's last [`sync_data`].
+#[cfg(test)]
+pub(crate) mod on_sync {
+    use std::cell::RefCell;
+
+    type Hook = Box<dyn FnMut()>;
+
+    thread_local! {
+        static HOOK: RefCell<Option<Hook>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn call() {
+        HOOK.with_borrow_mut(|hook| {
+            if let Some(hook) = hook {
+                hook();
+            }
+        });
+    }
+
+    pub(crate) fn set(hook: impl FnMut() + 'static) {
+        HOOK.set(Some(Box::new(hook)));
+    }
+
+    pub(crate) fn unset() {
+        HOOK.set(None);
+    }
+}
 
 /// Counts changes, and how many of them are durable.
 ///
@@ -15,12 +66,19 @@ pub(crate) struct Durability {
     changes: AtomicU64,
     durable: AtomicU64,
     failed: Mutex<Option<Error>>,
+    /// Held while changes are made durable.
+    turn: Mutex<()>,
 }
 
 impl Durability {
     /// Nothing is known of what was there before, so that it counts as one change.
     pub(crate) fn unknown() -> Self {
-        Self { changes: AtomicU64::new(1), durable: AtomicU64::new(0), failed: Mutex::default() }
+        Self {
+            changes: AtomicU64::new(1),
+            durable: AtomicU64::new(0),
+            failed: Mutex::default(),
+            turn: Mutex::default(),
+        }
     }
 
     /// Something changes: called before it does, and again when it has.
@@ -33,24 +91,32 @@ impl Durability {
         self.changes.load(Ordering::SeqCst) == self.durable.load(Ordering::SeqCst) && self.failure().is_none()
     }
 
-    /// Makes every change so far durable with `sync`, unless it is already.
+    /// Makes every change so far durable with `sync`, unless it is already. One at a time: who has to wait often finds
+    /// that another has done it.
     ///
     /// # Errors
-    /// What `sync` gave, now or ever before.
-    pub(crate) fn make(&self, sync: impl FnOnce() -> io::Result<()>, fault: impl Fn(io::Error) -> Error) -> Result<()> {
+    /// What `sync` gave now, or what it ever gave as lost.
+    pub(crate) fn make(
+        &self,
+        sync: impl FnOnce() -> std::result::Result<(), Undurable>,
+        fault: impl Fn(io::Error) -> Error,
+    ) -> Result<()> {
+        let asked = self.changes.load(Ordering::SeqCst);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(error) = self.failure() {
             return Err(error);
         }
-        let seen = self.changes.load(Ordering::SeqCst);
-        if self.durable.load(Ordering::SeqCst) >= seen {
+        if self.durable.load(Ordering::SeqCst) >= asked {
             return Ok(());
         }
+        let seen = self.changes.load(Ordering::SeqCst);
         match sync() {
             Ok(()) => {
                 self.durable.fetch_max(seen, Ordering::SeqCst);
                 Ok(())
             }
-            Err(error) => {
+            Err(Undurable::NotYet(error)) => Err(fault(error)),
+            Err(Undurable::Lost(error)) => {
                 let error = fault(error);
                 *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
                 Err(error)
@@ -91,9 +157,13 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_never_forgotten() {
+    fn a_loss_is_never_forgotten_and_other_failures_are() {
         let durability = Durability::unknown();
-        assert!(durability.make(|| Err(io::Error::from_raw_os_error(5)), fault).is_err());
+        let error = || io::Error::from_raw_os_error(5);
+        assert!(durability.make(|| Err(Undurable::NotYet(error())), fault).is_err());
+        durability.make(|| Ok(()), fault).unwrap();
+        durability.changed();
+        assert!(durability.make(|| Err(Undurable::Lost(error())), fault).is_err());
         let error = durability.make(|| Ok(()), fault).unwrap_err();
         assert!(error.to_string().contains("cannot sync"), "{error}");
         assert!(!durability.is_durable());

@@ -3,6 +3,9 @@
 //! Nothing here talks to a network or knows what a remote is. Each backend says in its file what survives a crash of
 //! the process and what survives a loss of power.
 
+mod bitmap;
+mod boot;
+mod cache_file;
 mod durability;
 mod file;
 mod memory;
@@ -11,6 +14,7 @@ mod opened;
 mod stored;
 mod window;
 
+pub use cache_file::CacheFile;
 pub use file::{File, FileSettings};
 pub use memory::Memory;
 pub use null::Null;

@@ -5,6 +5,7 @@
 //! its range until it has happened: later changes to the same bytes wait for it and win. Calls must be made within a
 //! tokio runtime.
 
+use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -15,7 +16,7 @@ use r3map_core::{Error, ErrorKind, Extent, ExtentKind, Operation, RangeGuard, Ra
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
-use crate::durability::Durability;
+use crate::durability::{Durability, Undurable, sync_data};
 use crate::opened::Opened;
 
 /// The most bytes that are copied to or from a blocking thread at once.
@@ -72,6 +73,10 @@ impl Window {
         &self.0.opened
     }
 
+    pub(crate) fn durability(&self) -> &Durability {
+        &self.0.durability
+    }
+
     pub(crate) async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let range = range(offset, buf.len() as u64);
         let mut done = self.0.read_now(offset, buf).map_err(|error| self.fault(Operation::Read, &range, error))?;
@@ -112,7 +117,7 @@ impl Window {
         let range = range(offset, len);
         let guard = self.0.changing.lock(range.clone()).await;
         let at = self.0.base + offset;
-        let zero = move |inner: &Inner| inner.change(guard, |opened| zero(opened, at, len, how));
+        let zero = move |inner: &Inner| inner.change(guard, |opened| zero(&opened.file, at, len, how));
         self.hop(operation, &range, zero).await.map(drop)
     }
 
@@ -124,16 +129,26 @@ impl Window {
 
     /// Makes every change that has returned durable.
     pub(crate) async fn flush(&self) -> Result<()> {
+        self.flush_with(sync_data).await
+    }
+
+    /// The same by other means. They run one at a time, and not if nothing has changed.
+    pub(crate) async fn flush_with(
+        &self,
+        sync: impl FnOnce(&fs::File) -> std::result::Result<(), Undurable> + Send + 'static,
+    ) -> Result<()> {
         if self.0.durability.is_durable() {
             return Ok(());
         }
-        let window = self.clone();
-        let sync = move |inner: &Inner| {
-            let sync = || inner.check_not_cut().and_then(|()| inner.opened.file.sync_data());
-            let fault = |error| window.0.opened.fault(Operation::Flush, "cannot make durable", error);
+        let flush = move |inner: &Inner| {
+            let sync = || {
+                inner.check_not_cut()?;
+                sync(&inner.opened.file)
+            };
+            let fault = |error| inner.opened.fault(Operation::Flush, "cannot make durable", error);
             Ok(inner.durability.make(sync, fault))
         };
-        self.hop(Operation::Flush, &(0..self.0.len), sync).await?
+        self.hop(Operation::Flush, &(0..self.0.len), flush).await?
     }
 
     /// Runs `work` on a thread that may wait for the disk.
@@ -247,26 +262,26 @@ fn range(offset: u64, len: u64) -> Range<u64> {
 }
 
 /// Makes a range of a file read as zeros, in the first way that its file system has.
-fn zero(opened: &Opened, at: u64, len: u64, how: Zeroing) -> io::Result<()> {
+pub(crate) fn zero(file: &fs::File, at: u64, len: u64, how: Zeroing) -> io::Result<()> {
     let release = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let keep = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
     let ways: &[FallocateFlags] = if how == Zeroing::Release { &[release] } else { &[keep, release] };
     for way in ways {
-        match fallocate(&opened.file, *way, at, len) {
+        match fallocate(file, *way, at, len) {
             // EINVAL: a device, and a range that does not keep to its sectors.
             Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {}
-            Err(Errno::INTR) => return zero(opened, at, len, how),
+            Err(Errno::INTR) => return zero(file, at, len, how),
             result => return Ok(result?),
         }
     }
-    write_zeros(opened, at, len)
+    write_zeros(file, at, len)
 }
 
-fn write_zeros(opened: &Opened, mut at: u64, len: u64) -> io::Result<()> {
+fn write_zeros(file: &fs::File, mut at: u64, len: u64) -> io::Result<()> {
     let end = at + len;
     while at < end {
         let step = (end - at).min(ZEROS.len() as u64);
-        opened.file.write_all_at(&ZEROS[..usize::try_from(step).unwrap_or(ZEROS.len())], at)?;
+        file.write_all_at(&ZEROS[..usize::try_from(step).unwrap_or(ZEROS.len())], at)?;
         at += step;
     }
     Ok(())
@@ -281,7 +296,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let opened = Opened::existing(file.path(), false).unwrap();
         opened.file.write_all_at(&[7; 200_000], 0).unwrap();
-        write_zeros(&opened, 1, 199_998).unwrap();
+        write_zeros(&opened.file, 1, 199_998).unwrap();
         let mut bytes = vec![1; 200_000];
         opened.file.read_exact_at(&mut bytes, 0).unwrap();
         assert!(bytes[0] == 7 && bytes[199_999] == 7 && r3map_core::is_zero(&bytes[1..199_999]));
