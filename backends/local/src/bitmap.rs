@@ -66,6 +66,7 @@ impl Bitmap {
     }
 
     /// Whether a bit is set.
+    #[cfg(test)]
     pub(crate) fn get(&self, file: &fs::File, bit: u64) -> io::Result<bool> {
         let mut byte = [0];
         file.read_exact_at(&mut byte, self.base + bit / 8)?;

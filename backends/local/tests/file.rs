@@ -1,5 +1,7 @@
 //! The file backend against the contract, and against everything that can happen to a file.
 
+mod common;
+
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -8,6 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
 
+use common::{SmallDisk, assert_says, fresh};
 use r3map_core::{Backend, Error, ErrorKind, ExtentKind, is_zero};
 use r3map_local::{File, FileSettings, Stored};
 use r3map_testkit::{conformance, fill, model, skip};
@@ -15,25 +18,12 @@ use tempfile::TempDir;
 
 const SIZE: u64 = 300_001;
 
-fn fresh(dir: &TempDir) -> PathBuf {
-    static COUNT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    dir.path().join(format!("region-{}", COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)))
-}
-
 fn open(path: &Path) -> Result<File, Error> {
     File::open(path, &FileSettings::default())
 }
 
 fn read_only(path: &Path) -> Result<File, Error> {
     File::open(path, &FileSettings { read_only: true, ..FileSettings::default() })
-}
-
-/// One line, that names the file and has the given kind and words.
-fn assert_says<T: std::fmt::Debug>(result: Result<T, Error>, kind: ErrorKind, words: &str) {
-    let error = result.unwrap_err();
-    let text = error.to_string();
-    assert_eq!(error.kind(), kind, "{text}");
-    assert!(text.contains(words) && !text.contains('\n'), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -274,30 +264,10 @@ fn what_is_in_memory_is_read_without_waiting_for_the_disk() {
     });
 }
 
-/// A file system of a few megabytes of its own, or `None` where that cannot be had.
-struct SmallDisk(TempDir);
-
-impl SmallDisk {
-    fn new() -> Option<Self> {
-        let dir = TempDir::new().unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(dir.path()).output();
-        match mounted.is_ok_and(|output| output.status.success()) {
-            true => Some(Self(dir)),
-            false => None,
-        }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
-
 #[tokio::test]
 async fn a_full_disk_is_exhausted_and_changes_nothing_else() {
-    let Some(disk) = SmallDisk::new() else { return skip("a tmpfs cannot be mounted (are you root?)") };
-    let file = File::create(disk.0.path().join("region"), 16 << 20).unwrap();
+    let Some(disk) = SmallDisk::new(4) else { return skip("a tmpfs cannot be mounted (are you root?)") };
+    let file = File::create(disk.path().join("region"), 16 << 20).unwrap();
     file.write_at(0, &fill::bytes(0, 1 << 20, 1)).await.unwrap();
     let too_much = fill::bytes(1 << 20, 8 << 20, 1);
     assert_says(file.write_at(1 << 20, &too_much).await, ErrorKind::Exhausted, "input/output failed");
