@@ -1,2 +1,68 @@
-//! Stub.
-fn main() {}
+//! The `r3map` command.
+//!
+//! It reads the command line, calls the library, and says what happens; what a mount or a copy is, the library knows.
+
+mod args;
+mod copy;
+mod demo;
+mod info;
+mod mount;
+mod order;
+mod output;
+mod serve;
+mod signals;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser};
+use r3map::Registry;
+
+use crate::args::{Cli, Command};
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.json);
+    start_log();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            output.note("error", &format!("the system has no room for a thread: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let done = runtime.block_on(run(cli.command, output));
+    // A blocking task that hangs (a dead disk) must not keep the process from ending.
+    runtime.shutdown_background();
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output.note("error", &format!("{error:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command, output: Output) -> Result<()> {
+    let registry = Registry::standard();
+    match command {
+        Command::Serve(args) => serve::run(&registry, args, output).await,
+        Command::Mount(args) => mount::run(&registry, args, output).await,
+        Command::Info(args) => info::run(&registry, args, output).await,
+        Command::Copy(args) => copy::run(&registry, args, output).await,
+        Command::Demo(args) => demo::run(args, output).await,
+        Command::Completions(args) => {
+            clap_complete::generate(args.shell, &mut Cli::command(), "r3map", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man(args) => clap_mangen::generate_to(Cli::command(), &args.folder)
+            .with_context(|| format!("cannot write man pages into {}", args.folder.display())),
+    }
+}
+
+/// `R3MAP_LOG=debug` shows what happens inside, on standard error.
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("R3MAP_LOG").unwrap_or_else(|_| "off".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -1,1 +1,38 @@
-//! Stub.
+//! Use any resource as if it were your own memory or file.
+//!
+//! A region is opened by its name through a [`Registry`], and shown by a [`Mount`]: as a slice of memory
+//! ([`Mount::slice`]), as a file on a path ([`Mount::path`]) or as an opened file ([`Mount::file`]). What is touched is
+//! read on demand; a managed mount has the rest pulled in the background and what was written pushed back.
+//!
+//! Everything that can be chosen is in [`Settings`]; what can be plugged in (hooks, the order of pulling) is given to
+//! the [`Mount`]. Nothing here does any I/O itself: it puts the parts together.
+
+mod copy;
+pub mod engine;
+mod families;
+mod mount;
+mod registry;
+mod settings;
+pub mod size;
+mod uri;
+
+pub use copy::{CopyProgress, CopySettings, copy};
+#[cfg(feature = "slice")]
+pub use mount::SliceMount;
+#[cfg(feature = "file")]
+pub use mount::{FileMount, PathMount};
+pub use mount::{Mount, Region};
+pub use r3map_core::{
+    Access, Backend, Capabilities, ChunkSize, Error, ErrorKind, ExtentKind, Geometry, Operation, Result,
+};
+pub use r3map_pipeline::{
+    Backoff, Durability, Outage, Phase, Priority, Progress, PullSettings, PushSettings, RetrySettings, Workers,
+};
+pub use registry::{Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry};
+pub use settings::{Cache, FileOptions, Settings};
+pub use uri::Uri;
+
+/// The examples in the README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

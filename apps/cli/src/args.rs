@@ -1,0 +1,327 @@
+//! The command line: what `--help`, the man pages and the shell completions say, and nothing that acts on it.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use r3map::{ChunkSize, Uri, size};
+
+/// Use any resource as if it were your own memory or file: read what you touch on demand, have the rest pulled in the
+/// background, and have your writes pushed back.
+#[derive(Parser, Debug)]
+#[command(name = "r3map", version, propagate_version = true, arg_required_else_help = true, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    /// Print every event as one line of JSON on standard output.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  r3map demo                                                   see it work, with nothing to set up
+  r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337 lend a file
+  r3map mount grpc://host:1337 ./region                        use it elsewhere as ./region
+  r3map copy grpc://host:1337 file:./disk.img                  fetch all of it";
+
+/// What the command does.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    Serve(Serve),
+    Mount(Mount),
+    Info(Info),
+    Copy(Copy),
+    Demo(Demo),
+    Completions(Completions),
+    Man(Man),
+}
+
+/// Serve a region to other hosts.
+///
+/// Prints a `ready` line with the address of each listener. Ctrl-C or SIGTERM finishes what is in flight and flushes.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337
+  r3map serve file:/data/new.img --create --size 4GiB --listen grpc+unix:///run/r3map.sock
+  r3map serve memory: --size 1GiB --listen grpc://[::1]:0")]
+pub(crate) struct Serve {
+    /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337.
+    pub(crate) uri: Uri,
+    /// Where to listen: grpc://ADDRESS:PORT or grpc+unix://PATH; may be given several times.
+    #[arg(long, required = true, value_name = "URI")]
+    pub(crate) listen: Vec<Uri>,
+    /// Refuse writes.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    #[command(flatten)]
+    pub(crate) open: Open,
+}
+
+/// How the region is opened.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct Open {
+    /// The region's size, where the resource does not know it, e.g. 1GiB.
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// The unit of transfer, a power of two from 4KiB to 64MiB; the resource's own, or 64KiB, by default.
+    #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
+    pub(crate) chunk_size: Option<ChunkSize>,
+    /// Create the resource if it does not exist; needs --size.
+    #[arg(long)]
+    pub(crate) create: bool,
+}
+
+/// Show a region as a file on this host.
+///
+/// Runs in the foreground and prints a `ready` line once PATH is usable. Ctrl-C or SIGTERM pushes what is left and
+/// unmounts; a second one gives up and says what was lost.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map mount grpc://host:1337 ./region
+  r3map mount grpc://host:1337 ./region --cache /var/cache/region.cache --push-interval 5s
+  r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only")]
+pub(crate) struct Mount {
+    /// The region, e.g. grpc://host:1337.
+    pub(crate) uri: Uri,
+    /// The file to show it as: one that does not exist yet, or an empty one.
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) path: PathBuf,
+    /// Keep a local copy in step in the background, or go to the remote with every access.
+    #[arg(long, value_enum, default_value_t = Mode::Managed)]
+    pub(crate) mode: Mode,
+    /// Where the local copy is kept: `memory`, or a file that survives a crash and is used again.
+    #[arg(long, default_value = "memory", value_name = "memory|FILE")]
+    pub(crate) cache: Cache,
+    /// Background pulls in flight: `auto` fits the link, 0 pulls only what is touched.
+    #[arg(long, default_value = "auto", value_name = "auto|N|0")]
+    pub(crate) pull_workers: Workers,
+    /// Pull everything before the file is shown.
+    #[arg(long)]
+    pub(crate) pull_first: bool,
+    /// Pull these first: a file with one byte offset or range (`FROM-TO`) a line, sizes like 4MiB allowed.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) pull_order: Option<PathBuf>,
+    /// How often changes are pushed.
+    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) push_interval: Duration,
+    /// How much may be changed and not yet pushed; writers wait beyond that.
+    #[arg(long, default_value = "256MiB", value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) dirty_budget: u64,
+    /// What fsync waits for: that the remote has everything, or only the cache file (needs --cache FILE).
+    #[arg(long, value_enum, default_value_t = Fsync::Remote)]
+    pub(crate) fsync: Fsync,
+    /// How long to keep trying a remote that does not answer before readers get an error: a time, or `forever`.
+    #[arg(long, default_value = "60s", value_name = "TIME|forever")]
+    pub(crate) retry: Patience,
+    /// Open files without the kernel's cache.
+    #[arg(long)]
+    pub(crate) direct_io: bool,
+    /// Let other users use the file too.
+    #[arg(long)]
+    pub(crate) allow_other: bool,
+    /// Refuse writes.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// The region's size, where the remote does not say it (Go servers).
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// The unit of transfer, a power of two from 4KiB to 64MiB; the remote's own, or 64KiB, by default.
+    #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
+    pub(crate) chunk_size: Option<ChunkSize>,
+}
+
+/// Say what a region is: size, chunk size, what it can do.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map info grpc://host:1337
+  r3map --json info file:/data/disk.img")]
+pub(crate) struct Info {
+    /// The region.
+    pub(crate) uri: Uri,
+    /// The region's size, where the resource does not know it.
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// The chunk size, where the resource does not know it.
+    #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
+    pub(crate) chunk_size: Option<ChunkSize>,
+}
+
+/// Copy one region onto another of the same size.
+///
+/// Holes stay holes. A file or directory that does not exist is created with the source's size.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map copy grpc://host:1337 file:./disk.img
+  r3map copy --skip-same file:./disk.img grpc://host:1337      go on after an interruption")]
+pub(crate) struct Copy {
+    /// Where the bytes are.
+    pub(crate) source: Uri,
+    /// Where they go.
+    pub(crate) destination: Uri,
+    /// Read the destination too and write only what differs.
+    #[arg(long)]
+    pub(crate) skip_same: bool,
+    /// The size of a region that does not know it.
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// The chunk size of a directory that is created.
+    #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
+    pub(crate) chunk_size: Option<ChunkSize>,
+    /// Requests in flight.
+    #[arg(long, default_value = "16")]
+    pub(crate) in_flight: NonZeroU32,
+}
+
+/// See it work: serve a file behind a simulated round trip, map it as memory and as a file, write, and check.
+///
+/// Needs nothing installed and leaves nothing behind.
+#[derive(Args, Debug)]
+pub(crate) struct Demo {
+    /// A file to use instead of a generated one of 256 MiB; a copy is served, the file itself is not changed.
+    #[arg(long, value_hint = ValueHint::FilePath)]
+    pub(crate) file: Option<PathBuf>,
+    /// The simulated round trip.
+    #[arg(long, default_value = "20ms", value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) rtt: Duration,
+}
+
+/// Print a completion script for a shell.
+#[derive(Args, Debug)]
+pub(crate) struct Completions {
+    /// The shell.
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Write the man pages into a folder.
+#[derive(Args, Debug)]
+pub(crate) struct Man {
+    /// The folder, e.g. /usr/local/share/man/man1.
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub(crate) folder: PathBuf,
+}
+
+/// How a region is mounted.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// A local copy, pulled and pushed in the background.
+    Managed,
+    /// Every access goes to the remote.
+    Direct,
+}
+
+/// What fsync waits for.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fsync {
+    /// The remote has everything, durably.
+    Remote,
+    /// The cache file has everything, durably.
+    Local,
+}
+
+/// Where the local copy is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Cache {
+    /// In memory.
+    Memory,
+    /// In this file.
+    File(PathBuf),
+}
+
+impl FromStr for Cache {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Err("give `memory` or the path of a file".to_owned()),
+            "memory" => Ok(Self::Memory),
+            path => Ok(Self::File(path.into())),
+        }
+    }
+}
+
+/// How many pulls are in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Workers {
+    /// As many as the link takes.
+    Auto,
+    /// None.
+    Off,
+    /// This many.
+    Fixed(NonZeroU32),
+}
+
+impl FromStr for Workers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        let number: u32 =
+            text.parse().map_err(|_| "give `auto` or a number; 0 pulls only what is touched".to_owned())?;
+        Ok(NonZeroU32::new(number).map_or(Self::Off, Self::Fixed))
+    }
+}
+
+/// How long to keep trying.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Until it works.
+    Forever,
+    /// This long.
+    For(Duration),
+}
+
+impl FromStr for Patience {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "forever" { Ok(Self::Forever) } else { parse_duration(text).map(Self::For) }
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    size::parse(text).map_err(|error| error.message().to_owned())
+}
+
+fn parse_chunk(text: &str) -> Result<ChunkSize, String> {
+    ChunkSize::new(parse_size(text)?).map_err(|error| error.message().to_owned())
+}
+
+/// A time with a unit, e.g. 20ms, 1.5s, 2m.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| format!("{text:?} is not a time; write it like 20ms, 5s or 2m"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn reads_what_the_readme_shows() {
+        let cli = Cli::parse_from(["r3map", "mount", "grpc://host:1337", "./region", "--pull-workers", "0", "--json"]);
+        assert!(cli.json);
+        let Command::Mount(mount) = cli.command else { panic!("that is a mount") };
+        assert_eq!(mount.pull_workers, Workers::Off);
+        assert_eq!(mount.push_interval, Duration::from_secs(20));
+        assert_eq!(mount.dirty_budget, 256 << 20);
+        assert_eq!(mount.cache, Cache::Memory);
+        assert_eq!(mount.retry, Patience::For(Duration::from_secs(60)));
+    }
+}

@@ -1,0 +1,38 @@
+//! `r3map copy`: one region onto another.
+
+use std::num::NonZeroUsize;
+
+use anyhow::{Result, bail};
+use r3map::{CopySettings, OpenOptions, Registry, size};
+use serde_json::json;
+
+use crate::args;
+use crate::output::Output;
+use crate::signals::Signals;
+
+pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let options = OpenOptions { size: args.size, chunk_size: args.chunk_size, read_only: true, create: false };
+    let source = registry.open(&args.source, &options).await?;
+    let options =
+        OpenOptions { size: Some(source.size()), chunk_size: args.chunk_size, read_only: false, create: true };
+    let destination = registry.open(&args.destination, &options).await?;
+    let settings = CopySettings { skip_same: args.skip_same, in_flight: NonZeroUsize::try_from(args.in_flight)? };
+    let bar = output.bar("copying", source.size());
+    let copied = tokio::select! {
+        copied = r3map::copy(source, destination, settings, |progress| bar.set(progress.done, "")) => copied,
+        () = signals.next() => bail!("stopped before the end; run it again with --skip-same to go on"),
+    };
+    bar.finish();
+    let copied = copied?;
+    let human = format!(
+        "copied {}: {} written, {} already the same, {} zeros not sent",
+        size::format(copied.size),
+        size::format(copied.written),
+        size::format(copied.same),
+        size::format(copied.zeroes)
+    );
+    let value = json!({ "size": copied.size, "written": copied.written, "same": copied.same, "zeroes": copied.zeroes });
+    output.event("copied", &human, value);
+    Ok(())
+}

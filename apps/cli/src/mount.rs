@@ -1,0 +1,242 @@
+//! `r3map mount`: shows a region as a file until it is told to stop.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use r3map::{
+    Durability, FileOptions, OpenOptions, PathMount, Priority, Progress, PullSettings, PushSettings, Region, Registry,
+    RetrySettings, Settings, Workers, size,
+};
+use serde_json::json;
+
+use crate::args::{self, Cache, Fsync, Mode, Patience};
+use crate::order;
+use crate::output::{Bar, Output};
+use crate::signals::Signals;
+
+/// How often the bars move and the remote is looked at.
+const TICK: Duration = Duration::from_millis(200);
+
+pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let mount = tokio::select! {
+        mount = open(registry, &args, output) => mount?,
+        () = signals.next() => bail!("stopped before the region was shown; nothing was written"),
+    };
+    let region = mount.region();
+    let path = mount.path().display();
+    let mode = if args.mode == Mode::Managed { "managed" } else { "direct" };
+    let human = format!("ready: {} ({}, {mode}) at {path}", args.uri, size::format(region.size()));
+    output.event(
+        "ready",
+        &human,
+        json!({
+            "region": args.uri.to_string(),
+            "path": mount.path(),
+            "size": region.size(),
+            "mode": mode,
+            "read_only": region.is_read_only(),
+        }),
+    );
+    tokio::select! {
+        () = watch(region, output) => {}
+        () = mount.unmounted() => output.note("unmounted", "the file was unmounted; storing what is left"),
+        () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
+    }
+    drain(&mount, &mut signals, output).await
+}
+
+async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result<PathMount> {
+    let options =
+        OpenOptions { size: args.size, chunk_size: args.chunk_size, read_only: args.read_only, create: false };
+    let remote = registry.open(&args.uri, &options).await?;
+    let settings = settings(args)?;
+    let chunk = args.chunk_size.or(remote.capabilities().preferred_chunk).unwrap_or_default();
+    let priority = match &args.pull_order {
+        Some(file) => Priority::List(order::read(file, remote.size(), chunk)?.into()),
+        None => Priority::None,
+    };
+    let (size, here) = (remote.size(), Arc::new(AtomicU64::new(0)));
+    let counter = here.clone();
+    let mount = match args.mode {
+        Mode::Managed => r3map::Mount::managed(remote),
+        Mode::Direct => r3map::Mount::direct(remote),
+    };
+    let mount = mount.settings(settings).identity(args.uri.to_string()).priority(priority).on_chunk_local(move |_| {
+        counter.fetch_add(chunk.bytes(), Ordering::Relaxed);
+    });
+    let bar = args.pull_first.then(|| output.bar("pulling", size));
+    let mut shown = std::pin::pin!(mount.path(&args.path));
+    loop {
+        tokio::select! {
+            shown = &mut shown => {
+                if let Some(bar) = bar {
+                    bar.finish();
+                }
+                return Ok(shown?);
+            }
+            () = tokio::time::sleep(TICK) => {
+                if let Some(bar) = &bar {
+                    bar.set(here.load(Ordering::Relaxed).min(size), "");
+                }
+            }
+        }
+    }
+}
+
+fn settings(args: &args::Mount) -> Result<Settings> {
+    check_modes(args)?;
+    let budget = NonZeroU64::new(args.dirty_budget).context("--dirty-budget must be at least one byte")?;
+    Ok(Settings {
+        chunk_size: args.chunk_size,
+        read_only: args.read_only,
+        retry: RetrySettings {
+            limit: match args.retry {
+                Patience::Forever => None,
+                Patience::For(limit) => Some(limit),
+            },
+            ..RetrySettings::default()
+        },
+        cache: match &args.cache {
+            Cache::Memory => r3map::Cache::Memory,
+            Cache::File(path) => r3map::Cache::File(path.clone()),
+        },
+        pull: PullSettings {
+            workers: match args.pull_workers {
+                args::Workers::Auto => Workers::Adaptive,
+                args::Workers::Off => Workers::Off,
+                args::Workers::Fixed(workers) => Workers::Fixed(workers.try_into()?),
+            },
+            ..PullSettings::default()
+        },
+        pull_first: args.pull_first,
+        push: PushSettings { interval: args.push_interval, dirty_budget: budget, ..PushSettings::default() },
+        durability: match args.fsync {
+            Fsync::Remote => Durability::Remote,
+            Fsync::Local => Durability::Local,
+        },
+        file: FileOptions {
+            direct_io: args.direct_io,
+            allow_other: args.allow_other,
+            source: Some(args.uri.to_string()),
+        },
+    })
+}
+
+/// Refuses what would silently have no effect.
+fn check_modes(args: &args::Mount) -> Result<()> {
+    if args.mode == Mode::Direct && (args.pull_first || args.pull_order.is_some() || args.cache != Cache::Memory) {
+        bail!("--mode direct keeps no local copy: leave out --cache, --pull-first and --pull-order");
+    }
+    if args.fsync == Fsync::Local && args.cache == Cache::Memory {
+        bail!("--fsync local needs a local copy that survives: add --cache FILE");
+    }
+    if args.pull_first && args.pull_workers == args::Workers::Off {
+        bail!("--pull-first pulls everything, --pull-workers 0 pulls nothing: leave out one of them");
+    }
+    if args.push_interval.is_zero() {
+        bail!("--push-interval must be longer than zero, e.g. 1s");
+    }
+    Ok(())
+}
+
+/// Shows how pulling goes and whether the remote answers, for as long as the region is used.
+async fn watch(region: &Region, output: Output) {
+    let mut bar = region.progress().map(|_| output.bar("pulling", region.size()));
+    let mut silent = false;
+    loop {
+        tokio::time::sleep(TICK).await;
+        tell_waiting(region, &mut silent, output);
+        let Some(progress) = region.progress().map(|progress| progress.borrow().clone()) else { continue };
+        if progress.pulled {
+            if let Some(bar) = bar.take() {
+                bar.finish();
+                let human = format!("pulled: all {} are local", size::format(progress.size));
+                output.event("pulled", &human, json!({ "size": progress.size }));
+            }
+        } else if let Some(bar) = &bar {
+            bar.set(progress.valid_bytes, &changes(&progress));
+        }
+    }
+}
+
+fn changes(progress: &Progress) -> String {
+    match progress.dirty_bytes {
+        0 => String::new(),
+        dirty => format!("({} to push)", size::format(dirty)),
+    }
+}
+
+/// Says once that the remote does not answer, and once that it does again.
+fn tell_waiting(region: &Region, silent: &mut bool, output: Output) {
+    match &*region.outage().borrow() {
+        Some(outage) if !*silent => {
+            output.note("waiting", &format!("the remote does not answer; trying again: {}", outage.error));
+            *silent = true;
+        }
+        None if *silent => {
+            output.note("resumed", "the remote answers again");
+            *silent = false;
+        }
+        _ => {}
+    }
+}
+
+/// Unmounts and stores what is left; a second signal gives up.
+async fn drain(mount: &PathMount, signals: &mut Signals, output: Output) -> Result<()> {
+    let bar = mount.region().progress().map(|progress| {
+        let dirty = progress.borrow().dirty_bytes;
+        (output.bar("storing", dirty), dirty)
+    });
+    let mut busy = false;
+    loop {
+        tokio::select! {
+            closed = close(mount, &mut busy, output) => {
+                closed?;
+                break;
+            }
+            () = show_left(mount, bar.as_ref()) => {}
+            () = signals.next() => return give_up(mount).await,
+        }
+    }
+    if let Some((bar, _)) = bar {
+        bar.finish();
+    }
+    output.event("stopped", "stopped: everything is stored", json!({}));
+    Ok(())
+}
+
+/// Closes, and waits for those who still use the file.
+async fn close(mount: &PathMount, busy: &mut bool, output: Output) -> Result<()> {
+    loop {
+        match mount.close().await {
+            Err(error) if error.kind() == r3map::ErrorKind::Conflict => {
+                if !*busy {
+                    output.note("busy", &format!("{error}; waiting until it is closed, Ctrl-C gives up"));
+                    *busy = true;
+                }
+                tokio::time::sleep(TICK).await;
+            }
+            closed => return Ok(closed?),
+        }
+    }
+}
+
+async fn show_left(mount: &PathMount, bar: Option<&(Bar, u64)>) {
+    loop {
+        tokio::time::sleep(TICK).await;
+        if let (Some((bar, dirty)), Some(progress)) = (bar, mount.region().progress()) {
+            let left = progress.borrow().dirty_bytes;
+            bar.set(dirty.saturating_sub(left), &format!("({} left)", size::format(left)));
+        }
+    }
+}
+
+async fn give_up(mount: &PathMount) -> Result<()> {
+    let left = mount.region().progress().map_or(0, |progress| progress.borrow().dirty_bytes);
+    mount.abandon().await;
+    bail!("gave up with {} ({left} bytes) of changes not pushed", size::format(left))
+}

@@ -1,0 +1,133 @@
+//! How the command talks: bars on a terminal, plain lines elsewhere, one JSON object a line with `--json`.
+//!
+//! Results go to standard output, everything else to standard error, so that a script can read the one and a person
+//! the other.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// Where events go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    json: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// A result: `human` as it is, or `value` as an event called `event`.
+    pub(crate) fn event(self, event: &str, human: &str, value: impl Serialize) {
+        if self.json {
+            print_json(event, &value);
+        } else {
+            let _ = writeln!(std::io::stdout(), "{human}");
+        }
+    }
+
+    /// Something that a person should know, but no result.
+    pub(crate) fn note(self, event: &str, human: &str) {
+        if self.json {
+            print_json(event, &json!({ "message": human }));
+        } else {
+            let _ = writeln!(std::io::stderr(), "{event}: {human}");
+        }
+    }
+
+    /// A bar over `size` bytes.
+    pub(crate) fn bar(self, what: &'static str, size: u64) -> Bar {
+        Bar::new(self, what, size)
+    }
+}
+
+fn print_json(event: &str, value: &impl Serialize) {
+    let mut object = json!({ "event": event });
+    if let (Some(object), Ok(Value::Object(fields))) = (object.as_object_mut(), serde_json::to_value(value)) {
+        object.extend(fields);
+    }
+    let _ = writeln!(std::io::stdout(), "{object}");
+}
+
+/// How often progress is said where no bar can be drawn.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
+
+/// The progress of one long thing, with rate and time left.
+pub(crate) struct Bar {
+    output: Output,
+    what: &'static str,
+    size: u64,
+    start: Instant,
+    first: Mutex<Option<u64>>,
+    said: Mutex<Instant>,
+    bar: Option<ProgressBar>,
+}
+
+impl Bar {
+    fn new(output: Output, what: &'static str, size: u64) -> Self {
+        let drawn = !output.json && std::io::stderr().is_terminal();
+        let style = "{prefix:>8} [{bar:30}] {binary_bytes:>10} of {binary_total_bytes} {binary_bytes_per_sec:>12} {eta:>4} left {msg}";
+        let bar = drawn.then(|| {
+            let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+            ProgressBar::new(size).with_style(style.progress_chars("=> ")).with_prefix(what)
+        });
+        let now = Instant::now();
+        Self { output, what, size, start: now, first: Mutex::new(None), said: Mutex::new(now), bar }
+    }
+
+    /// `done` bytes are done; `extra` is a word or two more.
+    pub(crate) fn set(&self, done: u64, extra: &str) {
+        let first = *lock(&self.first).get_or_insert(done);
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+            bar.set_message(extra.to_owned());
+            return;
+        }
+        let mut said = lock(&self.said);
+        if said.elapsed() >= PLAIN_INTERVAL {
+            *said = Instant::now();
+            self.say(done, done.saturating_sub(first), extra);
+        }
+    }
+
+    fn say(&self, done: u64, moved: u64, extra: &str) {
+        let seconds = self.start.elapsed().as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+        let rate = moved as f64 / seconds.max(1e-9);
+        #[expect(clippy::cast_precision_loss, reason = "a time for people")]
+        let left = self.size.saturating_sub(done) as f64 / rate.max(1.0);
+        if self.output.json {
+            let (what, size) = (self.what, self.size);
+            print_json(
+                "progress",
+                &json!({ "what": what, "done": done, "size": size, "bytes_per_second": rate.round(), "seconds_left": left.round() }),
+            );
+            return;
+        }
+        let percent = done * 100 / self.size.max(1);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for people")]
+        let rate = r3map::size::format(rate as u64);
+        let (what, of) = (self.what, r3map::size::format(self.size));
+        let _ = writeln!(std::io::stderr(), "{what}: {percent} % of {of}, {rate}/s, {left:.0} s left {extra}");
+    }
+
+    /// It is over; the bar goes away.
+    pub(crate) fn finish(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

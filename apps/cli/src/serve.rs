@@ -1,0 +1,49 @@
+//! `r3map serve`: lends a region to other hosts until it is told to stop.
+
+use anyhow::Result;
+use r3map::{ListenOptions, OpenOptions, Registry};
+use serde_json::json;
+
+use crate::args;
+use crate::output::Output;
+use crate::signals::Signals;
+
+pub(crate) async fn run(registry: &Registry, args: args::Serve, output: Output) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let options = OpenOptions {
+        size: args.open.size,
+        chunk_size: args.open.chunk_size,
+        read_only: args.read_only,
+        create: args.open.create,
+    };
+    let backend = registry.open(&args.uri, &options).await?;
+    let listen = ListenOptions {
+        read_only: args.read_only,
+        chunk_size: args.open.chunk_size,
+        identity: registry.identity(&args.uri)?,
+    };
+    let mut listeners = Vec::new();
+    for uri in &args.listen {
+        listeners.push(registry.listen(uri, backend.clone(), &listen).await?);
+    }
+    let size = backend.size();
+    for listener in &listeners {
+        let uri = listener.uri();
+        let human = format!("ready: {} ({}) at {uri}", args.uri, r3map::size::format(size));
+        output.event("ready", &human, json!({ "uri": uri, "region": args.uri.to_string(), "size": size }));
+    }
+    signals.next().await;
+    output.note("stopping", "finishing what is in flight; Ctrl-C again gives up");
+    let shutdown = async {
+        for listener in listeners {
+            listener.shutdown().await?;
+        }
+        backend.flush().await
+    };
+    tokio::select! {
+        done = shutdown => done?,
+        () = signals.next() => anyhow::bail!("gave up before everything in flight was finished and flushed"),
+    }
+    output.event("stopped", "stopped; everything that was acknowledged is flushed", json!({}));
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! Copying one region onto another: many requests in flight, holes kept as holes, and what is already the same left
+//! alone if asked.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use r3map_core::{Access, Backend, Error, ErrorKind, Extent, ExtentKind, Operation, Result, is_zero};
+use r3map_pipeline::Aligned;
+
+/// How a copy is made.
+#[derive(Debug, Clone, Copy)]
+pub struct CopySettings {
+    /// Read the destination too and write only what differs: costs a read of the destination, and lets a copy that was
+    /// stopped go on. Off by default.
+    pub skip_same: bool,
+    /// Requests in flight; 16 by default. Each holds one buffer (two with `skip_same`) of up to 1 MiB.
+    pub in_flight: NonZeroUsize,
+}
+
+impl Default for CopySettings {
+    fn default() -> Self {
+        Self { skip_same: false, in_flight: NonZeroUsize::new(16).expect("16 is not zero") }
+    }
+}
+
+/// How far a copy is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CopyProgress {
+    /// The region's size in bytes.
+    pub size: u64,
+    /// Bytes that are done, in any of the ways below.
+    pub done: u64,
+    /// Bytes that were written.
+    pub written: u64,
+    /// Bytes that were already the same.
+    pub same: u64,
+    /// Bytes of holes and of zeros that were not sent.
+    pub zeroes: u64,
+}
+
+/// The longest request of a copy in bytes.
+const STEP: u64 = 1 << 20;
+
+/// Copies all of `source` onto `destination`, which must have the same size, and flushes it. `progress` is called after
+/// every step. Dropping the future stops the copy; what was written stays.
+///
+/// # Errors
+/// `InvalidInput` if the sizes differ; otherwise the first error of either side.
+pub async fn copy(
+    source: Arc<dyn Backend>,
+    destination: Arc<dyn Backend>,
+    settings: CopySettings,
+    mut progress: impl FnMut(CopyProgress),
+) -> Result<CopyProgress> {
+    if source.size() != destination.size() {
+        let message = format!("the source has {} bytes, the destination {}", source.size(), destination.size());
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Write, message));
+    }
+    let copy = Copy { source: any_access(source)?, destination: any_access(destination)?, settings };
+    let mut done = CopyProgress { size: copy.source.size(), ..CopyProgress::default() };
+    let mut running = FuturesUnordered::new();
+    let mut at = 0;
+    while at < done.size {
+        let extent = copy.extent(at).await?;
+        at = extent.range.end;
+        let mut start = extent.range.start;
+        while start < at {
+            let range = start..copy.step_end(start, &extent);
+            start = range.end;
+            if running.len() >= settings.in_flight.get()
+                && let Some(step) = running.next().await
+            {
+                done.add(step?);
+                progress(done);
+            }
+            running.push(copy.step(range, extent.kind));
+        }
+    }
+    while let Some(step) = running.next().await {
+        done.add(step?);
+        progress(done);
+    }
+    copy.destination.flush().await?;
+    Ok(done)
+}
+
+fn any_access(backend: Arc<dyn Backend>) -> Result<Arc<dyn Backend>> {
+    Ok(match backend.capabilities().access {
+        Access::Any => backend,
+        Access::WholeChunks(_) => Arc::new(Aligned::new(backend)?),
+    })
+}
+
+enum Step {
+    Written(u64),
+    Same(u64),
+    Zeroes(u64),
+}
+
+impl CopyProgress {
+    fn add(&mut self, step: Step) {
+        let (count, bytes) = match step {
+            Step::Written(bytes) => (&mut self.written, bytes),
+            Step::Same(bytes) => (&mut self.same, bytes),
+            Step::Zeroes(bytes) => (&mut self.zeroes, bytes),
+        };
+        *count += bytes;
+        self.done += bytes;
+    }
+}
+
+struct Copy {
+    source: Arc<dyn Backend>,
+    destination: Arc<dyn Backend>,
+    settings: CopySettings,
+}
+
+impl Copy {
+    /// What the source has at `at`: one run of data or of nothing.
+    async fn extent(&self, at: u64) -> Result<Extent> {
+        let rest = at..self.source.size();
+        match self.source.capabilities().extents {
+            Some(extents) => {
+                let found = extents.extents(at, rest.end - rest.start).await?;
+                let none = || Error::new(ErrorKind::Internal, Operation::Extents, "the source answered with no extent");
+                found.into_iter().next().filter(|e| e.range.start == at && e.range.end > at).ok_or_else(none)
+            }
+            None => Ok(Extent { range: rest, kind: ExtentKind::Data }),
+        }
+    }
+
+    /// Where a request that starts at `start` ends. Zeros that need not be sent go in larger steps.
+    fn step_end(&self, start: u64, extent: &Extent) -> u64 {
+        let step = match extent.kind {
+            ExtentKind::Hole if !self.settings.skip_same && self.destination.capabilities().write_zeroes.is_some() => {
+                1 << 30
+            }
+            _ => {
+                let limit = |backend: &Arc<dyn Backend>| backend.capabilities().max_request.unwrap_or(STEP);
+                STEP.min(limit(&self.source)).min(limit(&self.destination)).max(1)
+            }
+        };
+        extent.range.end.min(start + step)
+    }
+
+    async fn step(&self, range: Range<u64>, kind: ExtentKind) -> Result<Step> {
+        let len = range.end - range.start;
+        if kind == ExtentKind::Hole && self.is_hole(&range).await? {
+            return Ok(Step::Zeroes(len));
+        }
+        if kind == ExtentKind::Hole
+            && !self.settings.skip_same // then it is only known to be different once it was read
+            && let Some(zeroes) = self.destination.capabilities().write_zeroes
+        {
+            zeroes.write_zeroes(range.start, len).await?;
+            return Ok(Step::Zeroes(len));
+        }
+        self.bytes(range, kind).await
+    }
+
+    /// Whether the destination already has nothing in all of `range`.
+    async fn is_hole(&self, range: &Range<u64>) -> Result<bool> {
+        let Some(extents) = self.destination.capabilities().extents else { return Ok(false) };
+        let found = extents.extents(range.start, range.end - range.start).await?;
+        Ok(matches!(&found[..], [one] if one.kind == ExtentKind::Hole && one.range == *range))
+    }
+
+    async fn bytes(&self, range: Range<u64>, kind: ExtentKind) -> Result<Step> {
+        let len = range.end - range.start;
+        let mut bytes = vec![0; buffer_len(len)?];
+        if kind == ExtentKind::Data {
+            self.source.read_at(range.start, &mut bytes).await?;
+        }
+        if self.settings.skip_same {
+            let mut there = vec![0; bytes.len()];
+            self.destination.read_at(range.start, &mut there).await?;
+            if there == bytes {
+                return Ok(Step::Same(len));
+            }
+        }
+        match self.destination.capabilities().write_zeroes {
+            Some(zeroes) if is_zero(&bytes) => {
+                zeroes.write_zeroes(range.start, len).await?;
+                Ok(Step::Zeroes(len))
+            }
+            _ => {
+                self.destination.write_at(range.start, &bytes).await?;
+                Ok(Step::Written(len))
+            }
+        }
+    }
+}
+
+fn buffer_len(len: u64) -> Result<usize> {
+    usize::try_from(len)
+        .map_err(|error| Error::new(ErrorKind::InvalidInput, Operation::Read, "too long").with_source(error))
+}

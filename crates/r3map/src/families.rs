@@ -1,0 +1,73 @@
+//! The schemes that this build has: for each family a few lines that call it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, Result};
+use r3map_local::{File, FileSettings, Memory, Null};
+
+use crate::{Family, Open, OpenOptions, Registry, Uri};
+
+#[cfg(feature = "grpc")]
+mod grpc;
+
+/// Adds every scheme of this build.
+pub(crate) fn register(registry: &mut Registry) {
+    let mut local = |scheme, example, about, open: Arc<dyn Open>| {
+        registry.register(Family { scheme, example, about, open, listen: None });
+    };
+    local("memory", "memory:?size=1GiB", "this process's memory", Arc::new(OpenMemory));
+    local("file", "file:PATH", "a file or a block device", Arc::new(OpenFile));
+    local("null", "null:?size=1TiB", "zeros; writes vanish", Arc::new(OpenNull));
+    #[cfg(feature = "grpc")]
+    grpc::register(registry);
+}
+
+struct OpenMemory;
+
+#[async_trait]
+impl Open for OpenMemory {
+    async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+        uri.expect(&["size"], false)?;
+        Ok(Arc::new(Memory::new(options.need_size(uri)?)?))
+    }
+
+    fn identity(&self, _: &Uri) -> Option<String> {
+        None
+    }
+}
+
+struct OpenNull;
+
+#[async_trait]
+impl Open for OpenNull {
+    async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+        uri.expect(&["size"], false)?;
+        Ok(Arc::new(Null::new(options.need_size(uri)?)?))
+    }
+}
+
+struct OpenFile;
+
+#[async_trait]
+impl Open for OpenFile {
+    async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+        uri.expect(&["size"], true)?;
+        let (path, size) = (uri.path()?, options.size_for(uri)?);
+        if options.create && !path.exists() {
+            return Ok(Arc::new(File::create(path, options.need_size(uri)?)?));
+        }
+        Ok(Arc::new(File::open(path, &FileSettings { read_only: options.read_only, size })?))
+    }
+
+    fn identity(&self, uri: &Uri) -> Option<String> {
+        absolute(uri)
+    }
+}
+
+/// The path of a resource, however it was named.
+fn absolute(uri: &Uri) -> Option<String> {
+    let path = uri.path().ok()?;
+    let path = path.canonicalize().unwrap_or(path);
+    Some(format!("{}:{}", uri.scheme(), path.display()))
+}

@@ -1,0 +1,198 @@
+//! Mounts that are shown as a file: on a path, or as an opened file.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile};
+
+use super::Mount;
+use super::region::{self, Region};
+use crate::Settings;
+
+impl Mount {
+    /// Shows the region as the file `path`, which must not exist yet, or be empty. Any program can read, write and map
+    /// it. Where a killed process left its mount behind on the path, that is taken over.
+    ///
+    /// # Errors
+    /// What the settings, the cache, the remote or FUSE object to, in one line.
+    pub async fn path(self, path: impl AsRef<Path>) -> Result<PathMount> {
+        let path = path.as_ref().to_owned();
+        crate::engine::run(async move {
+            let settings = file_settings(&self.settings);
+            let region = region::build(self).await?;
+            let shown = match Fuse::open(region.backend(), &path, settings).await {
+                Ok(shown) => shown,
+                Err(error) => return Err(region.given_up(error)),
+            };
+            Ok(PathMount { region, shown })
+        })
+        .await
+    }
+
+    /// Opens the region as a file that is on no path.
+    ///
+    /// # Errors
+    /// As [`Self::path`].
+    pub async fn file(self) -> Result<FileMount> {
+        crate::engine::run(async move {
+            let settings = file_settings(&self.settings);
+            let region = region::build(self).await?;
+            let opened = match OpenedFile::open(region.backend(), settings).await {
+                Ok(opened) => opened,
+                Err(error) => return Err(region.given_up(error)),
+            };
+            Ok(FileMount { region, opened })
+        })
+        .await
+    }
+}
+
+impl Region {
+    /// A mount that could not be shown has nothing to store; its error is the one to tell.
+    fn given_up(&self, error: Error) -> Error {
+        self.abandon();
+        error
+    }
+}
+
+fn file_settings(settings: &Settings) -> FileSettings {
+    let default = FileSettings::default();
+    FileSettings {
+        source: settings.file.source.clone().unwrap_or(default.source),
+        read_only: settings.read_only,
+        allow_other: settings.file.allow_other,
+        caching: if settings.file.direct_io { Caching::Never } else { Caching::Keep },
+        ..default
+    }
+}
+
+/// A region that is a file on a path. Dropping it unmounts, and stores what was written if the remote answers at once;
+/// [`close`](Self::close) it to be sure.
+pub struct PathMount {
+    // In this order they are dropped: what the kernel still holds goes into the region.
+    shown: Fuse,
+    region: Region,
+}
+
+impl PathMount {
+    /// The path of the file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.shown.path()
+    }
+
+    /// What the mount stands on.
+    #[must_use]
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Hands over what the kernel still holds of mappings, and makes everything that was written durable.
+    ///
+    /// # Errors
+    /// What could not be stored; it stays to be stored by the next flush.
+    pub async fn flush(&self) -> Result<()> {
+        let path: PathBuf = self.path().to_owned();
+        sync(move || File::open(path)).await
+    }
+
+    /// Makes the kernel forget what it has cached of a range of bytes, because the region changed underneath.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub async fn invalidate(&self, range: Range<u64>) -> Result<()> {
+        self.shown.invalidate(range).await
+    }
+
+    /// Returns when the file is not mounted any more, by whoever unmounted it.
+    pub async fn unmounted(&self) {
+        self.shown.unmounted().await;
+    }
+
+    /// Unmounts, stores everything, and ends the mount. Can be called again after an error.
+    ///
+    /// # Errors
+    /// `Conflict` while the file is in use; what could not be stored.
+    pub async fn close(&self) -> Result<()> {
+        // A flush that fails here is tried again, and told of, by the region.
+        match self.shown.unmount().await {
+            Err(error) if error.kind() == ErrorKind::Conflict => Err(error),
+            _ => self.region.close().await,
+        }
+    }
+
+    /// Unmounts whoever still uses the file, and ends the mount without storing anything more.
+    pub async fn abandon(&self) {
+        self.region.abandon();
+        let _ = self.shown.detach().await; // its error is that nothing was stored, which is what was asked for
+    }
+}
+
+/// A region that is an opened file. Dropping it stores what was written if the remote answers at once;
+/// [`close`](Self::close) it to be sure.
+pub struct FileMount {
+    opened: OpenedFile,
+    region: Region,
+}
+
+impl FileMount {
+    /// The file. Use it from threads that may wait: a read can take as long as the remote.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.opened
+    }
+
+    /// What the mount stands on.
+    #[must_use]
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Hands over what the kernel still holds of mappings, and makes everything that was written durable.
+    ///
+    /// # Errors
+    /// What could not be stored; it stays to be stored by the next flush.
+    pub async fn flush(&self) -> Result<()> {
+        let file = self.file().try_clone();
+        sync(move || file).await
+    }
+
+    /// Makes the kernel forget what it has cached of a range of bytes, because the region changed underneath.
+    ///
+    /// # Errors
+    /// If the kernel does not answer.
+    pub async fn invalidate(&self, range: Range<u64>) -> Result<()> {
+        self.opened.invalidate(range).await
+    }
+
+    /// Closes the file, stores everything, and ends the mount.
+    ///
+    /// # Errors
+    /// What could not be stored.
+    pub async fn close(self) -> Result<()> {
+        let Self { opened, region } = self;
+        // A flush that fails here is tried again, and told of, by the region.
+        let _ = opened.close().await;
+        region.close().await
+    }
+
+    /// Closes the file and ends the mount without storing anything more.
+    pub async fn abandon(self) {
+        let Self { opened, region } = self;
+        region.abandon();
+        let _ = opened.close().await; // its error is that nothing was stored, which is what was asked for
+    }
+}
+
+/// `fsync`, on a thread that may wait.
+async fn sync(open: impl FnOnce() -> std::io::Result<File> + Send + 'static) -> Result<()> {
+    let sync = move || open()?.sync_all();
+    let done = crate::engine::handle().spawn_blocking(sync).await;
+    let cannot = |error| Error::from_io(Operation::Flush, "what was written cannot be flushed", error);
+    match done {
+        Ok(done) => done.map_err(cannot),
+        Err(error) => Err(cannot(std::io::Error::other(error))),
+    }
+}

@@ -1,0 +1,129 @@
+//! Showing a region to an application: as a slice of memory, as a file on a path, or as an opened file; going to the
+//! remote with every access, or keeping a local copy in step.
+//!
+//! This is where the parts are put together: which stages lie between a frontend and a remote is decided here and
+//! nowhere else. All of them run on the [engine](crate::engine).
+
+#[cfg(feature = "file")]
+mod file;
+mod region;
+#[cfg(feature = "slice")]
+mod slice;
+
+#[cfg(feature = "file")]
+pub use file::{FileMount, PathMount};
+#[cfg(feature = "slice")]
+pub use slice::SliceMount;
+
+pub use region::Region;
+
+use std::future::Future;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use r3map_core::{Backend, Result};
+use r3map_pipeline::{Hooks, Priority};
+
+use crate::{Cache, Settings};
+
+/// A mount that is being described: choose, then show it with [`slice`](Self::slice), [`path`](Self::path) or
+/// [`file`](Self::file).
+///
+/// ```
+/// # fn main() -> r3map::Result<()> {
+/// use r3map::{Mount, OpenOptions, Registry};
+///
+/// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+/// let remote = Registry::standard().open(&"memory:?size=1MiB".parse()?, &OpenOptions::default()).await?;
+/// let mut mount = Mount::managed(remote.clone()).on_chunk_local(|chunk| println!("{chunk} is here")).slice().await?;
+/// mount.write_at(4096, b"hello")?;
+/// mount.flush().await?;
+/// mount.close().await?;
+///
+/// let mut bytes = [0; 5];
+/// remote.read_at(4096, &mut bytes).await?;
+/// assert_eq!(&bytes, b"hello");
+/// # Ok(()) })
+/// # }
+/// ```
+#[must_use = "nothing is mounted until it is shown"]
+pub struct Mount {
+    remote: Arc<dyn Backend>,
+    identity: Option<String>,
+    managed: bool,
+    settings: Settings,
+    hooks: Hooks,
+    priority: Priority,
+}
+
+impl Mount {
+    /// A mount whose every access goes to the remote. A slice reads a chunk once, when it is first touched, and writes
+    /// when it is flushed.
+    pub fn direct(remote: Arc<dyn Backend>) -> Self {
+        Self::new(remote, false)
+    }
+
+    /// A mount with a local copy that is pulled from and pushed to the remote in the background.
+    pub fn managed(remote: Arc<dyn Backend>) -> Self {
+        Self::new(remote, true)
+    }
+
+    fn new(remote: Arc<dyn Backend>, managed: bool) -> Self {
+        let (settings, hooks) = (Settings::default(), Hooks::default());
+        Self { remote, identity: None, managed, settings, hooks, priority: Priority::None }
+    }
+
+    /// With these settings instead of the default ones.
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// With its local copy in `cache`.
+    pub fn cache(mut self, cache: Cache) -> Self {
+        self.settings.cache = cache;
+        self
+    }
+
+    /// What the region is called, for instance its URI. A cache file belongs to one region and is refused for any other.
+    pub fn identity(mut self, name: impl Into<String>) -> Self {
+        self.identity = Some(name.into());
+        self
+    }
+
+    /// With at most so many bytes changed and not yet pushed; writers wait beyond that.
+    pub fn dirty_budget(mut self, bytes: NonZeroU64) -> Self {
+        self.settings = self.settings.dirty_budget(bytes);
+        self
+    }
+
+    /// Pulls these chunks first, or those with the highest value of a function. What is touched always goes before.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Calls `hook` with each chunk that has become local. It must be short.
+    pub fn on_chunk_local(mut self, hook: impl Fn(u64) + Send + Sync + 'static) -> Self {
+        self.hooks.on_chunk_local = Some(Arc::new(hook));
+        self
+    }
+
+    /// Calls `hook` before each flush, and waits for it. It may write to the region. An error makes the flush fail.
+    pub fn on_before_flush<F>(mut self, hook: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.hooks.on_before_flush = Some(Arc::new(move || Box::pin(hook())));
+        self
+    }
+
+    /// Calls `hook` when closing begins, and waits for it. It may write to the region. An error makes the close fail.
+    pub fn on_before_close<F>(mut self, hook: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.hooks.on_before_close = Some(Arc::new(move || Box::pin(hook())));
+        self
+    }
+}

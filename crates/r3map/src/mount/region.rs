@@ -1,0 +1,183 @@
+//! What lies between a frontend and a remote: the stages of a direct or a managed mount, put together.
+
+use std::fmt;
+use std::sync::Arc;
+
+use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Geometry, Operation, Result};
+use r3map_local::{CacheFile, Memory, Stored};
+use r3map_pipeline::{
+    Aligned, Cached, CachedParts, CachedSettings, Durability, Local, Outage, Progress, Retry, StateRecord,
+};
+use tokio::sync::watch;
+
+use super::Mount;
+use crate::Cache;
+
+/// What a mount stands on: how far it is, and whether the remote answers.
+#[derive(Clone)]
+pub struct Region {
+    backend: Arc<dyn Backend>,
+    copy: Copy,
+    retry: Arc<Retry>,
+}
+
+/// The local copy, whose progress is the mount's.
+#[derive(Clone)]
+pub(super) enum Copy {
+    /// None: every access goes to the remote.
+    None,
+    /// Under a file, or under a slice that has a cache file.
+    Below(Arc<Cached>),
+    /// The slice itself, which ends its own.
+    #[cfg(feature = "slice")]
+    Slice(r3map_slice::SliceHandle),
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("size", &self.size()).finish_non_exhaustive()
+    }
+}
+
+impl Region {
+    pub(super) fn new(backend: Arc<dyn Backend>, copy: Copy, retry: Arc<Retry>) -> Self {
+        Self { backend, copy, retry }
+    }
+
+    /// The region's size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.backend.size()
+    }
+
+    /// Whether nothing can be written.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.backend.capabilities().read_only
+    }
+
+    /// How far the local copy is, now and as it changes; nothing for a direct mount of a file, which has none.
+    #[must_use]
+    pub fn progress(&self) -> Option<watch::Receiver<Progress>> {
+        match &self.copy {
+            Copy::None => None,
+            Copy::Below(cached) => Some(cached.progress()),
+            #[cfg(feature = "slice")]
+            Copy::Slice(slice) => Some(slice.progress()),
+        }
+    }
+
+    /// Waits until all of the region is local; returns at once where there is no local copy.
+    ///
+    /// # Errors
+    /// When the mount is closed or given up first.
+    pub async fn pulled(&self) -> Result<()> {
+        match &self.copy {
+            Copy::None => Ok(()),
+            Copy::Below(cached) => cached.pulled().await,
+            #[cfg(feature = "slice")]
+            Copy::Slice(slice) => slice.pulled().await,
+        }
+    }
+
+    /// Since when the remote has not answered, and why; nothing while it does.
+    #[must_use]
+    pub fn outage(&self) -> watch::Receiver<Option<Outage>> {
+        self.retry.outage()
+    }
+
+    /// The region as a backend: reads and writes without a frontend.
+    #[must_use]
+    pub fn backend(&self) -> Arc<dyn Backend> {
+        self.backend.clone()
+    }
+
+    /// Stores everything and ends the region.
+    pub(super) async fn close(&self) -> Result<()> {
+        match self.copy.clone() {
+            Copy::None => self.backend.flush().await,
+            Copy::Below(cached) => crate::engine::run(async move { cached.close().await }).await,
+            #[cfg(feature = "slice")]
+            Copy::Slice(_) => Ok(()),
+        }
+    }
+
+    /// Ends the region without storing anything more.
+    pub(super) fn abandon(&self) {
+        if let Copy::Below(cached) = &self.copy {
+            cached.abandon();
+        }
+    }
+}
+
+/// The remote as every mount uses it: asked again while it does not answer.
+pub(super) fn patient(mount: &Mount) -> Result<Arc<Retry>> {
+    Ok(Arc::new(Retry::new(mount.remote.clone(), mount.settings.retry.clone())?))
+}
+
+/// A region that can be read and written at any offset, for a file. Runs on the engine.
+pub(super) async fn build(mount: Mount) -> Result<Region> {
+    let retry = patient(&mount)?;
+    if mount.managed {
+        let cached = cached(&mount, retry.clone()).await?;
+        if mount.settings.pull_first {
+            cached.pulled().await?;
+        }
+        return Ok(Region::new(cached.clone(), Copy::Below(cached), retry));
+    }
+    let backend: Arc<dyn Backend> = match retry.capabilities().access {
+        Access::Any => retry.clone(),
+        Access::WholeChunks(_) => Arc::new(Aligned::new(retry.clone())?),
+    };
+    Ok(Region::new(backend, Copy::None, retry))
+}
+
+/// A local copy in memory or in a file, in front of `remote`.
+pub(super) async fn cached(mount: &Mount, remote: Arc<Retry>) -> Result<Arc<Cached>> {
+    let geometry = Geometry::new(remote.size(), chunk_size(mount, &*remote)?)?;
+    let (local, record): (Arc<dyn Local>, Option<Arc<dyn StateRecord>>) = match &mount.settings.cache {
+        Cache::Memory => (Arc::new(Stored::memory(Arc::new(Memory::new(geometry.size())?))), None),
+        Cache::File(path) => {
+            let identity = mount.identity.as_deref().unwrap_or_default();
+            let file = Arc::new(CacheFile::open(path, identity, geometry)?);
+            (file.clone(), Some(file))
+        }
+    };
+    if mount.settings.durability == Durability::Local && record.is_none() {
+        let message = "a flush can only be local with a cache file; choose one, or let it wait for the remote";
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+    }
+    let parts = CachedParts { record, ..parts(mount) };
+    Cached::open(local, remote, cached_settings(mount, geometry.chunk_size()), parts).await
+}
+
+/// The settings of a local copy in chunks of `chunk_size`.
+pub(super) fn cached_settings(mount: &Mount, chunk_size: ChunkSize) -> CachedSettings {
+    let settings = &mount.settings;
+    CachedSettings {
+        chunk_size,
+        pull: settings.pull.clone(),
+        push: settings.push.clone(),
+        durability: settings.durability,
+        read_only: settings.read_only,
+    }
+}
+
+/// What the caller plugged in.
+pub(super) fn parts(mount: &Mount) -> CachedParts {
+    CachedParts { hooks: mount.hooks.clone(), priority: mount.priority.clone(), ..CachedParts::default() }
+}
+
+/// The chunk size that was asked for, or that suits the remote.
+pub(super) fn chunk_size(mount: &Mount, remote: &dyn Backend) -> Result<ChunkSize> {
+    let able = remote.capabilities();
+    let Access::WholeChunks(unit) = able.access else {
+        return Ok(mount.settings.chunk_size.or(able.preferred_chunk).unwrap_or_default());
+    };
+    let chosen = mount.settings.chunk_size.unwrap_or(unit);
+    if chosen < unit {
+        let message = format!("chunk size {chosen} is below {unit}, which is the smallest that the remote takes");
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+    }
+    Ok(chosen)
+}

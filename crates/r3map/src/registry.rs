@@ -1,0 +1,197 @@
+//! One table of what the schemes of a [`Uri`] mean: how to open each, and how to serve on it.
+//!
+//! Families of backends and transports only add a line here; nobody else looks at a scheme.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, ChunkSize, Error, ErrorKind, Operation, Result};
+
+use crate::Uri;
+
+/// What a scheme needs to know to open a region, beyond its [`Uri`].
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// The region's size in bytes, where the resource does not know it or is to be created.
+    pub size: Option<u64>,
+    /// The chunk size, where the resource does not know it or is to be created.
+    pub chunk_size: Option<ChunkSize>,
+    /// Refuse writing; needs no right to write.
+    pub read_only: bool,
+    /// Create the resource if it does not exist; needs `size`.
+    pub create: bool,
+}
+
+impl OpenOptions {
+    /// The size from the options or from the name's `size=`, which must agree if both are given.
+    ///
+    /// # Errors
+    /// `InvalidInput` if they differ.
+    pub fn size_for(&self, uri: &Uri) -> Result<Option<u64>> {
+        agree(uri, "size", self.size, uri.size("size")?)
+    }
+
+    /// The chunk size from the options or from the name's `chunk=`, which must agree if both are given.
+    ///
+    /// # Errors
+    /// `InvalidInput` if they differ.
+    pub fn chunk_for(&self, uri: &Uri) -> Result<Option<ChunkSize>> {
+        agree(uri, "chunk", self.chunk_size, uri.chunk_size("chunk")?)
+    }
+
+    /// As [`Self::size_for`], where it must be known.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is not given.
+    pub fn need_size(&self, uri: &Uri) -> Result<u64> {
+        self.size_for(uri)?.ok_or_else(|| uri.invalid("its size is not known; give it with --size or as ?size=1GiB"))
+    }
+}
+
+fn agree<T: PartialEq>(uri: &Uri, what: &str, option: Option<T>, named: Option<T>) -> Result<Option<T>> {
+    match (option, named) {
+        (Some(a), Some(b)) if a != b => Err(uri.invalid(&format!("{what} is given twice, and differs"))),
+        (option, named) => Ok(option.or(named)),
+    }
+}
+
+/// How a server behaves.
+#[derive(Debug, Clone, Default)]
+pub struct ListenOptions {
+    /// Refuse whatever would change the region.
+    pub read_only: bool,
+    /// The chunk size that clients are told to use.
+    pub chunk_size: Option<ChunkSize>,
+    /// What the region is called for as long as its bytes live, so that clients notice another one in its place; see
+    /// [`Registry::identity`].
+    pub identity: Option<String>,
+}
+
+/// Opens the regions of one scheme.
+#[async_trait]
+pub trait Open: Send + Sync {
+    /// Opens the region that `uri` names. Runs on the [engine](crate::engine).
+    ///
+    /// # Errors
+    /// One line that names the resource and says what to do.
+    async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>>;
+
+    /// What stays the same for as long as the bytes that `uri` names live; `None` if they end with this process.
+    fn identity(&self, uri: &Uri) -> Option<String> {
+        Some(uri.to_string())
+    }
+}
+
+/// Serves regions on one scheme.
+#[async_trait]
+pub trait Listen: Send + Sync {
+    /// Serves `backend` at `uri` until the listener is shut down. Runs on the [engine](crate::engine).
+    ///
+    /// # Errors
+    /// One line that names the address and says what to do.
+    async fn listen(&self, uri: &Uri, backend: Arc<dyn Backend>, options: &ListenOptions) -> Result<Box<dyn Listener>>;
+}
+
+/// A server that is running.
+#[async_trait]
+pub trait Listener: Send + Sync {
+    /// Where it can be reached, as a name that a client can use; port 0 has become a real one.
+    fn uri(&self) -> String;
+
+    /// Takes no new requests, finishes those in flight (with a time limit), flushes, and ends.
+    ///
+    /// # Errors
+    /// When something that was acknowledged could not be flushed.
+    async fn shutdown(self: Box<Self>) -> Result<()>;
+}
+
+/// What one scheme means.
+#[derive(Clone)]
+pub struct Family {
+    /// The scheme, in lower case.
+    pub scheme: &'static str,
+    /// What a name of it looks like, for messages and help.
+    pub example: &'static str,
+    /// What it is, in a few words.
+    pub about: &'static str,
+    /// How to open it.
+    pub open: Arc<dyn Open>,
+    /// How to serve on it, where that can be done.
+    pub listen: Option<Arc<dyn Listen>>,
+}
+
+/// All schemes that a program knows.
+#[derive(Clone, Default)]
+pub struct Registry {
+    families: BTreeMap<&'static str, Family>,
+}
+
+impl Registry {
+    /// No schemes at all.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::default()
+    }
+
+    /// Every scheme that this build has.
+    #[must_use]
+    pub fn standard() -> Self {
+        let mut registry = Self::empty();
+        crate::families::register(&mut registry);
+        registry
+    }
+
+    /// Adds a scheme, or replaces it.
+    pub fn register(&mut self, family: Family) {
+        self.families.insert(family.scheme, family);
+    }
+
+    /// The schemes, in alphabetical order.
+    pub fn families(&self) -> impl Iterator<Item = &Family> {
+        self.families.values()
+    }
+
+    /// Opens the region that `uri` names, on the [engine](crate::engine).
+    ///
+    /// # Errors
+    /// `InvalidInput` for a scheme that this build does not have; otherwise what the scheme says.
+    pub async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+        let (open, uri, options) = (self.family(uri)?.open.clone(), uri.clone(), options.clone());
+        crate::engine::run(async move { open.open(&uri, &options).await }).await
+    }
+
+    /// Serves `backend` at `uri`, on the [engine](crate::engine).
+    ///
+    /// # Errors
+    /// `InvalidInput` for a scheme that cannot be served on; otherwise what the scheme says.
+    pub async fn listen(
+        &self,
+        uri: &Uri,
+        backend: Arc<dyn Backend>,
+        options: &ListenOptions,
+    ) -> Result<Box<dyn Listener>> {
+        let listen = self.family(uri)?.listen.clone().ok_or_else(|| {
+            let known: Vec<_> = self.families().filter(|f| f.listen.is_some()).map(|f| f.example).collect();
+            uri.invalid(&format!("cannot listen there; it takes: {}", known.join(", ")))
+        })?;
+        let (uri, options) = (uri.clone(), options.clone());
+        crate::engine::run(async move { listen.listen(&uri, backend, &options).await }).await
+    }
+
+    /// What stays the same for as long as the bytes that `uri` names live; `None` if they end with this process.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a scheme that this build does not have.
+    pub fn identity(&self, uri: &Uri) -> Result<Option<String>> {
+        Ok(self.family(uri)?.open.identity(uri))
+    }
+
+    fn family(&self, uri: &Uri) -> Result<&Family> {
+        self.families.get(uri.scheme()).ok_or_else(|| {
+            let known: Vec<_> = self.families().map(|family| family.example).collect();
+            let message = format!("unknown scheme {:?}; known are: {}", uri.scheme(), known.join(", "));
+            Error::new(ErrorKind::InvalidInput, Operation::Open, message)
+        })
+    }
+}

@@ -1,0 +1,61 @@
+//! What can be chosen about a mount: plain data, apart from the components that it is made of.
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+
+use r3map_core::ChunkSize;
+use r3map_pipeline::{Durability, PullSettings, PushSettings, RetrySettings};
+
+/// Where the local copy of a managed mount is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// In memory; for a slice, in the mapping itself. Gone with the process.
+    #[default]
+    Memory,
+    /// In this file, which is created if it does not exist. It survives the process: what was valid is not pulled again,
+    /// and what a flush acknowledged is not lost. A file of another region is refused.
+    File(PathBuf),
+}
+
+/// How a mount works. Those that concern the local copy have no effect on a direct mount.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// The unit of transfer. The remote's own by default, or 64 KiB. Larger ones make fewer and longer demand pulls.
+    pub chunk_size: Option<ChunkSize>,
+    /// Refuse writes. A remote that is read-only makes the mount so, whatever is set here. Default no.
+    pub read_only: bool,
+    /// How long to keep trying a remote that does not answer.
+    pub retry: RetrySettings,
+    /// Where the local copy is kept. Default memory.
+    pub cache: Cache,
+    /// Pulling in the background.
+    pub pull: PullSettings,
+    /// Pull everything before the mount is shown. Default no.
+    pub pull_first: bool,
+    /// Pushing in the background.
+    pub push: PushSettings,
+    /// What a flush waits for. Default the remote.
+    pub durability: Durability,
+    /// What is special about mounts on a path and as an opened file.
+    pub file: FileOptions,
+}
+
+/// What is special about a mount that is shown as a file.
+#[derive(Debug, Clone, Default)]
+pub struct FileOptions {
+    /// Open files without the kernel's cache: every access reaches r3map as the application makes it. Default no.
+    pub direct_io: bool,
+    /// Let other users reach the file, as its mode says. Default no.
+    pub allow_other: bool,
+    /// What `mount` names as the source, for people. `r3map` by default.
+    pub source: Option<String>,
+}
+
+impl Settings {
+    /// With at most so many bytes changed and not yet pushed.
+    #[must_use]
+    pub fn dirty_budget(mut self, bytes: NonZeroU64) -> Self {
+        self.push.dirty_budget = bytes;
+        self
+    }
+}
