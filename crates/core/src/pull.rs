@@ -86,6 +86,8 @@ pub struct PullPlan {
     demanded: Option<u64>,
     postponed: VecDeque<(Duration, Range<u64>)>,
     paused_until: Duration,
+    /// The remote did not answer the last time: one request finds out whether it is back.
+    away: bool,
 }
 
 /// Chunks in a given order.
@@ -137,6 +139,7 @@ impl PullPlan {
             demanded: None,
             postponed: VecDeque::new(),
             paused_until: Duration::ZERO,
+            away: false,
         }
     }
 
@@ -182,6 +185,7 @@ impl PullPlan {
     fn room(&self, polite: bool) -> Option<u64> {
         let chunk = self.table.geometry().chunk_size().bytes();
         match self.workers {
+            _ if self.away && self.window.requests() > 0 => None,
             Workers::Off => None,
             Workers::Fixed(limit) => (self.window.requests() < limit.get()).then_some(self.max_chunks),
             Workers::Adaptive if self.window.requests() == 0 => Some(self.sized(chunk)),
@@ -273,7 +277,8 @@ impl PullPlan {
         for chunks in failed {
             self.postponed.push_back((now + pause, chunks.clone()));
         }
-        if pause_all && !failed.is_empty() {
+        self.away = pause_all && !failed.is_empty();
+        if self.away {
             self.paused_until = now + pause;
         }
     }

@@ -160,8 +160,10 @@ impl Window {
 
     fn retarget(&mut self, bytes: u64) {
         let carried = self.latency.map_or(0, |(shortest, _)| carried(self.rate(), shortest));
-        let wanted = carried / 2 * 3;
-        let target = if self.starting { self.target + 3 * bytes } else { wanted };
+        // While the rate still grows with the window the estimate is the window itself, so four times that is the
+        // fourfold growth; once it does not, that bounds what queues.
+        let growing = (self.target + 3 * bytes).min(carried.saturating_mul(4).max(INITIAL));
+        let target = if self.starting { growing } else { carried / 2 * 3 };
         self.target = target.clamp(FLOOR, CEILING);
     }
 }

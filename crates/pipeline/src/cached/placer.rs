@@ -141,7 +141,7 @@ fn end_chunks(geometry: &Geometry, pull: &mut Pull, end: u64) {
 }
 
 /// Cuts a piece at chunk borders where zeros end or begin, so that zeros stay holes.
-fn by_zeroes<'p>(
+pub(super) fn by_zeroes<'p>(
     geometry: &Geometry,
     range: Range<u64>,
     piece: Piece<'p>,

@@ -266,7 +266,10 @@ impl Inner {
     pub(super) async fn run_puller(self: Arc<Self>) {
         let mut under_way = FuturesUnordered::new();
         while !self.table.is_complete() {
-            let again = self.start_pulls(|pull, flight| under_way.push(self.background_pull(pull, flight)));
+            let again = self.start_pulls(|pull, flight| {
+                let counted = UnderWay { inner: &self, flight: Some(flight) };
+                under_way.push(self.background_pull(pull, counted));
+            });
             let mut news = pin!(self.pull_wake.notified());
             tokio::select! {
                 Some(()) = under_way.next() => tokio::task::yield_now().await,
@@ -291,8 +294,7 @@ impl Inner {
         }
     }
 
-    async fn background_pull(&self, pull: Pull, flight: Flight) {
-        let under_way = UnderWay { inner: self, flight: Some(flight) };
+    async fn background_pull(&self, pull: Pull, under_way: UnderWay<'_>) {
         let pulled = self.pull(pull).await;
         under_way.end(&pulled);
         if let Some(error) = &pulled.error {

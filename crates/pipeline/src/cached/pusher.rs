@@ -3,17 +3,19 @@
 //! One round at a time: so nothing is pushed while the remote flushes, and a round that begins finds nothing under way
 //! that could fail behind its back. When to push is decided by [`r3map_core::push`].
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures_util::future::join;
+use futures_util::future::{join, try_join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use r3map_core::push::Round;
 use r3map_core::state::{NextPush, Push};
 use r3map_core::window::Flight;
-use r3map_core::{Error, ErrorKind, Operation, Result, is_zero};
+use r3map_core::{Error, ErrorKind, Operation, Piece, Result, WriteZeroes};
 
+use super::placer::by_zeroes;
 use super::{Durability, Inner, index};
 
 /// How often a flush pushes again when the remote says that it has lost what was pushed before.
@@ -24,6 +26,12 @@ struct UnderWay<'a> {
     inner: &'a Inner,
     flight: Option<Flight>,
     ok: bool,
+}
+
+impl UnderWay<'_> {
+    fn end(mut self, ok: bool) {
+        self.ok = ok;
+    }
 }
 
 impl Drop for UnderWay<'_> {
@@ -138,13 +146,16 @@ impl Inner {
         }
     }
 
-    async fn counted_push(&self, push: Push) -> Result<()> {
+    /// Counts from now on, not from the first poll: the plan is asked for more before that.
+    fn counted_push(&self, push: Push) -> impl Future<Output = Result<()>> + Send + '_ {
         let bytes = push.bytes();
         let flight = self.push_plan().start(bytes.end - bytes.start, self.now());
-        let mut under_way = UnderWay { inner: self, flight: Some(flight), ok: false };
-        self.push_run(push).await?;
-        under_way.ok = true;
-        Ok(())
+        let under_way = UnderWay { inner: self, flight: Some(flight), ok: false };
+        async move {
+            let result = self.push_run(push).await;
+            under_way.end(result.is_ok());
+            result
+        }
     }
 
     async fn push_run(&self, push: Push) -> Result<()> {
@@ -153,8 +164,8 @@ impl Inner {
         let mut buffer = self.buffers.take(index(len));
         self.local.read_at(bytes.start, &mut buffer).await?;
         match self.remote.capabilities().write_zeroes {
-            Some(remote) if is_zero(&buffer) => remote.write_zeroes(bytes.start, len).await?,
-            _ => self.remote.write_at(bytes.start, &buffer).await?,
+            None => self.remote.write_at(bytes.start, &buffer).await?,
+            Some(zeroes) => self.push_spans(zeroes, bytes, &buffer).await?,
         }
         push.done();
         self.report.pushed_bytes.fetch_add(len, Ordering::Relaxed);
@@ -170,6 +181,16 @@ impl Inner {
             self.table.installations_ended().await;
         }
         self.collect()
+    }
+
+    /// Sends data, and has zeros written where they are.
+    async fn push_spans(&self, zeroes: &dyn WriteZeroes, range: Range<u64>, bytes: &[u8]) -> Result<()> {
+        let spans = by_zeroes(self.table.geometry(), range, Piece::Data(bytes));
+        let sent = spans.map(|(span, piece)| match piece {
+            Piece::Data(data) => self.remote.write_at(span.start, data),
+            Piece::Zeroes(len) => zeroes.write_zeroes(span.start, len),
+        });
+        try_join_all(sent).await.map(drop)
     }
 
     /// Asks a mapping what was written through it, and marks that dirty.
@@ -192,7 +213,7 @@ impl Inner {
     }
 
     /// The next run of valid blocks, across the borders that the table cuts them at.
-    fn next_valid_run(&self, from: u64) -> Option<std::ops::Range<u64>> {
+    fn next_valid_run(&self, from: u64) -> Option<Range<u64>> {
         let mut run = self.table.next_valid(from)?;
         while let Some(next) = self.table.next_valid(run.end).filter(|next| next.start == run.end) {
             run.end = next.end;

@@ -4,7 +4,10 @@
 #![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small")]
 
 mod fakes;
+mod faults;
 mod promises;
+mod pulling;
+mod pushing;
 mod restarts;
 
 use fakes::{Side, open};

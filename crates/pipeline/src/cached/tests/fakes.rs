@@ -4,11 +4,18 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use r3map_core::{Backend, Capabilities, Error, ErrorKind, Operation, Piece, Result, check_range};
 
-use crate::{Cached, CachedParts, CachedSettings, InstallNow, Local, Recorded, StateRecord, Written};
+use r3map_testkit::deadline;
+use tokio::task::JoinHandle;
+
+use crate::{
+    Cached, CachedParts, CachedSettings, InstallNow, Local, PullSettings, PushSettings, Recorded, StateRecord, Workers,
+    Written,
+};
 
 /// A local side whose bytes rest in `bytes`.
 pub(crate) struct Side {
@@ -18,6 +25,8 @@ pub(crate) struct Side {
     /// Ranges written through the mapping that this side pretends to be.
     mapped: Option<Mutex<Vec<Range<u64>>>>,
     pub(crate) failed: Mutex<Vec<Range<u64>>>,
+    /// Ranges that were installed as zeros.
+    pub(crate) zeroed: Mutex<Vec<Range<u64>>>,
     pub(crate) installs: AtomicUsize,
     pub(crate) refuses_installs: AtomicBool,
 }
@@ -46,6 +55,7 @@ impl Side {
             vector,
             mapped: None,
             failed: Mutex::default(),
+            zeroed: Mutex::default(),
             installs: AtomicUsize::new(0),
             refuses_installs: AtomicBool::new(false),
         }
@@ -117,7 +127,10 @@ impl InstallNow for Side {
         let vector = self.vector.as_ref().unwrap();
         match piece {
             Piece::Data(bytes) => vector.put(offset, bytes),
-            Piece::Zeroes(len) => vector.put(offset, &vec![0; len as usize]),
+            Piece::Zeroes(len) => {
+                self.zeroed.lock().unwrap().push(offset..offset + len);
+                vector.put(offset, &vec![0; len as usize]);
+            }
         }
         Ok(())
     }
@@ -207,4 +220,49 @@ impl StateRecord for Record {
 /// Opens a region with plain parts.
 pub(crate) async fn open(local: Arc<Side>, remote: Arc<dyn Backend>, settings: CachedSettings) -> Arc<Cached> {
     Cached::open(local, remote, settings, CachedParts::default()).await.unwrap()
+}
+
+/// Only what a test asks for happens: nothing in the background.
+pub(crate) fn quiet() -> CachedSettings {
+    CachedSettings {
+        pull: PullSettings { workers: Workers::Off, ..PullSettings::default() },
+        push: PushSettings { interval: Duration::from_secs(1 << 20), ..PushSettings::default() },
+        ..CachedSettings::default()
+    }
+}
+
+/// Longer than anything here takes.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// Reads, which has to work.
+pub(crate) async fn read(cached: &Cached, offset: u64, len: usize) -> Vec<u8> {
+    let mut buf = vec![0; len];
+    deadline(SOON, "a read", cached.read_at(offset, &mut buf)).await.unwrap();
+    buf
+}
+
+/// A read in a task of its own.
+pub(crate) fn reading(cached: &Arc<Cached>, offset: u64, len: usize) -> JoinHandle<Result<Vec<u8>>> {
+    let cached = cached.clone();
+    tokio::spawn(async move {
+        let mut buf = vec![0; len];
+        cached.read_at(offset, &mut buf).await.map(|()| buf)
+    })
+}
+
+/// A write in a task of its own.
+pub(crate) fn writing(cached: &Arc<Cached>, offset: u64, bytes: Vec<u8>) -> JoinHandle<Result<()>> {
+    let cached = cached.clone();
+    tokio::spawn(async move { cached.write_at(offset, &bytes).await })
+}
+
+/// A flush in a task of its own.
+pub(crate) fn flushing(cached: &Arc<Cached>) -> JoinHandle<Result<()>> {
+    let cached = cached.clone();
+    tokio::spawn(async move { cached.flush().await })
+}
+
+/// The result of a task, which has to end.
+pub(crate) async fn joined<T>(task: JoinHandle<T>) -> T {
+    deadline(SOON, "a call", task).await.unwrap()
 }
