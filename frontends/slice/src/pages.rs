@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, Error, ErrorKind, Operation, Piece, Result};
+use r3map_core::{BLOCK_SIZE, Backend, Error, ErrorKind, Operation, Piece, RangeLock, Result, check_range};
 use r3map_pipeline::{InstallNow, Local, Written};
 use r3map_sys::{Install, Pager, Protection};
 
@@ -17,27 +17,35 @@ use crate::server::note_install;
 /// Writing to pages that are there is refused for as long as the application has views of them; filling missing ones
 /// is not.
 #[derive(Debug)]
-pub(crate) struct Pages(Arc<Pager>);
+pub(crate) struct Pages {
+    pager: Arc<Pager>,
+    /// Pages that are being written to by a call: two writes that overlap must not mix inside a page.
+    writing: RangeLock,
+}
 
 impl Pages {
     pub(crate) fn new(pager: Arc<Pager>) -> Self {
-        Self(pager)
+        Self { pager, writing: RangeLock::new() }
     }
 }
 
 #[async_trait]
 impl Backend for Pages {
     fn size(&self) -> u64 {
-        self.0.len()
+        self.pager.len()
     }
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
-        self.0.read(offset, buf).map_err(|error| failed(Operation::Read, error).at(offset, len))
+        self.pager.read(offset, buf).map_err(|error| failed(Operation::Read, error).at(offset, len))
     }
 
     async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.0.write(offset, buf).map_err(|error| failed(Operation::Write, error).at(offset, buf.len() as u64))
+        let len = buf.len() as u64;
+        check_range(Operation::Write, self.size(), offset, len)?;
+        let pages = offset / BLOCK_SIZE * BLOCK_SIZE..(offset + len).next_multiple_of(BLOCK_SIZE);
+        let _writing = self.writing.lock(pages).await;
+        self.pager.write(offset, buf).map_err(|error| failed(Operation::Write, error).at(offset, len))
     }
 
     async fn flush(&self) -> Result<()> {
@@ -56,7 +64,7 @@ impl Local for Pages {
     }
 
     fn written(&self) -> Option<&dyn Written> {
-        (self.0.protection() == Protection::Tracked).then_some(self)
+        (self.pager.protection() == Protection::Tracked).then_some(self)
     }
 }
 
@@ -64,8 +72,8 @@ impl InstallNow for Pages {
     fn install_now(&self, offset: u64, piece: Piece<'_>) -> Result<()> {
         note_install();
         let installed = match piece {
-            Piece::Data(bytes) => self.0.install(offset, bytes, Install::Clean),
-            Piece::Zeroes(len) => self.0.install_zeroes(offset, len),
+            Piece::Data(bytes) => self.pager.install(offset, bytes, Install::Clean),
+            Piece::Zeroes(len) => self.pager.install_zeroes(offset, len),
         };
         installed.map_err(|error| failed(Operation::Write, error).at(offset, piece.len()))
     }
@@ -74,7 +82,7 @@ impl InstallNow for Pages {
 impl Written for Pages {
     fn collect(&self, valid: Range<u64>, found: &mut dyn FnMut(Range<u64>)) -> Result<()> {
         let (offset, len) = (valid.start, valid.end - valid.start);
-        self.0.collect(valid, found).map_err(|error| {
+        self.pager.collect(valid, found).map_err(|error| {
             Error::from_io(Operation::Flush, "cannot ask which pages were written", error).at(offset, len)
         })
     }
