@@ -164,3 +164,33 @@ impl Drop for Reply {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use r3map_core::Backend;
+    use r3map_local::{Memory, Stored};
+    use r3map_pipeline::{CachedParts, CachedSettings};
+    use r3map_sys::{Mapping, Protection, ScopeWanted};
+
+    use super::*;
+
+    /// As after somebody's `madvise`: the region has the page, and the memory does not.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_page_that_was_dropped_behind_our_back_is_an_error_and_not_zeros() {
+        let size = 3 * PAGE_SIZE;
+        let elsewhere = Stored::memory(Arc::new(Memory::new(size).unwrap()));
+        let remote = Arc::new(Memory::new(size).unwrap());
+        let settings = CachedSettings::default();
+        let region = Cached::open(Arc::new(elsewhere), remote, settings, CachedParts::default()).await.unwrap();
+        region.write_at(0, &vec![1; 3 * 4096]).await.unwrap();
+        let mapping = Mapping::new(size, Protection::Tracked, ScopeWanted::UserAndKernel).unwrap();
+        let pager = mapping.pager().clone();
+        let handler =
+            Handler { pager: pager.clone(), region, runtime: Handle::current(), heal_after: Duration::from_secs(1) };
+        let server = Server::start(handler, NonZeroUsize::MIN).unwrap();
+        // The kernel reads for us, so that what would be a signal is an error.
+        let read = tokio::task::spawn_blocking(move || pager.read(PAGE_SIZE, &mut [0; 8])).await.unwrap();
+        assert!(read.is_err());
+        drop(server);
+    }
+}

@@ -78,8 +78,9 @@ impl SliceSettings {
 /// What can be plugged into a slice.
 #[derive(Debug, Clone, Default)]
 pub struct SliceParts {
-    /// Hooks, the order of pulling, and what is urgent. Hooks run on the slice's runtime and so must not touch its
-    /// memory. A record makes no sense for memory, which does not survive the process, and is refused.
+    /// Hooks, the order of pulling, and what is urgent. Hooks run where bytes are fetched, and so must not touch the
+    /// slice's memory, nor wait for whoever does. A record makes no sense for memory, which does not survive the
+    /// process, and is refused.
     pub region: CachedParts,
     /// The runtime to work on, in place of one of the slice's own: multi-threaded, with time enabled, and running for
     /// as long as the slice is open. **No task on it may touch the slice's memory**: a thread that waits for a page

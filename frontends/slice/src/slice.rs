@@ -24,6 +24,13 @@ use crate::task::{Task, block_on};
 /// Reading or writing a byte that is not there waits until it has come; what is there is memory like any other. What
 /// is written is noticed page by page, without a call, and pushed in the background and on [`Self::flush`].
 ///
+/// # Views
+/// [`Self::as_slice`] and [`Self::as_mut_slice`] are ordinary slices under ordinary borrow rules. Bytes that come in the
+/// background only ever fill pages that nobody has seen, and what is written is read in the background by the kernel;
+/// why that is sound is written at [`Mapping`]. Several threads can write at once to parts of the view
+/// (`chunks_mut`, `split_at_mut`). A write through a view is part of a flush that begins after the view's borrow has
+/// ended; [`Self::handle`] can flush while a view is alive.
+///
 /// # When bytes cannot be had
 /// Touching them raises SIGBUS once the remote's retries are spent, as for a mapped file whose disk fails; it never
 /// reads zeros and never waits for ever. [`Self::read_at`] and [`Self::write_at`] answer with an error in place of the
@@ -40,7 +47,7 @@ use crate::task::{Task, block_on};
 /// - Where [`Self::scope`] is [`FaultScope::UserOnly`], a system call that is given memory which was never touched
 ///   fails with EFAULT.
 /// - A forked child does not have the memory: it gets a segmentation fault.
-/// - A write through a view is part of a flush that begins after the view's borrow has ended.
+/// - `madvise` must not be used on the memory: what is dropped with it is lost, and raises SIGBUS.
 #[derive(Debug)]
 pub struct Slice {
     mapping: Mapping,

@@ -131,6 +131,8 @@ fn settings_that_make_no_sense_are_refused() {
     let mut settings = SliceSettings::default();
     settings.region.push.interval = std::time::Duration::ZERO;
     refused(settings, SliceParts::default());
+    let huge = Slice::open(Arc::new(Memory::new(1 << 60).unwrap()), SliceSettings::direct(), SliceParts::default());
+    assert_eq!(huge.unwrap_err().kind(), ErrorKind::Exhausted);
 }
 
 #[test]
