@@ -159,3 +159,6 @@ pub(crate) fn unit_of(backend: &dyn Backend) -> u64 {
         Access::WholeChunks(chunk) => chunk.bytes(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,12 +1,16 @@
 //! Cases about reading, writing and flushing.
 
+use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::{join, join_all};
 use r3map_core::{Access, BLOCK_SIZE, ErrorKind, Operation};
 
 use super::subject::{Subject, assert_refused, index, past_the_end};
+use crate::faults::cancel_after;
 use crate::fill;
 
 pub(super) async fn size_and_capabilities_make_sense(subject: &Subject) {
@@ -194,26 +198,40 @@ pub(super) async fn writes_that_do_not_overlap_do_not_disturb(subject: &Subject)
     }
 }
 
+/// One of the writers hesitates on its way, so that the others overtake it there; whichever way they take turns.
 pub(super) async fn writes_that_overlap_leave_whole_blocks(subject: &Subject) {
-    for round in 0..6 {
-        let range = subject.first_request();
-        let seeds = [10 * round + 1, 10 * round + 2, 10 * round + 3];
-        let writers = seeds.map(|seed| {
+    let range = subject.first_request();
+    for (polls, slow) in (0..10).flat_map(|polls| [(polls, 1), (polls, 3)]) {
+        let writers = [1, 2, 3].map(|seed| {
             let (backend, range) = (subject.backend.clone(), range.clone());
             tokio::spawn(async move {
                 let bytes = fill::bytes(range.start, index(range.end - range.start), seed);
-                backend.write_at(range.start, &bytes).await
+                let write = backend.write_at(range.start, &bytes);
+                if seed == slow { hesitating(polls, write).await } else { write.await }
             })
         });
         for writer in join_all(writers).await {
             writer.expect("no panic").expect("an overlapping write");
         }
-        let bytes = subject.read(range.clone()).await;
-        for (n, block) in bytes.chunks(index(BLOCK_SIZE)).enumerate() {
-            let at = range.start + n as u64 * BLOCK_SIZE;
-            let whole = seeds.iter().any(|seed| fill::check(block, at, *seed).is_ok());
-            assert!(whole, "the block at {at} is of neither writer");
-        }
+        check_whole_blocks(&subject.read(range.clone()).await, &[1, 2, 3]);
+    }
+}
+
+/// Polls a future some times, then not at all for a while, and then as usual.
+async fn hesitating<F: Future>(polls: usize, future: F) -> F::Output {
+    let mut future = pin!(future);
+    if let Some(output) = cancel_after(polls, future.as_mut()).await {
+        return output;
+    }
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    future.await
+}
+
+fn check_whole_blocks(bytes: &[u8], seeds: &[u64]) {
+    for (n, block) in bytes.chunks(index(BLOCK_SIZE)).enumerate() {
+        let at = n as u64 * BLOCK_SIZE;
+        let whole = seeds.iter().any(|seed| fill::check(block, at, *seed).is_ok());
+        assert!(whole, "the block at {at} is of no one writer");
     }
 }
 
