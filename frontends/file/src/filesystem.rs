@@ -212,14 +212,17 @@ impl Filesystem for RegionFile {
         if self.read_only {
             return reply.error(Errno::EROFS);
         }
-        // Like a full device: what fits is written, and where nothing fits there is no room.
+        let flags = OFlags::from_bits_retain(flags.0.cast_unsigned());
+        // Like a full device: what fits is written, and where nothing fits there is no room. For `O_DIRECT` the kernel
+        // would turn a part into `EIO`.
         let range = self.inside(offset, data.len() as u64);
-        if range.is_empty() && !data.is_empty() {
+        let fits = range.end - range.start == data.len() as u64;
+        if !fits && (range.is_empty() || flags.contains(OFlags::DIRECT)) {
             return reply.error(Errno::ENOSPC);
         }
         let data = &data[..usize::try_from(range.end - range.start).unwrap_or(usize::MAX)];
         // `O_SYNC` contains `O_DSYNC`. Not every kernel follows such a write with an `fsync` of its own.
-        let sync = OFlags::from_bits_retain(flags.0.cast_unsigned()).contains(OFlags::DSYNC);
+        let sync = flags.contains(OFlags::DSYNC);
         self.file.touch();
         match self.service.write_now(&*backend, offset, data) {
             Some(done) => {

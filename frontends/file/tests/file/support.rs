@@ -1,6 +1,7 @@
 //! A mount for a test, with a runtime of its own so that the test itself may use plain blocking file calls.
 
 use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,9 @@ use std::time::Duration;
 use r3map_core::{Backend, Result};
 use r3map_file::{FileMount, FileSettings};
 use r3map_local::Memory;
+use r3map_testkit::faults::Faults;
 use r3map_testkit::{deadline, fill, skip};
+use rustix::fs::OFlags;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -76,6 +79,11 @@ pub(crate) fn filled(size: u64, seed: u64) -> Arc<Memory> {
     Arc::new(memory)
 }
 
+/// The same behind faults, with nothing wrong yet.
+pub(crate) fn faulty(size: u64, seed: u64) -> Arc<Faults> {
+    Faults::new(filled(size, seed))
+}
+
 /// What a region in memory holds.
 pub(crate) fn content(memory: &Memory) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(memory.size()).unwrap()];
@@ -85,4 +93,15 @@ pub(crate) fn content(memory: &Memory) -> Vec<u8> {
 
 pub(crate) fn open(path: &Path) -> File {
     OpenOptions::new().read(true).write(true).open(path).unwrap()
+}
+
+/// Opened so that the kernel does not cache.
+pub(crate) fn open_direct(path: &Path) -> File {
+    let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap();
+    OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).unwrap()
+}
+
+/// The errno of a failure.
+pub(crate) fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> rustix::io::Errno {
+    rustix::io::Errno::from_io_error(&result.unwrap_err()).unwrap()
 }

@@ -1,0 +1,264 @@
+//! Every way for the backend to fail is an error for the program, never zeros and never a hang; and what is slow holds
+//! up nobody else.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, ErrorKind, Operation, Result};
+use r3map_file::{Caching, FileSettings};
+use r3map_sys::{FileMapping, Sharing};
+use r3map_testkit::faults::{Link, Pause, Rule};
+use r3map_testkit::fill;
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use crate::support::{World, content, errno, faulty, filled, need_fuse, open, open_direct};
+
+const SIZE: u64 = 1 << 20;
+
+#[test]
+fn a_read_error_is_an_error_and_heals() {
+    need_fuse!();
+    let world = World::new();
+    for kind in [ErrorKind::Unavailable, ErrorKind::Corrupt, ErrorKind::Internal] {
+        let faults = faulty(SIZE, 1);
+        let mount = world.mount(faults.clone(), FileSettings::default());
+        let file = open(mount.path());
+        let mapping = FileMapping::new(&file, 1 << 20, Sharing::Shared, false).unwrap();
+        faults.add(Rule::on(Operation::Read).touching(500_000..500_001).fail(kind));
+        let mut seen = vec![0; 4096];
+        assert_eq!(errno(file.read_exact_at(&mut seen, 500_000)), Errno::IO);
+        assert_eq!(errno(mapping.read(500_000, &mut seen)), Errno::FAULT, "a SIGBUS for a plain access");
+        assert_eq!(errno(open_direct(mount.path()).read_exact_at(&mut seen, 500_000)), Errno::IO);
+        file.read_exact_at(&mut seen, 0).unwrap();
+        fill::check(&seen, 0, 1).unwrap();
+        faults.clear();
+        file.read_exact_at(&mut seen, 500_000).unwrap();
+        fill::check(&seen, 500_000, 1).unwrap();
+        mapping.read(500_000, &mut seen).unwrap();
+        fill::check(&seen, 500_000, 1).unwrap();
+    }
+}
+
+#[test]
+fn a_short_read_is_an_error() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    faults.add(Rule::on(Operation::Read).short(100));
+    assert_eq!(errno(fs::read(mount.path())), Errno::IO);
+    faults.clear();
+    fill::check(&fs::read(mount.path()).unwrap(), 0, 1).unwrap();
+}
+
+#[test]
+fn kinds_of_errors_have_their_numbers() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    let file = open(mount.path());
+    for (kind, number) in [
+        (ErrorKind::Denied, Errno::PERM),
+        (ErrorKind::Exhausted, Errno::NOSPC),
+        (ErrorKind::Conflict, Errno::BUSY),
+        (ErrorKind::Unavailable, Errno::IO),
+    ] {
+        faults.add(Rule::on(Operation::Write).fail(kind));
+        faults.add(Rule::on(Operation::Trim).fail(kind));
+        faults.add(Rule::on(Operation::Flush).fail(kind));
+        assert_eq!(errno(file.write_all_at(b"x", 7)), number);
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        assert_eq!(fallocate(&file, punch, 0, 4096), Err(number));
+        assert_eq!(errno(file.sync_all()), number);
+        faults.clear();
+    }
+    file.write_all_at(&fill::bytes(7, 1, 1), 7).unwrap();
+    file.sync_all().unwrap();
+}
+
+#[test]
+fn a_failed_flush_fails_each_fsync_until_it_is_done() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    let file = open(mount.path());
+    faults.add(Rule::on(Operation::Flush).times(2).fail(ErrorKind::Unavailable));
+    assert_eq!(errno(file.sync_all()), Errno::IO);
+    assert_eq!(errno(file.sync_data()), Errno::IO);
+    file.sync_all().unwrap();
+}
+
+/// What a mapping wrote is handed over later; if that fails, `fsync` and `msync` say so.
+#[test]
+fn a_failed_write_of_a_mapping_is_reported() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    let file = open(mount.path());
+    let mapping = FileMapping::new(&file, 1 << 20, Sharing::Shared, true).unwrap();
+    mapping.write(4096, b"lost?").unwrap();
+    faults.add(Rule::on(Operation::Write).fail(ErrorKind::Unavailable));
+    assert_eq!(errno(mapping.sync()), Errno::IO);
+    faults.clear();
+    mapping.write(4096, b"kept!").unwrap();
+    mapping.sync().unwrap();
+    let mut seen = [0; 5];
+    open_direct(mount.path()).read_exact_at(&mut seen, 4096).unwrap();
+    assert_eq!(&seen, b"kept!");
+}
+
+struct Panics;
+
+#[async_trait]
+impl Backend for Panics {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        assert_ne!(offset, 0, "a bug at the start of the region");
+        tokio::task::yield_now().await;
+        assert!(offset < SIZE / 2, "a bug in the second half, noticed late");
+        buf.fill(7);
+        Ok(())
+    }
+
+    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
+        panic!("a bug in writing");
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_of_the_backend_is_an_error_and_no_more() {
+    need_fuse!();
+    let world = World::new();
+    let mount = world.mount(Arc::new(Panics), FileSettings { caching: Caching::Never, ..FileSettings::default() });
+    let file = open(mount.path());
+    let mut seen = [0; 512];
+    for _ in 0..20 {
+        assert_eq!(errno(file.read_exact_at(&mut seen, 0)), Errno::IO);
+        assert_eq!(errno(file.read_exact_at(&mut seen, SIZE / 2)), Errno::IO);
+        assert_eq!(errno(file.write_all_at(b"x", 0)), Errno::IO);
+    }
+    file.read_exact_at(&mut seen, 4096).unwrap();
+    assert_eq!(seen, [7; 512]);
+}
+
+/// Far more requests wait at once than there are threads that take them, and one that need not wait gets through.
+#[test]
+fn slow_requests_wait_at_once_and_hold_up_nobody() {
+    need_fuse!();
+    const READERS: u64 = 24;
+    let world = World::new();
+    let faults = faulty(64 << 20, 1);
+    let pause = Pause::new();
+    faults.add(Rule::on(Operation::Read).touching(SIZE..64 << 20).hold(&pause));
+    let mount = world.mount(faults.clone(), FileSettings { caching: Caching::Never, ..FileSettings::default() });
+    let file = open(mount.path());
+    thread::scope(|scope| {
+        for reader in 0..READERS {
+            let file = &file;
+            scope.spawn(move || {
+                let (at, mut seen) = (SIZE * (1 + reader), vec![0; 10_000]);
+                file.read_exact_at(&mut seen, at).unwrap();
+                fill::check(&seen, at, 1).unwrap();
+            });
+        }
+        world.wait("all readers are in flight", pause.wait_held(usize::try_from(READERS).unwrap()));
+        let mut seen = [0; 4096];
+        file.read_exact_at(&mut seen, 0).unwrap();
+        fill::check(&seen, 0, 1).unwrap();
+        file.write_all_at(&fill::bytes(0, 4096, 1), 0).unwrap();
+        pause.release();
+    });
+}
+
+/// Writes for which the backend waits are made with a copy; their order and bytes must not suffer, and neither must
+/// those after it has become quick again.
+#[test]
+fn writes_are_right_whether_they_wait_or_not() {
+    need_fuse!();
+    let world = World::new();
+    let memory = filled(SIZE, 1);
+    let slow = Link::new(memory.clone(), Duration::from_millis(1), None);
+    let mount = world.mount(slow, FileSettings::default());
+    let file = open(mount.path());
+    for round in 2..8 {
+        file.write_all_at(&fill::bytes(1000, 100_000, round), 1000).unwrap();
+        fill::check(&content(&memory)[1000..101_000], 1000, round).unwrap();
+    }
+    drop(file);
+    world.unmount(&mount);
+
+    let faults = r3map_testkit::faults::Faults::new(memory.clone());
+    faults.add(Rule::on(Operation::Write).after(2).times(3).delay(Duration::from_millis(1)));
+    let mount = world.mount(faults, FileSettings::default());
+    let file = open(mount.path());
+    for round in 8..20 {
+        file.write_all_at(&fill::bytes(1000, 100_000, round), 1000).unwrap();
+        fill::check(&content(&memory)[1000..101_000], 1000, round).unwrap();
+    }
+}
+
+#[test]
+fn unmounting_does_not_wait_for_ever_for_a_backend_that_hangs() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let settings = FileSettings { unmount_limit: Duration::from_millis(300), ..FileSettings::default() };
+    let mount = world.mount(faults.clone(), settings);
+    let path = mount.path().to_owned();
+    faults.add(Rule::on(Operation::Flush).hang());
+    let error = world.wait("unmounting", mount.unmount()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    fill::check(&fs::read(&path).unwrap(), 0, 1).expect("it is still mounted and works");
+    let error = world.wait("detaching", mount.detach()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_reader_that_waits_gets_an_error_when_the_file_is_detached() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    faults.add(Rule::on(Operation::Read).hang());
+    let settings = FileSettings { unmount_limit: Duration::from_secs(5), ..FileSettings::default() };
+    let mount = world.mount(faults.clone(), settings);
+    let file = File::open(mount.path()).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| file.read_at(&mut [0; 10], 0).unwrap_err());
+        world.wait("the read", faults.wait_in_flight(1));
+        world.wait("detaching", mount.detach()).unwrap();
+        let error = reader.join().unwrap();
+        assert!(error.raw_os_error().is_some(), "{error}");
+    });
+    assert_eq!(errno(file.read_at(&mut [0; 10], 500_000)), Errno::NOTCONN);
+    world.wait("the last request is given up", faults.wait_idle());
+}
+
+#[test]
+fn an_unmount_that_cannot_flush_leaves_it_mounted() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    faults.add(Rule::on(Operation::Flush).fail(ErrorKind::Unavailable));
+    assert!(world.wait("unmounting", mount.unmount()).is_err());
+    fill::check(&fs::read(mount.path()).unwrap(), 0, 1).unwrap();
+    faults.clear();
+    world.unmount(&mount);
+    assert!(!mount.path().exists());
+}
