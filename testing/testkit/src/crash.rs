@@ -19,6 +19,7 @@
 //!
 //! The child is the same test binary, told to run only that test; it ends when its parent does, whatever happens.
 
+use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::process::Command;
 
@@ -35,10 +36,20 @@ const ARGUMENT: &str = "R3MAP_CRASH_ARGUMENT";
 /// If the child does not start.
 #[must_use]
 pub fn child(test: &str, role: &str, argument: &str) -> Process {
+    child_through(&[], test, role, argument)
+}
+
+/// As [`child`], started by a program that takes the rest of its arguments as a command, such as `setpriv` or `env`.
+///
+/// # Panics
+/// If the child does not start.
+#[must_use]
+pub fn child_through(wrapper: &[&str], test: &str, role: &str, argument: &str) -> Process {
     let binary = std::env::current_exe().expect("a test knows its binary");
-    let mut command = Command::new(binary);
-    command.args([test, "--exact", "--nocapture", "--include-ignored"]).env(ROLE, role).env(ARGUMENT, argument);
-    Process::start(&mut command)
+    let mut words = wrapper.iter().map(OsString::from).chain([binary.into_os_string()]);
+    let mut command = Command::new(words.next().expect("at least the binary"));
+    command.args(words).args([test, "--exact", "--nocapture", "--include-ignored"]);
+    Process::start(command.env(ROLE, role).env(ARGUMENT, argument))
 }
 
 /// The argument that [`child`] was given, if this process is such a child in that role.
@@ -109,6 +120,18 @@ mod tests {
         child.wait_for_line(LONG, "asleep");
         child.close_stdin();
         assert_eq!(child.wait(LONG).code(), Some(101));
+    }
+
+    #[test]
+    fn a_child_can_be_started_by_another_program() {
+        if role("wrapped").is_some() {
+            reached(&std::env::var("R3MAP_TEST_WRAPPED").unwrap());
+            return;
+        }
+        let test = "crash::tests::a_child_can_be_started_by_another_program";
+        let mut child = child_through(&["env", "R3MAP_TEST_WRAPPED=by env"], test, "wrapped", "");
+        child.wait_for_line(LONG, "by env");
+        assert!(child.wait(LONG).success());
     }
 
     #[test]
