@@ -1,5 +1,6 @@
 //! A region shown on a path, from mounting to unmounting.
 
+use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +16,9 @@ use crate::mountinfo::mounted_on;
 use crate::place::{Made, Place};
 use crate::session::Session;
 use crate::settings::{FileSettings, Show};
+
+/// How long the kernel may take for the first answer of a new mount.
+const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// A region that is mounted as a file.
 ///
@@ -187,8 +191,11 @@ impl Mounted {
 
     /// Flushes and unmounts; `anyway` also if that fails or the file is in use. Blocks, not for ever.
     fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
-        if !self.is_on_path() {
+        if self.session.has_ended() || anyway && !self.is_on_path() {
             return self.finish();
+        }
+        if !self.is_on_path() {
+            return Err(self.out_of_reach());
         }
         let synced = self.within_limit("handing over what the kernel holds", Self::sync);
         if synced.is_err() && !anyway {
@@ -211,22 +218,20 @@ impl Mounted {
         self.session.settle()
     }
 
-    /// Whether our mount is still what lies on the path: not if somebody else has unmounted it.
+    /// Whether our mount is what lies on the path: not if somebody has unmounted it or mounted something over it.
     fn is_on_path(&self) -> bool {
-        !self.session.has_ended()
-            && mounted_on(&self.point).is_ok_and(|found| found.is_some_and(|found| found.device == self.device))
+        mounted_on(&self.point).is_ok_and(|found| found.is_some_and(|found| found.device == self.device))
     }
 
-    /// Has the kernel hand over what mappings wrote, and the backend flush it.
+    fn out_of_reach(&self) -> Error {
+        let message = format!("{} was unmounted or covered by somebody else, and is still in use", shown(&self.point));
+        Error::new(ErrorKind::Conflict, Operation::Close, message)
+    }
+
     fn sync(&self) -> Result<()> {
-        let cannot = |error| {
-            Error::from_io(
-                Operation::Flush,
-                format!("{} cannot be flushed before unmounting", shown(&self.file)),
-                error,
-            )
-        };
-        std::fs::File::open(&self.file).and_then(|file| file.sync_all()).map_err(cannot)
+        let cannot = format!("{} cannot be flushed before unmounting", shown(&self.file));
+        let file = File::open(&self.file).map_err(|error| Error::from_io(Operation::Flush, &cannot, error))?;
+        self.session.sync(&file, &cannot)
     }
 
     fn within_limit(
@@ -241,10 +246,11 @@ impl Mounted {
 
 /// The device number of the new mount, once the file on it answers.
 fn answering_device(point: &Path, file: &Path) -> Result<String> {
-    const LIMIT: Duration = Duration::from_secs(30);
     let asked = file.to_owned();
-    within(LIMIT, "the first answer", move || {
-        std::fs::metadata(&asked).map_err(|error| {
+    within(FIRST_ANSWER_LIMIT, "the first answer", move || {
+        // Opened and closed once, the kernel knows that it need not tell us of each `close`. Else it would do so for the
+        // files that this process has open itself when it is killed, and nobody would be there to answer.
+        File::open(&asked).map(drop).map_err(|error| {
             Error::from_io(Operation::Mount, format!("{} does not work after mounting", shown(&asked)), error)
         })
     })?;

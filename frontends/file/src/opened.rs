@@ -80,9 +80,7 @@ impl Open {
     }
 
     fn close(self) -> Result<()> {
-        let synced = self.file.sync_all().map_err(|error| {
-            Error::from_io(Operation::Close, "what was written to the opened file cannot be flushed", error)
-        });
+        let synced = self.mounted.session.sync(&self.file, "what was written to the opened file cannot be flushed");
         drop(self.file);
         synced.and(self.mounted.session.settle())
     }

@@ -48,20 +48,14 @@ impl Place {
     pub(crate) fn reserve(path: &Path, show: &Show) -> Result<Self> {
         let path = absolute(path)?;
         clear_dead_mounts(&path)?;
-        let (found, identity) = match look(&path)? {
-            Some(found) => (found, None),
-            None => {
-                make(&path, show)?;
-                let found = look(&path)?.ok_or_else(|| conflict(&path, "was removed by somebody else"))?;
-                let identity = (found.dev(), found.ino());
-                (found, Some(identity))
-            }
-        };
-        check_kind(&path, &found, show)?;
+        let fresh = look(&path)?.is_none() && make(&path, show)?;
+        let found = look(&path)?.ok_or_else(|| conflict(&path, "was removed by somebody else"))?;
+        // What another process has mounted there meanwhile is not empty either, and is the better explanation.
+        check_kind(&path, &found, show).or_else(|error| refuse_mounted(&path).and(Err(error)))?;
         let reserved = lock(&path)?;
         // Whoever held the lock before may have mounted on it meanwhile.
         refuse_mounted(&path)?;
-        Ok(Self { path, made: identity, _reserved: reserved })
+        Ok(Self { path, made: fresh.then(|| (found.dev(), found.ino())), _reserved: reserved })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -124,7 +118,7 @@ fn look(path: &Path) -> Result<Option<Metadata>> {
 fn probe(path: &Path) -> Result<io::Result<Metadata>> {
     let asked = path.to_owned();
     within(PROBE_LIMIT, "the answer", move || Ok(fs::symlink_metadata(asked)))
-        .map_err(|_| conflict(path, "does not answer: what is mounted there hangs, unmount it first (`umount -l`)"))
+        .map_err(|_| conflict(path, "does not answer: what is mounted there hangs, end it first (`umount -f -l`)"))
 }
 
 /// Takes mounts of ours off the path whose process is gone. Anything else that is mounted there is refused.
@@ -166,17 +160,17 @@ fn conflict(path: &Path, what: &str) -> Error {
     Error::new(ErrorKind::Conflict, Operation::Mount, format!("{} {what}", shown(path)))
 }
 
-fn make(path: &Path, show: &Show) -> Result<()> {
+/// Makes an empty file or directory; whether it was made here. If somebody else was faster, what they made is judged
+/// like anything else that is there.
+fn make(path: &Path, show: &Show) -> Result<bool> {
     let made = match show {
         Show::File => OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map(drop),
         Show::Entry(_) => fs::DirBuilder::new().mode(0o700).create(path),
     };
     match made {
-        // Somebody else was faster; what they made is judged like anything else that is there.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        made => {
-            made.map_err(|error| Error::from_io(Operation::Mount, format!("{} cannot be made", shown(path)), error))
-        }
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(Error::from_io(Operation::Mount, format!("{} cannot be made", shown(path)), error)),
     }
 }
 

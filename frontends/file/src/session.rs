@@ -1,6 +1,7 @@
 //! One connection to the kernel: the threads that take requests, and how it starts, is told of changes, and ends. It
 //! knows no paths; `mount` and `opened` do.
 
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -89,13 +90,31 @@ impl Session {
     /// most for the limit; not to be called on a thread of the runtime.
     pub(crate) fn settle(&self) -> Result<()> {
         self.close();
-        let (service, backend, read_only) = (self.service.clone(), self.backend.clone(), self.read_only);
-        within(self.limit, "the backend's last flush", move || {
-            service.runtime().block_on(async {
-                service.drained().await;
-                if read_only { Ok(()) } else { backend.flush().await }
-            })
-        })
+        let service = self.service.clone();
+        self.wait_for("the requests that were given up", async move {
+            service.drained().await;
+            Ok(())
+        })?;
+        self.flush()
+    }
+
+    /// Has the kernel hand over what mappings wrote, and the backend flush it. Blocks without a limit. The kernel says
+    /// only that something went wrong; if the backend can say what, that is the error.
+    pub(crate) fn sync(&self, file: &File, what: &str) -> Result<()> {
+        file.sync_all().or_else(|error| self.flush().and(Err(Error::from_io(Operation::Flush, what, error))))
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        let backend = self.backend.clone();
+        self.wait_for("the backend's flush", async move { backend.flush().await })
+    }
+
+    fn wait_for(&self, what: &str, future: impl Future<Output = Result<()>> + Send + 'static) -> Result<()> {
+        let runtime = self.service.runtime().clone();
+        within(self.limit, what, move || runtime.block_on(future))
     }
 }
 

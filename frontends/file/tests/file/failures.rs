@@ -256,7 +256,8 @@ fn an_unmount_that_cannot_flush_leaves_it_mounted() {
     let faults = faulty(SIZE, 1);
     let mount = world.mount(faults.clone(), FileSettings::default());
     faults.add(Rule::on(Operation::Flush).fail(ErrorKind::Unavailable));
-    assert!(world.wait("unmounting", mount.unmount()).is_err());
+    let error = world.wait("unmounting", mount.unmount()).unwrap_err();
+    assert_eq!((error.kind(), error.operation()), (ErrorKind::Unavailable, Operation::Flush), "{error}");
     fill::check(&fs::read(mount.path()).unwrap(), 0, 1).unwrap();
     faults.clear();
     world.unmount(&mount);

@@ -2,6 +2,8 @@
 
 mod data;
 mod failures;
+mod foreign;
+mod lifecycle;
 mod region;
 mod semantics;
 mod support;
