@@ -92,6 +92,9 @@ fn random_calls_and_accesses_to_a_mapping_follow_the_model() {
     follows_the_model(Way::Both, Caching::UntilOpened);
 }
 
+/// One of the ways to write.
+type Write<'a> = dyn Fn(u64, &[u8]) + Sync + 'a;
+
 /// Four threads, each with its own quarter: two by calls, one by a mapping, one around the kernel's cache. What they
 /// wrote is compared with the backend after unmounting, without any `fsync`.
 #[test]
@@ -108,7 +111,7 @@ fn threads_do_not_disturb_one_another() {
     let by_mapping = |at: u64, bytes: &[u8]| mapping.write(len(at), bytes).unwrap();
     let around = |at: u64, bytes: &[u8]| direct.write_all_at(bytes, at).unwrap();
     let models: Vec<Vec<u8>> = thread::scope(|scope| {
-        let ways: [&(dyn Fn(u64, &[u8]) + Sync); 4] = [&by_calls, &by_mapping, &around, &by_calls];
+        let ways: [&Write<'_>; 4] = [&by_calls, &by_mapping, &around, &by_calls];
         let threads: Vec<_> =
             (0..).zip(ways).map(|(index, way)| scope.spawn(move || scribble(index, QUARTER, way))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -122,7 +125,7 @@ fn threads_do_not_disturb_one_another() {
 }
 
 /// Writes at random places of one quarter, and returns what must be there then.
-fn scribble(index: u64, quarter: u64, write: &(dyn Fn(u64, &[u8]) + Sync)) -> Vec<u8> {
+fn scribble(index: u64, quarter: u64, write: &Write<'_>) -> Vec<u8> {
     let mut random = Random::new(index);
     let mut model = vec![0; len(quarter)];
     for step in 1..200 {

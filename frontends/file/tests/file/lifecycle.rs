@@ -1,9 +1,9 @@
 //! From mounting to unmounting: whose path it is, who is using it, and what is left when something dies.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -512,8 +512,7 @@ fn an_ordinary_user_is_told_what_to_do() {
 fn root_lets_others_in_when_asked() {
     need_fuse!();
     let world = World::new();
-    fs::set_permissions(world.home.path(), fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o755)))
-        .unwrap();
+    fs::set_permissions(world.home.path(), Permissions::from_mode(0o755)).unwrap();
     let read = || {
         let [setpriv, arguments @ ..] = NOBODY;
         Command::new(setpriv).args(arguments).arg("cat").arg(world.path()).output().unwrap()
