@@ -72,9 +72,11 @@ pub struct Pager {
 impl Pager {
     pub(crate) fn new(len: u64, protection: Protection, wanted: ScopeWanted) -> io::Result<Self> {
         let (uffd, scope) = userfault::open(wanted, protection)?;
-        let span = Span::new(len, protection)?;
+        let span = Span::new(len)?;
         // SAFETY: the span was just made and is ours.
         unsafe { userfault::register(&uffd, span.address(), span.len(), protection) }?;
+        // Only now: whoever touches a page from here on is waited for.
+        span.allow(protection)?;
         let (poisoned, shared) = (RwLock::default(), AtomicBool::new(false));
         Ok(Self { span, uffd, pagemap: Pagemap::open()?, len, protection, scope, poisoned, shared })
     }

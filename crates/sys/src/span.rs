@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::io;
 use std::ptr::NonNull;
 
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use rustix::process::{Pid, getpid};
 
 use crate::PAGE_SIZE;
@@ -26,25 +26,36 @@ unsafe impl Sync for Span {}
 
 impl Span {
     /// Maps at least `len` bytes, rounded up to whole pages, without reserving swap for them, and keeps them from being
-    /// inherited over fork, merged with equal pages, or backed by huge pages.
-    pub(crate) fn new(len: u64, protection: Protection) -> io::Result<Self> {
+    /// inherited over fork, merged with equal pages, or backed by huge pages. Nobody may touch them before
+    /// [`Self::allow`].
+    ///
+    /// A program that has called `mlockall(MCL_FUTURE)` gets all new memory filled with zeros at once: not this, which
+    /// starts without access (the kernel then fills nothing) and is unlocked before it gets any.
+    pub(crate) fn new(len: u64) -> io::Result<Self> {
         if rustix::param::page_size() as u64 != PAGE_SIZE {
             let text = format!("pages of {} bytes are not supported, only of {PAGE_SIZE}", rustix::param::page_size());
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
         let len = round_up(len)?;
-        let flags = match protection {
-            Protection::ReadOnly => ProtFlags::READ,
-            Protection::Tracked => ProtFlags::READ | ProtFlags::WRITE,
-        };
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
-        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, flags, MapFlags::PRIVATE | MapFlags::NORESERVE) };
+        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), flags) };
         let base = base.map_err(|error| cannot_map(len, error))?;
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap answered with a null address"))?;
         let span = Self { base, len, owner: getpid() };
+        // SAFETY: the pages are this span's own, and whether they are locked changes no byte.
+        unsafe { munlock(span.base.as_ptr().cast(), len) }?;
         span.advise(0, len, Advice::LinuxDontFork)?;
         span.keep_single()?;
         Ok(span)
+    }
+
+    /// Lets the program use the pages.
+    pub(crate) fn allow(&self, protection: Protection) -> io::Result<()> {
+        self.protect(match protection {
+            Protection::ReadOnly => MprotectFlags::READ,
+            Protection::Tracked => MprotectFlags::READ | MprotectFlags::WRITE,
+        })
     }
 
     /// Huge pages and merged pages would be split and copied at the first write-protected page; kernels that are built
@@ -89,8 +100,12 @@ impl Span {
 
     /// Makes every later access a segmentation fault.
     pub(crate) fn forbid(&self) -> io::Result<()> {
-        // SAFETY: the pages are this span's own. Taking rights away can only make accesses fail loudly.
-        Ok(unsafe { mprotect(self.base.as_ptr().cast(), self.len, MprotectFlags::empty()) }?)
+        self.protect(MprotectFlags::empty())
+    }
+
+    fn protect(&self, flags: MprotectFlags) -> io::Result<()> {
+        // SAFETY: the pages are this span's own. No byte changes; what is no longer allowed fails loudly.
+        Ok(unsafe { mprotect(self.base.as_ptr().cast(), self.len, flags) }?)
     }
 
     /// Copies bytes out without touching them from user space: see [`crate::Pager::read`].

@@ -48,6 +48,8 @@ use crate::task::{Task, block_on};
 ///   fails with EFAULT.
 /// - A forked child does not have the memory: it gets a segmentation fault.
 /// - `madvise` must not be used on the memory: what is dropped with it is lost, and raises SIGBUS.
+/// - A program that closes all of its file descriptors (`close_range` in a daemon) must do so before it opens a slice:
+///   the kernel would otherwise take the slice for ended.
 #[derive(Debug)]
 pub struct Slice {
     mapping: Mapping,

@@ -245,6 +245,22 @@ fn a_sealed_mapping_raises_sigsegv_for_those_who_wait_too() {
 }
 
 #[test]
+fn locking_all_memory_beforehand_fills_no_page_with_zeros() {
+    if let Some(status) = in_child("facts::locking_all_memory_beforehand_fills_no_page_with_zeros", &[]) {
+        assert!(status.success(), "{status}");
+        return;
+    }
+    rustix::mm::mlockall(rustix::mm::MlockAllFlags::FUTURE).unwrap();
+    for protection in [Protection::ReadOnly, Protection::Tracked] {
+        let mapping = Mapping::new(8 * PAGE_SIZE, protection, ScopeWanted::Widest).unwrap();
+        assert_eq!(present(mapping.pager()), [0; 0]);
+        let server = Server::start(mapping.pager());
+        assert_eq!(mapping.as_slice(), bytes(0, 8 * PAGE));
+        server.stop();
+    }
+}
+
+#[test]
 fn a_read_only_mapping_cannot_be_written_to() {
     if let Some(status) = in_child("facts::a_read_only_mapping_cannot_be_written_to", &[]) {
         assert_eq!(status.signal(), Some(SIGSEGV), "{status}");
