@@ -1,0 +1,68 @@
+//! Plain anonymous memory, and what processors do to it.
+
+use std::hint::black_box;
+
+use anyhow::{Context, Result};
+use rustix::thread::{disable_transparent_huge_pages, transparent_huge_pages_are_disabled};
+
+/// The size of a page in bytes.
+pub(crate) const PAGE: usize = 4096;
+
+const _: () = assert!(PAGE as u64 == r3map_sys::PAGE_SIZE);
+
+/// Reads every byte, eight at a time in four sums, which compilers turn into vector instructions.
+pub(crate) fn sum(bytes: &[u8]) -> u64 {
+    let mut sums = [0u64; 8];
+    let (lines, rest) = bytes.as_chunks::<64>();
+    for line in lines {
+        let (words, _) = line.as_chunks::<8>();
+        for (sum, word) in sums.iter_mut().zip(words) {
+            *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
+        }
+    }
+    let rest = rest.iter().fold(0, |sum, byte| sum + u64::from(*byte));
+    black_box(sums.iter().fold(rest, |sum, part| sum.wrapping_add(*part)))
+}
+
+/// Writes one byte into every page.
+pub(crate) fn touch_pages(bytes: &mut [u8], value: u8) -> Result<()> {
+    for page in bytes.chunks_mut(PAGE) {
+        page[0] = value;
+    }
+    black_box(bytes);
+    Ok(())
+}
+
+/// A copy of `bytes` in anonymous memory that is made of small pages, as mapped regions are: with huge ones, reading
+/// would need fewer entries of the processor's page cache.
+pub(crate) fn small_pages(bytes: &[u8]) -> Result<Vec<u8>> {
+    let before = transparent_huge_pages_are_disabled().context("PR_GET_THP_DISABLE")?;
+    disable_transparent_huge_pages(true).context("PR_SET_THP_DISABLE")?;
+    let copy = bytes.to_vec();
+    disable_transparent_huge_pages(before).context("PR_SET_THP_DISABLE")?;
+    Ok(copy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_is_read() {
+        let mut bytes = vec![0; 64 * 3 + 5];
+        for at in 0..bytes.len() {
+            bytes[at] = 1;
+            assert_ne!(sum(&bytes), 0, "{at}");
+            bytes[at] = 0;
+        }
+        assert_eq!(sum(&[]), 0);
+    }
+
+    #[test]
+    fn every_page_is_touched() {
+        let mut bytes = small_pages(&[0; 3 * PAGE + 1]).unwrap();
+        touch_pages(&mut bytes, 9).unwrap();
+        assert_eq!(bytes.iter().filter(|byte| **byte == 9).count(), 4);
+        assert_eq!(bytes.len(), 3 * PAGE + 1);
+    }
+}

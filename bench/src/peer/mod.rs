@@ -1,0 +1,112 @@
+//! The other process: this program, started again in a role that the parent gives it. It says one line when it is
+//! ready, and ends when its standard input does, so that it never outlives its parent.
+
+mod roles;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::machine::Times;
+
+use roles::Serving;
+pub(crate) use roles::{Address, Addresses, Opened};
+
+/// What the other process does.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "snake_case")]
+pub(crate) enum Role {
+    /// Serves a region in memory over gRPC and over raw TCP, each also behind a round trip for each of `rtts`.
+    Serve { size: u64, seed: u64, rtts: Vec<Duration> },
+    /// Opens a region of `size` zeros and says what that took.
+    Open { size: u64, shown: Shown },
+}
+
+/// How a region is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Shown {
+    Slice,
+    File,
+}
+
+impl Shown {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Slice => "slice",
+            Self::File => "file",
+        }
+    }
+}
+
+/// The other process, while it runs.
+pub(crate) struct Peer<T> {
+    child: Child,
+    ready: T,
+}
+
+impl<T: DeserializeOwned> Peer<T> {
+    /// Starts it and waits until it is ready.
+    pub(crate) fn start(role: &Role) -> Result<Self> {
+        let program = std::env::current_exe().context("this program's own path")?;
+        let mut command = Command::new(program);
+        command.arg("--peer").arg(serde_json::to_string(role)?).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("starting the other process")?;
+        let mut line = String::new();
+        if let Some(output) = child.stdout.take() {
+            BufReader::new(output).read_line(&mut line)?;
+        }
+        if line.is_empty() {
+            bail!("the other process failed: {}", child.wait()?);
+        }
+        Ok(Self { child, ready: serde_json::from_str(&line).context("what the other process says")? })
+    }
+
+    /// What it said when it was ready.
+    pub(crate) fn ready(&self) -> &T {
+        &self.ready
+    }
+
+    /// The processor time that it has used so far.
+    pub(crate) fn times(&self) -> Result<Times> {
+        Times::of(self.child.id()).context("the other process's times")
+    }
+}
+
+impl<T> Drop for Peer<T> {
+    fn drop(&mut self) {
+        // The end of its input ends it; killing is for one that is stuck.
+        drop(self.child.stdin.take());
+        for _ in 0..100 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Plays a role until standard input ends.
+pub(crate) fn play(role: &str) -> Result<()> {
+    match serde_json::from_str(role).context("--peer")? {
+        Role::Serve { size, seed, rtts } => {
+            let (_serving, ready) = Serving::start(size, seed, &rtts)?;
+            announce(&ready)?;
+            std::io::stdin().read_to_end(&mut Vec::new())?;
+        }
+        Role::Open { size, shown } => announce(&Opened::measure(size, shown)?)?,
+    }
+    Ok(())
+}
+
+fn announce(ready: &impl Serialize) -> Result<()> {
+    let mut output = std::io::stdout();
+    writeln!(output, "{}", serde_json::to_string(ready)?)?;
+    Ok(output.flush()?)
+}

@@ -1,0 +1,134 @@
+//! The benchmark runs: every section, with tiny samples, and every figure is in the report. What the figures are does
+//! not matter here; performance is never a matter of tests.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use r3map_testkit::process::Process;
+use r3map_testkit::skip;
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+fn bench(arguments: &[&str]) -> Process {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_r3map-bench"));
+    let mut process = Process::start(command.args(arguments));
+    process.close_stdin();
+    process
+}
+
+fn lines(process: &mut Process) -> Vec<Value> {
+    let parse = |line: &String| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    process.stdout().iter().map(parse).collect()
+}
+
+fn figures() -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let mut add =
+        |section: &str, name: &str| assert!(names.insert(format!("{section}: {name}")), "{name} is twice here");
+    for name in [
+        "background install",
+        "demand fault, 4 KiB",
+        "sequential read after pull",
+        "tracking a write, per page",
+        "a flush with nothing written",
+        "a scan that finds 1000 pages a GiB",
+    ] {
+        add("slice", name);
+    }
+    for name in [
+        "buffered sequential read",
+        "direct random read of 4 KiB",
+        "direct sequential read, 1 MiB",
+        "sequential write, 1 MiB",
+    ] {
+        add("file", name);
+    }
+    for length in ["64 KiB", "1 MiB", "4 MiB"] {
+        for in_flight in [1, 8, 64] {
+            add("grpc", &format!("read {length} × {in_flight}"));
+        }
+    }
+    for side in ["client", "server"] {
+        for place in ["program", "kernel"] {
+            add("grpc", &format!("1 MiB × 8: {side}, in the {place}"));
+        }
+    }
+    add("grpc", "a checksum (CRC-32C)");
+    add("grpc", "a copy, 1 MiB at a time");
+    for shown in ["slice", "file"] {
+        for mode in ["managed", "direct"] {
+            for rtt in [0, 1, 5, 10, 20, 40] {
+                for metric in ["first byte", "first chunk", "read", "write", "write and flush"] {
+                    add("rtt", &format!("{mode} {shown}, {rtt} ms: {metric}"));
+                }
+            }
+        }
+        for what in ["time", "memory"] {
+            add("open", &format!("1 TiB as {shown}: {what}"));
+        }
+    }
+    names
+}
+
+#[test]
+fn every_figure_is_measured() {
+    if !Path::new("/dev/fuse").exists() {
+        return skip("no /dev/fuse, on which the file frontend stands");
+    }
+    let mut process = bench(&["all", "--quick", "--json"]);
+    let status = process.wait(LIMIT);
+    let lines = lines(&mut process);
+    let errors: Vec<_> = lines.iter().filter(|line| line["kind"] == "failure").collect();
+    assert!(errors.is_empty() && status.success(), "{status}: {errors:#?}");
+    assert_eq!(lines[0]["kind"], "run");
+    assert!(lines[0]["machine"]["cores"].as_u64() > Some(0) && lines[0]["settings"]["runs"] == 1, "{}", lines[0]);
+    assert_eq!(lines[lines.len() - 1]["kind"], "summary");
+    let measured: BTreeSet<String> = lines[1..lines.len() - 1].iter().map(check).collect();
+    assert_eq!(measured, figures());
+}
+
+/// The name of a figure, if it is complete.
+fn check(figure: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_else(|| panic!("incomplete: {figure}")).to_owned();
+    assert_eq!(figure["kind"], "figure", "{figure}");
+    let side = |side: &Value| {
+        let [median, min, max] = ["median", "min", "max"].map(|what| side[what].as_f64());
+        assert!(min.is_some() && min <= median && median <= max, "{figure}");
+        assert_eq!(side["runs"].as_array().map(Vec::len), Some(1), "{figure}");
+    };
+    side(&figure["ours"]);
+    if !figure["limit"].is_null() {
+        side(&figure["limit"]);
+        assert!(!text(&figure["limit_is"]).is_empty());
+    }
+    if !figure["target"].is_null() {
+        assert!(figure["met"].is_boolean(), "{figure}");
+    }
+    assert!(!text(&figure["unit"]).is_empty());
+    format!("{}: {}", text(&figure["section"]), text(&figure["name"]))
+}
+
+#[test]
+fn one_section_alone_is_a_table() {
+    let mut process = bench(&["slice", "--quick", "--size", "1MiB"]);
+    assert!(process.wait(LIMIT).success());
+    let text = process.stdout().join("\n");
+    for words in ["cores", "seed 1", "background install", "limit: a bare UFFDIO_COPY loop", "≥ 0.8", "targets: "] {
+        assert!(text.contains(words), "{words:?} is missing in\n{text}");
+    }
+    assert!(!text.contains("grpc"), "{text}");
+}
+
+#[test]
+fn nonsense_is_refused_in_one_line_of_its_own() {
+    for arguments in [&["tape"][..], &["--size", "1"], &["--runs", "0"], &["--peer", "{}"]] {
+        let mut process = bench(arguments);
+        assert!(!process.wait(LIMIT).success(), "{arguments:?}");
+        let errors = process.stderr();
+        assert!(errors.first().is_some_and(|line| line.starts_with("error: ")), "{arguments:?}: {errors:?}");
+        assert!(process.stdout().is_empty(), "{arguments:?}");
+    }
+}
