@@ -66,7 +66,6 @@ impl Bitmap {
     }
 
     /// Whether a bit is set.
-    #[cfg(test)]
     pub(crate) fn get(&self, file: &fs::File, bit: u64) -> io::Result<bool> {
         let mut byte = [0];
         file.read_exact_at(&mut byte, self.base + bit / 8)?;
@@ -150,11 +149,12 @@ pub(crate) struct Runs<F: FnMut(Range<u64>, bool)> {
     visit: F,
     run: Range<u64>,
     second: bool,
+    given: usize,
 }
 
 impl<F: FnMut(Range<u64>, bool)> Runs<F> {
     pub(crate) fn new(visit: F) -> Self {
-        Self { visit, run: 0..0, second: false }
+        Self { visit, run: 0..0, second: false, given: 0 }
     }
 
     /// Takes a piece of the first bitmap and the same of the second. Pieces come in ascending order.
@@ -186,8 +186,14 @@ impl<F: FnMut(Range<u64>, bool)> Runs<F> {
         (self.run, self.second) = (run, second);
     }
 
+    /// How many runs were given.
+    pub(crate) fn count(&self) -> usize {
+        self.given
+    }
+
     fn give(&mut self) {
         if !self.run.is_empty() {
+            self.given += 1;
             (self.visit)(self.run.clone(), self.second);
         }
     }

@@ -6,6 +6,7 @@
 mod bitmap;
 mod boot;
 mod cache_file;
+mod directory;
 mod durability;
 mod file;
 mod memory;
@@ -15,6 +16,7 @@ mod stored;
 mod window;
 
 pub use cache_file::CacheFile;
+pub use directory::{Directory, DirectorySettings};
 pub use file::{File, FileSettings};
 pub use memory::Memory;
 pub use null::Null;
