@@ -1,0 +1,73 @@
+//! The schemes: each opens what it names, and each wrong name gets one clear line.
+
+use std::sync::Arc;
+
+use r3map::{Backend, ChunkSize, ErrorKind, ListenOptions, OpenOptions, Registry, Result};
+
+async fn open(uri: &str, options: OpenOptions) -> Result<Arc<dyn Backend>> {
+    Registry::standard().open(&uri.parse()?, &options).await
+}
+
+async fn refused(uri: &str, options: OpenOptions) -> String {
+    let error = open(uri, options).await.err().unwrap_or_else(|| panic!("{uri} was opened"));
+    let text = error.to_string();
+    assert!(!text.contains('\n'), "more than one line: {text}");
+    text
+}
+
+fn sized(size: u64) -> OpenOptions {
+    OpenOptions { size: Some(size), ..OpenOptions::default() }
+}
+
+#[tokio::test]
+async fn opens_what_each_scheme_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let create = OpenOptions { create: true, ..sized(100_000) };
+    for uri in ["memory:".into(), "null:".into(), format!("file:{}", path("f")), format!("directory:{}", path("d"))] {
+        let backend = open(&uri, create.clone()).await.unwrap();
+        assert_eq!(backend.size(), 100_000, "{uri}");
+    }
+    let again = open(&format!("file:{}", path("f")), OpenOptions { read_only: true, ..OpenOptions::default() }).await;
+    let again = again.unwrap();
+    assert!(again.capabilities().read_only);
+    assert_eq!(again.write_at(0, b"x").await.unwrap_err().kind(), ErrorKind::Denied);
+}
+
+#[tokio::test]
+async fn refuses_what_cannot_be_meant() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("f");
+    std::fs::write(&file, b"12345").unwrap();
+    let file = format!("file:{}", file.display());
+    let none = OpenOptions::default;
+    assert!(refused("redis://host", none()).await.contains("unknown scheme \"redis\"; known are: "));
+    assert!(refused("memory:", none()).await.contains("--size"));
+    assert!(refused("memory:?size=1GiB", sized(5)).await.contains("given twice"));
+    assert!(refused("memory:?size=0", none()).await.contains("at least one byte"));
+    assert!(refused("memory:?siez=1", none()).await.contains("unknown option \"siez\""));
+    assert!(refused("file:/nonexistent/x", none()).await.contains("/nonexistent/x"));
+    assert!(refused(&file, sized(4)).await.contains('5'));
+    assert!(refused("grpc://127.0.0.1:1", none()).await.contains("127.0.0.1:1"));
+    let chunk = OpenOptions { chunk_size: Some(ChunkSize::MIN), ..none() };
+    assert!(refused("directory:/nonexistent/x?chunk=64KiB", chunk).await.contains("given twice"));
+}
+
+#[tokio::test]
+async fn listens_where_it_can_and_says_where_it_cannot() {
+    let registry = Registry::standard();
+    let memory = open("memory:?size=1MiB", OpenOptions::default()).await.unwrap();
+    let options = ListenOptions::default();
+    let error = registry.listen(&"file:/x".parse().unwrap(), memory.clone(), &options).await.err().unwrap();
+    assert!(error.to_string().contains("cannot listen there; it takes: grpc"), "{error}");
+
+    let listener = registry.listen(&"grpc://127.0.0.1:0".parse().unwrap(), memory.clone(), &options).await.unwrap();
+    let remote = open(&listener.uri(), OpenOptions::default()).await.unwrap();
+    remote.write_at(5, b"hello").await.unwrap();
+    let mut bytes = [0; 5];
+    memory.read_at(5, &mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"hello");
+    assert!(refused(&listener.uri(), sized(5)).await.contains("not 5"));
+    listener.shutdown().await.unwrap();
+    assert_eq!(remote.read_at(5, &mut bytes).await.unwrap_err().kind(), ErrorKind::Unavailable);
+}
