@@ -58,6 +58,9 @@ pub(crate) struct Serve {
     /// Refuse writes.
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Who cuts requests into whole chunks, for a region that is kept in them.
+    #[arg(long, value_enum, default_value_t = Chunking::Server)]
+    pub(crate) chunking: Chunking,
     #[command(flatten)]
     pub(crate) open: Open,
 }
@@ -207,6 +210,15 @@ pub(crate) struct Man {
     /// The folder, e.g. /usr/local/share/man/man1.
     #[arg(value_hint = ValueHint::DirPath)]
     pub(crate) folder: PathBuf,
+}
+
+/// Who cuts requests into whole chunks.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chunking {
+    /// The server; clients read and write what they like.
+    Server,
+    /// Clients; the server refuses whatever is not whole chunks.
+    Client,
 }
 
 /// How a region is mounted.

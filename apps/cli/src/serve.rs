@@ -1,7 +1,7 @@
 //! `r3map serve`: lends a region to other hosts until it is told to stop.
 
 use anyhow::Result;
-use r3map::{ListenOptions, OpenOptions, Registry};
+use r3map::{Chunking, ListenOptions, OpenOptions, Registry};
 use serde_json::json;
 
 use crate::args;
@@ -21,6 +21,10 @@ pub(crate) async fn run(registry: &Registry, args: args::Serve, output: Output) 
         read_only: args.read_only,
         chunk_size: args.open.chunk_size,
         identity: registry.identity(&args.uri)?,
+        chunking: match args.chunking {
+            args::Chunking::Server => Chunking::Server,
+            args::Chunking::Client => Chunking::Client,
+        },
     };
     let mut listeners = Vec::new();
     for uri in &args.listen {

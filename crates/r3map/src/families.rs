@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use r3map_core::{Backend, Result};
-use r3map_local::{File, FileSettings, Memory, Null};
+use r3map_local::{Directory, DirectorySettings, File, FileSettings, Memory, Null};
 
 use crate::{Family, Open, OpenOptions, Registry, Uri};
 
@@ -18,6 +18,7 @@ pub(crate) fn register(registry: &mut Registry) {
     };
     local("memory", "memory:?size=1GiB", "this process's memory", Arc::new(OpenMemory));
     local("file", "file:PATH", "a file or a block device", Arc::new(OpenFile));
+    local("directory", "directory:PATH?size=1GiB&chunk=64KiB", "one file per chunk", Arc::new(OpenDirectory));
     local("null", "null:?size=1TiB", "zeros; writes vanish", Arc::new(OpenNull));
     #[cfg(feature = "grpc")]
     grpc::register(registry);
@@ -58,6 +59,27 @@ impl Open for OpenFile {
             return Ok(Arc::new(File::create(path, options.need_size(uri)?)?));
         }
         Ok(Arc::new(File::open(path, &FileSettings { read_only: options.read_only, size })?))
+    }
+
+    fn identity(&self, uri: &Uri) -> Option<String> {
+        absolute(uri)
+    }
+}
+
+struct OpenDirectory;
+
+#[async_trait]
+impl Open for OpenDirectory {
+    async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
+        uri.expect(&["size", "chunk"], true)?;
+        let settings = DirectorySettings {
+            size: options.size_for(uri)?,
+            chunk_size: options.chunk_for(uri)?,
+            create: options.create,
+            read_only: options.read_only,
+            ..DirectorySettings::default()
+        };
+        Ok(Arc::new(Directory::open(uri.path()?, &settings)?))
     }
 
     fn identity(&self, uri: &Uri) -> Option<String> {

@@ -28,7 +28,7 @@ pub use r3map_core::{
 pub use r3map_pipeline::{
     Backoff, Durability, Outage, Phase, Priority, Progress, PullSettings, PushSettings, RetrySettings, Workers,
 };
-pub use registry::{Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry};
+pub use registry::{Chunking, Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry};
 pub use settings::{Cache, FileOptions, Settings};
 pub use uri::Uri;
 

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, ChunkSize, Error, ErrorKind, Operation, Result};
+use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Operation, Result};
+use r3map_pipeline::{Aligned, Chunked};
 
 use crate::Uri;
 
@@ -49,11 +50,40 @@ impl OpenOptions {
     }
 }
 
+/// `backend`, taking the requests that clients of a server with these options make.
+fn chunked(backend: Arc<dyn Backend>, options: &ListenOptions) -> Result<Arc<dyn Backend>> {
+    let access = backend.capabilities().access;
+    Ok(match (options.chunking, access) {
+        (Chunking::Server, Access::Any) => backend,
+        (Chunking::Server, Access::WholeChunks(_)) => Arc::new(Aligned::new(backend)?),
+        (Chunking::Client, Access::WholeChunks(chunk)) if options.chunk_size.is_none_or(|asked| asked == chunk) => {
+            backend
+        }
+        (Chunking::Client, _) => {
+            let chunk = options.chunk_size.unwrap_or_default();
+            Arc::new(Chunked::new(backend, chunk, MAX_REQUEST)?)
+        }
+    })
+}
+
+/// The longest request of whole chunks that a server takes, in bytes.
+const MAX_REQUEST: u64 = 64 << 20;
+
 fn agree<T: PartialEq>(uri: &Uri, what: &str, option: Option<T>, named: Option<T>) -> Result<Option<T>> {
     match (option, named) {
         (Some(a), Some(b)) if a != b => Err(uri.invalid(&format!("{what} is given twice, and differs"))),
         (option, named) => Ok(option.or(named)),
     }
+}
+
+/// Who cuts requests into whole chunks, for a resource that is kept in them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Chunking {
+    /// The server: clients read and write what they like. A write of part of a chunk costs the server a read of it.
+    #[default]
+    Server,
+    /// Clients: the server refuses whatever is not whole chunks. Clients of r3map know; others must be told.
+    Client,
 }
 
 /// How a server behaves.
@@ -66,6 +96,8 @@ pub struct ListenOptions {
     /// What the region is called for as long as its bytes live, so that clients notice another one in its place; see
     /// [`Registry::identity`].
     pub identity: Option<String>,
+    /// Who cuts requests into whole chunks. Default the server.
+    pub chunking: Chunking,
 }
 
 /// Opens the regions of one scheme.
@@ -175,6 +207,7 @@ impl Registry {
             let known: Vec<_> = self.families().filter(|f| f.listen.is_some()).map(|f| f.example).collect();
             uri.invalid(&format!("cannot listen there; it takes: {}", known.join(", ")))
         })?;
+        let backend = chunked(backend, options)?;
         let (uri, options) = (uri.clone(), options.clone());
         crate::engine::run(async move { listen.listen(&uri, backend, &options).await }).await
     }

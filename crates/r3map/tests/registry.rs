@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use r3map::{Backend, ChunkSize, ErrorKind, ListenOptions, OpenOptions, Registry, Result};
+use r3map::{Access, Backend, ChunkSize, Chunking, ErrorKind, ListenOptions, Mount, OpenOptions, Registry, Result};
 
 async fn open(uri: &str, options: OpenOptions) -> Result<Arc<dyn Backend>> {
     Registry::standard().open(&uri.parse()?, &options).await
@@ -70,4 +70,34 @@ async fn listens_where_it_can_and_says_where_it_cannot() {
     assert!(refused(&listener.uri(), sized(5)).await.contains("not 5"));
     listener.shutdown().await.unwrap();
     assert_eq!(remote.read_at(5, &mut bytes).await.unwrap_err().kind(), ErrorKind::Unavailable);
+}
+
+#[tokio::test]
+async fn requests_are_cut_into_chunks_by_the_server_or_by_clients() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = format!("directory:{}?chunk=64KiB", folder.path().join("d").display());
+    let directory = open(&name, OpenOptions { create: true, ..sized(200_000) }).await.unwrap();
+    for chunking in [Chunking::Server, Chunking::Client] {
+        let options = ListenOptions { chunking, ..ListenOptions::default() };
+        let registry = Registry::standard();
+        let any = "grpc://127.0.0.1:0".parse().unwrap();
+        let listener = registry.listen(&any, directory.clone(), &options).await.unwrap();
+        let remote = open(&listener.uri(), OpenOptions::default()).await.unwrap();
+        let part = remote.write_at(70_000, b"part of a chunk").await;
+        match chunking {
+            Chunking::Server => part.unwrap(),
+            Chunking::Client => {
+                assert_eq!(part.unwrap_err().kind(), ErrorKind::InvalidInput);
+                assert_eq!(remote.capabilities().access, Access::WholeChunks(ChunkSize::DEFAULT));
+            }
+        }
+        // Either way a mount takes any request.
+        let mut slice = Mount::direct(remote).slice().await.unwrap();
+        let mut bytes = [0; 15];
+        slice.read_at(70_000, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"part of a chunk");
+        slice.write_at(199_999, b"!").unwrap();
+        slice.close().await.unwrap();
+        listener.shutdown().await.unwrap();
+    }
 }
