@@ -242,7 +242,11 @@ impl<'t> World<'t> {
             if self.valid(block) && !writing {
                 assert_eq!(self.local(block), value(&self.expected, block), "block {block} is stale");
             }
-            if self.journal.0.lock().unwrap().get(&block) == Some(&false) {
+            let recorded = self.journal.0.lock().unwrap().get(&block).copied();
+            if self.valid(block) && !writing {
+                assert!(recorded.is_some(), "block {block} would be forgotten");
+            }
+            if recorded == Some(false) {
                 let pushed = self.pushes.iter().any(|(push, _)| push.blocks().contains(&block));
                 assert!(!pushed && self.valid(block), "block {block} is called clean and is not");
                 assert_eq!(self.local(block), value(&self.disk, block), "block {block} would be lost");
