@@ -162,6 +162,16 @@ impl PullPlan {
         &self.window
     }
 
+    /// How long a request should be now, in bytes.
+    #[must_use]
+    pub fn request_bytes(&self) -> u64 {
+        let chunk = self.table.geometry().chunk_size().bytes();
+        match self.workers {
+            Workers::Adaptive => self.sized(chunk) * chunk,
+            Workers::Off | Workers::Fixed(_) => self.max_chunks * chunk,
+        }
+    }
+
     /// What to do at `now`. `polite` while a demand is waiting for the remote: the link is not filled to the brim then.
     pub fn next(&mut self, now: Duration, polite: bool) -> Next {
         if now < self.paused_until {
@@ -183,14 +193,13 @@ impl PullPlan {
 
     /// How many chunks the next request may have; nothing if there must be none.
     fn room(&self, polite: bool) -> Option<u64> {
-        let chunk = self.table.geometry().chunk_size().bytes();
+        let chunks = self.request_bytes() / self.table.geometry().chunk_size().bytes();
         match self.workers {
             _ if self.away && self.window.requests() > 0 => None,
             Workers::Off => None,
-            Workers::Fixed(limit) => (self.window.requests() < limit.get()).then_some(self.max_chunks),
-            Workers::Adaptive if self.window.requests() == 0 => Some(self.sized(chunk)),
-            Workers::Adaptive if self.window.room(polite) == 0 => None,
-            Workers::Adaptive => Some(self.sized(chunk)),
+            Workers::Fixed(limit) => (self.window.requests() < limit.get()).then_some(chunks),
+            Workers::Adaptive if self.window.requests() > 0 && self.window.room(polite) == 0 => None,
+            Workers::Adaptive => Some(chunks),
         }
     }
 
@@ -275,11 +284,11 @@ impl PullPlan {
     pub fn finish(&mut self, flight: Flight, failed: &[Range<u64>], pause: Duration, pause_all: bool, now: Duration) {
         self.window.finish(flight, failed.is_empty(), now);
         for chunks in failed {
-            self.postponed.push_back((now + pause, chunks.clone()));
+            self.postponed.push_back((now.saturating_add(pause), chunks.clone()));
         }
         self.away = pause_all && !failed.is_empty();
         if self.away {
-            self.paused_until = now + pause;
+            self.paused_until = now.saturating_add(pause);
         }
     }
 }

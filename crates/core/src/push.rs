@@ -63,11 +63,11 @@ impl PushPlan {
             // The pause is capped long before the shift is.
             let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(5)).min(LONGEST_PAUSE);
             self.failures = self.failures.saturating_add(1);
-            self.due = now + pause;
+            self.due = now.saturating_add(pause);
         } else {
             self.failures = 0;
             if round == Round::Complete {
-                self.due = now + self.interval;
+                self.due = now.saturating_add(self.interval);
             }
         }
     }

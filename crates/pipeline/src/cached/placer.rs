@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use r3map_core::state::Pull;
-use r3map_core::{BLOCK_SIZE, Geometry, Piece, Result, is_zero};
+use r3map_core::{BLOCK_SIZE, Error, ErrorKind, Geometry, Operation, Piece, Result, is_zero};
 
 use super::{Inner, index};
 use crate::InstallNow;
@@ -15,8 +15,9 @@ pub(super) struct Placer<'a> {
     inner: &'a Inner,
     local: &'a dyn InstallNow,
     pull: &'a mut Pull,
-    /// Where the next piece belongs.
+    /// Where the next piece belongs, and where the last one ends.
     at: u64,
+    end: u64,
     /// The beginning of a block whose end has not come yet.
     begun: Vec<u8>,
     /// Chunks that have become local, for the hook: it must not run while the remote lends its bytes.
@@ -24,9 +25,10 @@ pub(super) struct Placer<'a> {
 }
 
 impl<'a> Placer<'a> {
-    pub(super) fn new(inner: &'a Inner, local: &'a dyn InstallNow, pull: &'a mut Pull) -> Self {
+    /// For the first bytes of a pull, up to `end`.
+    pub(super) fn new(inner: &'a Inner, local: &'a dyn InstallNow, pull: &'a mut Pull, end: u64) -> Self {
         let at = pull.bytes().start;
-        Self { inner, local, pull, at, begun: Vec::new(), completed: Vec::new() }
+        Self { inner, local, pull, at, end, begun: Vec::new(), completed: Vec::new() }
     }
 
     /// Where the next piece belongs.
@@ -36,7 +38,10 @@ impl<'a> Placer<'a> {
 
     /// Takes the next piece.
     pub(super) fn place(&mut self, offset: u64, piece: Piece<'_>) -> Result<()> {
-        debug_assert_eq!(offset, self.at, "pieces come in order and without gaps");
+        if offset != self.at || piece.len() > self.end - self.at {
+            let message = "the remote lent other bytes than it was asked for";
+            return Err(Error::new(ErrorKind::Corrupt, Operation::Read, message).at(offset, piece.len()));
+        }
         let (head, rest) = split(piece, self.missing_of_block().min(piece.len()));
         self.gather(head)?;
         let len = rest.len();

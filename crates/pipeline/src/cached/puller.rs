@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::future::join_all;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use r3map_core::pull::{Next, Workers};
 use r3map_core::state::{Failed, Need, Pull, Wait};
 use r3map_core::window::Flight;
-use r3map_core::{Error, ErrorKind, Operation, ReadPieces, Result};
+use r3map_core::{Error, ErrorKind, Operation, Piece, ReadMany, ReadOp, ReadPieces, Result};
 
 use super::placer::{Placer, install};
 use super::{DEMAND_REQUEST, Inner, Phase, index, poll_once};
@@ -70,11 +71,26 @@ impl Drop for Demand {
     }
 }
 
+/// Tells whoever waits for the background when a hook or a priority function of the caller has panicked in it.
+struct Outcry<'a>(&'a Inner);
+
+impl Drop for Outcry<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let message = "pulling in the background has stopped: a function that the caller gave has panicked";
+            self.0.note_failed_pull(&Error::new(ErrorKind::Internal, Operation::Read, message));
+        }
+    }
+}
+
 /// A background pull as the plan counts it, however it ends.
 struct UnderWay<'a> {
     inner: &'a Inner,
     flight: Option<Flight>,
 }
+
+/// A background pull, counted.
+type Counted<'a> = (Pull, UnderWay<'a>);
 
 impl UnderWay<'_> {
     fn end(mut self, pulled: &Pulled) {
@@ -153,7 +169,10 @@ impl Inner {
     fn given_up(&self) -> Error {
         match self.check_serving(Operation::Read) {
             Err(error) => error,
-            Ok(()) => Error::new(ErrorKind::Cancelled, Operation::Read, "the runtime of the region is shutting down"),
+            Ok(()) => {
+                let message = "the pull was given up: the region's runtime is shutting down, or a hook has panicked";
+                Error::new(ErrorKind::Cancelled, Operation::Read, message)
+            }
         }
     }
 
@@ -227,7 +246,7 @@ impl Inner {
         pull: &mut Pull,
         range: Range<u64>,
     ) -> Result<()> {
-        let mut placer = Placer::new(self, local, pull);
+        let mut placer = Placer::new(self, local, pull, range.end);
         let mut result = Ok(());
         while result.is_ok() && placer.at() < range.end {
             let (at, len) = (placer.at(), (range.end - placer.at()).min(self.request_limit));
@@ -251,25 +270,49 @@ impl Inner {
             self.remote.read_at(at, &mut buffer[from..from + index(len)]).await?;
             at += len;
         }
-        match local {
-            None => install(self, pull, range.start, &buffer).await,
-            Some(local) => {
-                let mut placer = Placer::new(self, local, pull);
-                let result = placer.place(range.start, r3map_core::Piece::Data(&buffer));
-                placer.finish();
-                result
-            }
+        self.place(local, pull, range, &buffer).await
+    }
+
+    /// Puts the bytes of the first chunks of a pull in place.
+    async fn place(
+        &self,
+        local: Option<&dyn InstallNow>,
+        pull: &mut Pull,
+        range: Range<u64>,
+        bytes: &[u8],
+    ) -> Result<()> {
+        let Some(local) = local else { return install(self, pull, range.start, bytes).await };
+        let mut placer = Placer::new(self, local, pull, range.end);
+        let result = placer.place(range.start, Piece::Data(bytes));
+        placer.finish();
+        result
+    }
+
+    /// Several pulls in one request.
+    async fn fetch_many(&self, remote: &dyn ReadMany, pulls: &mut [&mut Pull]) -> Result<()> {
+        let lens: Vec<usize> = pulls.iter().map(|pull| index(pull.bytes().end - pull.bytes().start)).collect();
+        let mut buffer = self.buffers.take(lens.iter().sum());
+        let mut rest: &mut [u8] = &mut buffer;
+        let mut reads = Vec::with_capacity(pulls.len());
+        for (pull, len) in pulls.iter().zip(&lens) {
+            let (buf, tail) = std::mem::take(&mut rest).split_at_mut(*len);
+            reads.push(ReadOp { offset: pull.bytes().start, buf });
+            rest = tail;
         }
+        remote.read_many(&mut reads).await?;
+        for (pull, read) in pulls.iter_mut().zip(&reads) {
+            let range = pull.bytes();
+            self.place(self.local.install_now(), pull, range, read.buf).await?;
+        }
+        Ok(())
     }
 
     /// Pulls in the background until there is nothing left.
     pub(super) async fn run_puller(self: Arc<Self>) {
+        let _outcry = Outcry(&self);
         let mut under_way = FuturesUnordered::new();
         while !self.table.is_complete() {
-            let again = self.start_pulls(|pull, flight| {
-                let counted = UnderWay { inner: &self, flight: Some(flight) };
-                under_way.push(self.background_pull(pull, counted));
-            });
+            let again = self.start_pulls(|pulls| under_way.push(self.background_pulls(pulls)));
             let mut news = pin!(self.pull_wake.notified());
             tokio::select! {
                 Some(()) = under_way.next() => tokio::task::yield_now().await,
@@ -280,28 +323,62 @@ impl Inner {
     }
 
     /// Starts what the plan allows; answers when to look again at the latest.
-    fn start_pulls(&self, mut start: impl FnMut(Pull, Flight)) -> Duration {
+    fn start_pulls<'a>(&'a self, mut start: impl FnMut(Vec<Counted<'a>>)) -> Duration {
         // What is left while others are at work may come back: a demand that fails, a write that does.
         const LOOK_AGAIN: Duration = Duration::from_secs(1);
         let mut plan = self.pull_plan();
-        loop {
+        let mut batch = Vec::new();
+        let again = loop {
             let now = self.now();
-            match plan.next(now, self.demands.load(Ordering::Relaxed) > 0) {
-                Next::Pull(pull, flight) => start(pull, flight),
-                Next::Later(due) => return due.saturating_sub(now).max(Duration::from_millis(1)),
-                Next::Full | Next::Done => return LOOK_AGAIN,
+            let (pull, flight) = match plan.next(now, self.demands.load(Ordering::Relaxed) > 0) {
+                Next::Pull(pull, flight) => (pull, flight),
+                Next::Later(due) => break due.saturating_sub(now).max(Duration::from_millis(1)),
+                Next::Full | Next::Done => break LOOK_AGAIN,
+            };
+            let counted = (pull, UnderWay { inner: self, flight: Some(flight) });
+            if !self.goes_with(&batch, &counted.0, plan.request_bytes()) && !batch.is_empty() {
+                start(std::mem::take(&mut batch));
             }
+            batch.push(counted);
+        };
+        if !batch.is_empty() {
+            start(batch);
         }
+        again
+    }
+
+    /// Whether a pull goes into one request with others: where the remote can do that, and the chunks lie too far apart
+    /// to be one pull.
+    fn goes_with(&self, batch: &[Counted<'_>], pull: &Pull, longest: u64) -> bool {
+        let bytes = |pull: &Pull| pull.bytes().end - pull.bytes().start;
+        let together = batch.iter().map(|(pull, _)| bytes(pull)).sum::<u64>() + bytes(pull);
+        let apart = batch.last().is_some_and(|(last, _)| last.chunks().end != pull.chunks().start);
+        apart && together <= longest.min(self.request_limit) && self.remote.capabilities().read_many.is_some()
+    }
+
+    async fn background_pulls(&self, mut pulls: Vec<Counted<'_>>) {
+        if pulls.len() > 1
+            && let Some(remote) = self.remote.capabilities().read_many
+        {
+            let mut each: Vec<&mut Pull> = pulls.iter_mut().map(|(pull, _)| pull).collect();
+            // Those that it does not bring are asked for one by one, and get an error of their own.
+            let _ = self.fetch_many(remote, &mut each).await;
+        }
+        join_all(pulls.into_iter().map(|(pull, under_way)| self.background_pull(pull, under_way))).await;
     }
 
     async fn background_pull(&self, pull: Pull, under_way: UnderWay<'_>) {
         let pulled = self.pull(pull).await;
         under_way.end(&pulled);
         if let Some(error) = &pulled.error {
-            self.report.failed(error);
-            self.pull_failures.add(error);
-            self.pull_news.notify_waiters();
+            self.note_failed_pull(error);
         }
+    }
+
+    fn note_failed_pull(&self, error: &Error) {
+        self.report.failed(error);
+        self.pull_failures.add(error);
+        self.pull_news.notify_waiters();
     }
 
     /// Waits until everything is local.

@@ -236,7 +236,7 @@ impl Inner {
                 result = self.collect();
                 // A search of a very large mapping takes long: it must not become all that is done.
                 let took = self.now() - began;
-                next_collect = self.now() + self.settings.push.collect_interval.max(took * 20);
+                next_collect = self.now().saturating_add(self.settings.push.collect_interval.max(took * 20));
             }
             let round = self.push_plan().round(self.table.unpushed_bytes(), self.now());
             if let Err(error) = result.and(self.background_round(round).await) {
@@ -284,7 +284,7 @@ impl Inner {
     /// Stores everything; nobody writes any more.
     pub(super) async fn drain(self: &Arc<Self>) -> Result<()> {
         if self.read_only {
-            return Ok(());
+            return self.flush_local().await;
         }
         {
             let _round = self.rounds.lock().await;

@@ -207,6 +207,74 @@ async fn the_callers_order_is_kept() {
     assert_eq!(order[..6], [9, 17, 3, 20, 0, 1]);
 }
 
+#[tokio::test]
+async fn chunks_far_apart_go_in_one_request_where_the_remote_can_do_that() {
+    let list: Vec<u64> = (0..10).map(|chunk| chunk * 2).collect();
+    let parts = || CachedParts { priority: Priority::List(list.clone().into()), ..CachedParts::default() };
+    for bad in [None, Some(6 * CHUNK..6 * CHUNK + 1)] {
+        let remote = filled(SIZE);
+        if let Some(bad) = bad.clone() {
+            remote.add(Rule::on(Operation::Read).touching(bad).times(3).fail(ErrorKind::Corrupt));
+        }
+        let mut settings = background(Workers::Adaptive, 16 * CHUNK);
+        settings.pull.retry_pause = Duration::from_millis(1);
+        let cached = Cached::open(Side::vector(SIZE), remote.clone(), settings, parts()).await.unwrap();
+        while cached.pulled().await.is_err() {}
+        fill::check(&read(&cached, 0, SIZE as usize).await, 0, 7).unwrap();
+        let calls = remote.calls();
+        assert!(calls.iter().any(|call| call.ranges.len() > 2), "{calls:?}");
+        assert!(bad.is_some() || remote.bytes(Operation::Read) == SIZE);
+    }
+}
+
+/// A remote that lends more than it was asked for, or something else.
+struct Confused(u64, i64);
+
+#[async_trait::async_trait]
+impl r3map_core::ReadPieces for Confused {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        visit: &mut (dyn for<'p> FnMut(u64, r3map_core::Piece<'p>) -> r3map_core::Result<()> + Send),
+    ) -> r3map_core::Result<()> {
+        visit(offset + self.0, r3map_core::Piece::Zeroes(len.saturating_add_signed(self.1)))
+    }
+}
+
+#[async_trait::async_trait]
+impl Backend for Confused {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn capabilities(&self) -> r3map_core::Capabilities<'_> {
+        r3map_core::Capabilities { pieces: Some(self), read_only: true, ..Default::default() }
+    }
+
+    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> r3map_core::Result<()> {
+        panic!("it lends its bytes")
+    }
+
+    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> r3map_core::Result<()> {
+        panic!("it is read-only")
+    }
+
+    async fn flush(&self) -> r3map_core::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_remote_that_lends_other_bytes_than_asked_for_is_not_believed() {
+    for confused in [Confused(0, 4096), Confused(4096, 0), Confused(0, -4096)] {
+        let cached = open(Side::vector(SIZE), Arc::new(confused), quiet()).await;
+        let error = joined(reading(&cached, 0, 10)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(!cached.is_local(&(CHUNK..CHUNK + 1)), "nothing was put where it does not belong");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn demand_does_not_queue_behind_the_background() {
     let size = 64 << 20;
@@ -279,6 +347,19 @@ async fn each_chunk_is_told_of_once() {
     assert_eq!(told[..2], [0, 2]);
     told.sort_unstable();
     assert_eq!(told, Vec::from_iter(0..21));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hook_that_panics_does_not_leave_anyone_waiting() {
+    let hooks = Hooks { on_chunk_local: Some(Arc::new(|_| panic!("a bad hook"))), ..Hooks::default() };
+    let parts = CachedParts { hooks, ..CachedParts::default() };
+    let settings = background(fixed(1), CHUNK);
+    let cached = Cached::open(Side::vector(SIZE), filled(SIZE), settings, parts).await.unwrap();
+    let error = deadline(SOON, "pulling", cached.pulled()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Internal);
+    let mut buf = [0; 10];
+    deadline(SOON, "a read of what is local", cached.read_at(0, &mut buf)).await.unwrap();
+    fill::check(&buf, 0, 7).unwrap();
 }
 
 #[tokio::test]

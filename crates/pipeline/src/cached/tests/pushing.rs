@@ -99,6 +99,25 @@ async fn flushes_that_wait_for_one_another_become_one() {
 }
 
 #[tokio::test]
+async fn intervals_may_be_endless() {
+    let (store, _remote, cached) = region(pushing(|push| {
+        push.interval = Duration::MAX;
+        push.collect_interval = Duration::MAX;
+    }))
+    .await;
+    cached.write_at(0, &[1; 4096]).await.unwrap();
+    joined(flushing(&cached)).await.unwrap();
+    assert!(store.snapshot()[..4096] == [1; 4096]);
+    let side = Side::mapping(SIZE);
+    let mapped = open(side.clone(), store.clone(), pushing(|push| push.collect_interval = Duration::MAX)).await;
+    read(&mapped, 0, 10).await;
+    side.poke(0, &[2]);
+    tokio::task::yield_now().await;
+    joined(flushing(&mapped)).await.unwrap();
+    assert_eq!(store.snapshot()[0], 2);
+}
+
+#[tokio::test]
 async fn what_a_failed_flush_may_have_lost_is_pushed_again() {
     let store = Arc::new(Store::new(SIZE).volatile_cache());
     let remote = Faults::new(store.clone());

@@ -81,6 +81,17 @@ async fn a_read_only_region_does_not_hide_writes_that_were_never_pushed() {
 }
 
 #[tokio::test]
+async fn a_read_only_region_remembers_what_it_pulled() {
+    let remote = Faults::new(Arc::new(Store::new(SIZE).filled(3)));
+    let (local, record) = (Side::vector(SIZE), Arc::new(Record::default()));
+    let settings = CachedSettings { read_only: true, ..quiet() };
+    let cached = recorded(&local, &remote, &record, settings).await.unwrap();
+    read(&cached, 0, 1).await;
+    deadline(SOON, "closing", cached.close()).await.unwrap();
+    assert_eq!((record.state(0), record.checkpoints.load(Ordering::SeqCst)), (Some(Recorded::Clean), 1));
+}
+
+#[tokio::test]
 async fn writes_through_a_mapping_are_found_and_pushed() {
     let store = Arc::new(Store::new(SIZE).filled(3));
     let local = Side::mapping(SIZE);
