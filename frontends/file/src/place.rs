@@ -193,15 +193,13 @@ fn is_empty(directory: &Path) -> Result<bool> {
     Ok(entries.next().is_none())
 }
 
+/// Locks against other processes that are about to mount; where the file system has no locks, there is no such guard.
 fn lock(path: &Path) -> Result<File> {
-    let cannot = |error| Error::from_io(Operation::Mount, format!("{} cannot be opened", shown(path)), error);
-    let file = File::open(path).map_err(cannot)?;
+    let file = File::open(path)
+        .map_err(|error| Error::from_io(Operation::Mount, format!("{} cannot be opened", shown(path)), error))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => {
-            Err(conflict(path, "is in use by another process that mounts on it or has locked it"))
-        }
-        Err(errno) => Err(cannot(errno.into())),
+        Err(Errno::WOULDBLOCK) => Err(conflict(path, "is locked by another process, which may be mounting on it")),
+        _ => Ok(file),
     }
 }
 
@@ -275,7 +273,7 @@ mod tests {
         let path = home.path().join("region");
         let first = Place::reserve(&path, &Show::File).unwrap();
         let (kind, message) = refused(&path, &Show::File);
-        assert!(kind == ErrorKind::Conflict && message.contains("in use"), "{message}");
+        assert!(kind == ErrorKind::Conflict && message.contains("is locked"), "{message}");
         drop(first);
         Place::reserve(&path, &Show::File).unwrap();
     }

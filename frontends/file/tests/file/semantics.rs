@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use r3map_core::Operation;
+use r3map_core::{MAX_REGION_SIZE, Operation};
 use r3map_file::{Caching, FileSettings, Show};
 use r3map_local::Memory;
 use r3map_testkit::faults::Faults;
@@ -302,6 +302,24 @@ fn as_an_entry_of_a_directory() {
     world.wait("invalidating", mount.invalidate(0..SIZE)).unwrap();
     world.unmount(&mount);
     assert!(!world.path().exists());
+}
+
+#[test]
+fn a_huge_region_costs_nothing_and_works_to_its_last_byte() {
+    need_fuse!();
+    let world = World::new();
+    for size in [1 << 40, MAX_REGION_SIZE] {
+        let mount = world.mount(Arc::new(Memory::new(size).unwrap()), FileSettings::default());
+        assert_eq!(fs::metadata(mount.path()).unwrap().len(), size);
+        let file = open(mount.path());
+        file.write_all_at(b"end", size - 3).unwrap();
+        let mut seen = [0; 5];
+        file.read_exact_at(&mut seen, size - 5).unwrap();
+        assert_eq!(&seen, b"\0\0end");
+        assert_eq!(errno(file.write_all_at(b"!", size)), Errno::NOSPC);
+        drop(file);
+        world.unmount(&mount);
+    }
 }
 
 /// A backend that is asked outside of its region would answer with an error, not with what the caller wants.
