@@ -33,7 +33,6 @@ pub(crate) struct RegionFile {
     service: Arc<Service>,
     settings: FileSettings,
     size: u64,
-    read_only: bool,
     file: Attributes,
     directory: Option<Directory>,
 }
@@ -53,10 +52,10 @@ pub(crate) fn file_ino(show: &Show) -> INodeNo {
 }
 
 impl RegionFile {
-    /// `read_only` is what the mount is, `settings` what was asked for.
-    pub(crate) fn new(service: Arc<Service>, backend: &dyn Backend, settings: FileSettings, read_only: bool) -> Self {
+    /// `settings` must fit the backend.
+    pub(crate) fn new(service: Arc<Service>, backend: &dyn Backend, settings: FileSettings) -> Self {
         let io_size = io_size(backend);
-        let mode = if read_only { 0o444 } else { 0o644 };
+        let mode = if settings.read_only { 0o444 } else { 0o644 };
         let file = Attributes::new(file_ino(&settings.show), FileType::RegularFile, backend.size(), io_size, mode);
         let directory = match &settings.show {
             Show::File => None,
@@ -65,7 +64,7 @@ impl RegionFile {
                 name: name.clone(),
             }),
         };
-        Self { service, settings, size: backend.size(), read_only, file, directory }
+        Self { service, settings, size: backend.size(), file, directory }
     }
 
     fn attributes(&self, ino: INodeNo) -> Option<&Attributes> {
@@ -94,7 +93,7 @@ impl RegionFile {
 
     /// Why an entry cannot be made, removed or renamed.
     fn fixed(&self) -> Errno {
-        if self.read_only { Errno::EROFS } else { Errno::EPERM }
+        if self.settings.read_only { Errno::EROFS } else { Errno::EPERM }
     }
 }
 
@@ -112,7 +111,9 @@ fn configure(config: &mut KernelConfig, settings: &FileSettings) {
     }
     let _ = config.set_max_write(settings.max_request);
     let _ = config.set_max_background(settings.max_background.get());
-    if let Err(most) = config.set_max_readahead(settings.read_ahead.max(1)) {
+    // The kernel makes requests as long as the longer of this and the longest write.
+    let ahead = settings.read_ahead.clamp(1, settings.max_request);
+    if let Err(most) = config.set_max_readahead(ahead) {
         let _ = config.set_max_readahead(most);
     }
 }
@@ -158,7 +159,7 @@ impl Filesystem for RegionFile {
         reply: ReplyAttr,
     ) {
         let Some(attributes) = self.attributes(ino) else { return reply.error(Errno::ENOENT) };
-        if self.read_only {
+        if self.settings.read_only {
             return reply.error(Errno::EROFS);
         }
         if size.is_some_and(|size| size != self.size) {
@@ -169,7 +170,7 @@ impl Filesystem for RegionFile {
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if self.read_only && flags.acc_mode() != OpenAccMode::O_RDONLY {
+        if self.settings.read_only && flags.acc_mode() != OpenAccMode::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
         reply.opened(FileHandle(0), self.open_flags());
@@ -209,7 +210,7 @@ impl Filesystem for RegionFile {
         reply: ReplyWrite,
     ) {
         let Some(backend) = self.service.backend() else { return reply.error(Errno::ENOTCONN) };
-        if self.read_only {
+        if self.settings.read_only {
             return reply.error(Errno::EROFS);
         }
         let flags = OFlags::from_bits_retain(flags.0.cast_unsigned());
@@ -244,7 +245,7 @@ impl Filesystem for RegionFile {
     fn fsync(&self, _request: &Request, _ino: INodeNo, _handle: FileHandle, _data_only: bool, reply: ReplyEmpty) {
         match self.service.backend() {
             None => reply.error(Errno::ENOTCONN),
-            Some(_) if self.read_only => reply.ok(),
+            Some(_) if self.settings.read_only => reply.ok(),
             Some(backend) => {
                 self.service.run(requests::flush(backend, reply));
             }
@@ -266,7 +267,7 @@ impl Filesystem for RegionFile {
             return reply.error(Errno::EOPNOTSUPP);
         };
         let outside = offset.saturating_add(length) > self.size;
-        if self.read_only {
+        if self.settings.read_only {
             return reply.error(Errno::EROFS);
         }
         if outside && (what == Allocate::Room || mode & KEEP_SIZE == 0) {

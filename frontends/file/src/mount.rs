@@ -52,14 +52,14 @@ impl FileMount {
     /// Dropping the future may leave it mounted for a moment; it is then unmounted in the background.
     ///
     /// # Errors
-    /// `InvalidInput` for bad settings and for a path that cannot be mounted on, `Conflict` if something that lives is
+    /// `InvalidInput` for bad settings, a backend that takes only whole chunks, and a path that cannot be mounted on, `Conflict` if something that lives is
     /// mounted on it, `Unavailable` where the system has no FUSE, `NotFound` where the path's directory or
     /// `fusermount3` is missing, `Denied` where the user may not.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
     pub async fn open(backend: Arc<dyn Backend>, path: impl AsRef<Path>, settings: FileSettings) -> Result<Self> {
-        settings.validate()?;
+        let settings = settings.fit(&*backend)?;
         let (path, runtime) = (path.as_ref().to_owned(), Handle::current());
         off_runtime(move || Mounted::mount(backend, &path, &settings, runtime).map(Self::from)).await
     }
@@ -163,10 +163,10 @@ impl Mounted {
     }
 
     fn mount_on(place: &Place, backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
-        let read_only = settings.read_only || backend.capabilities().read_only;
-        let options = Options { source: settings.source.clone(), read_only, allow_other: settings.allow_other };
+        let FileSettings { source, read_only, allow_other, .. } = settings;
+        let options = Options { source: source.clone(), read_only: *read_only, allow_other: *allow_other };
         let channel = kernel::mount(place.path(), &options)?;
-        let session = Session::start(channel, backend, runtime, settings, read_only)?;
+        let session = Session::start(channel, backend, runtime, settings)?;
         let point = place.path().to_owned();
         let file = match &settings.show {
             Show::File => point.clone(),

@@ -36,8 +36,7 @@ impl OpenedFile {
     /// # Panics
     /// Outside of a tokio runtime.
     pub async fn open(backend: Arc<dyn Backend>, settings: FileSettings) -> Result<Self> {
-        let settings = FileSettings { show: Show::File, ..settings };
-        settings.validate()?;
+        let settings = FileSettings { show: Show::File, ..settings }.fit(&*backend)?;
         let runtime = Handle::current();
         let open = off_runtime(move || Open::start(backend, &settings, runtime)).await?;
         Ok(Self { open: Some(open) })
@@ -71,10 +70,10 @@ impl OpenedFile {
 impl Open {
     fn start(backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
         let cannot = |error| Error::from_io(Operation::Open, "the region cannot be opened as a file", error);
-        let read_only = settings.read_only || backend.capabilities().read_only;
+        let writable = !settings.read_only;
         let directory = TempDir::with_prefix("r3map-").map_err(cannot)?;
         let mounted = Mounted::mount(backend, &directory.path().join("region"), settings, runtime)?;
-        let opened = OpenOptions::new().read(true).write(!read_only).open(mounted.file());
+        let opened = OpenOptions::new().read(true).write(writable).open(mounted.file());
         mounted.hide()?;
         Ok(Self { file: opened.map_err(cannot)?, mounted })
     }

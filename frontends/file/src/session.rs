@@ -39,17 +39,17 @@ impl Session {
         backend: Arc<dyn Backend>,
         runtime: Handle,
         settings: &FileSettings,
-        read_only: bool,
     ) -> Result<Self> {
         let threads = settings.thread_count();
-        let longest = settings.max_request.max(settings.read_ahead) as usize;
+        let longest = settings.max_request as usize;
         let service = Arc::new(Service::new(backend.clone(), runtime, longest, threads * 2));
-        let file_system = RegionFile::new(service.clone(), &*backend, settings.clone(), read_only);
+        let file_system = RegionFile::new(service.clone(), &*backend, settings.clone());
         let served = fuser::Session::from_fd(file_system, channel, SessionACL::All, config(threads)).map_err(failed)?;
         let notifier = served.notifier();
         let ended = serve(served)?;
         let file = file_ino(&settings.show);
-        Ok(Self { backend, service, notifier, file, read_only, limit: settings.unmount_limit, ended })
+        let (read_only, limit) = (settings.read_only, settings.unmount_limit);
+        Ok(Self { backend, service, notifier, file, read_only, limit, ended })
     }
 
     /// How long an end may take.

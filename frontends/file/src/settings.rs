@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_core::{Access, Backend, Error, ErrorKind, Operation, Result};
 
 /// The longest request that the kernel's FUSE buffers take, in bytes.
 const MAX_REQUEST: u32 = 16 << 20;
@@ -59,8 +59,9 @@ pub struct FileSettings {
     /// How many threads take requests from the kernel. Requests that must wait do not hold one. Default: one per
     /// processor, at least two, at most eight.
     pub threads: Option<NonZeroUsize>,
-    /// The longest read or write in bytes that the kernel hands over at once, from 4 KiB to 16 MiB; kernels cut it at
-    /// `fs.fuse.max_pages_limit` pages. A request that waits holds a buffer of its size. Default: 1 MiB.
+    /// The longest read or write in bytes that the kernel hands over at once, from 4 KiB to 16 MiB; it is cut at
+    /// `fs.fuse.max_pages_limit` pages and at what the backend takes. A request that waits holds a buffer of its size.
+    /// Default: 1 MiB.
     pub max_request: u32,
     /// How far ahead of a sequential reader the kernel reads, in bytes. More than 128 KiB works only for root, who may
     /// raise the kernel's limit for this mount; for others it stays at that. Default: 1 MiB.
@@ -107,6 +108,29 @@ impl FileSettings {
         Ok(())
     }
 
+    /// The same for a backend: checked, read-only if it is, and with requests that are no longer than it takes.
+    ///
+    /// # Errors
+    /// As [`Self::validate`], and if the backend does not take requests as programs make them.
+    pub(crate) fn fit(self, backend: &dyn Backend) -> Result<Self> {
+        self.validate()?;
+        let able = backend.capabilities();
+        if let Access::WholeChunks(chunk) = able.access {
+            let message =
+                format!("the backend takes only whole chunks of {} bytes: put `Aligned` around it", chunk.bytes());
+            return Err(invalid(message));
+        }
+        let longest = able.max_request.map_or(u32::MAX, |bytes| u32::try_from(bytes).unwrap_or(u32::MAX));
+        if longest < MIN_REQUEST {
+            return Err(invalid(format!(
+                "the backend takes at most {longest} bytes at once, a page has {MIN_REQUEST}"
+            )));
+        }
+        // The kernel works in pages.
+        let max_request = self.max_request.min(longest) / MIN_REQUEST * MIN_REQUEST;
+        Ok(Self { max_request, read_only: self.read_only || able.read_only, ..self })
+    }
+
     pub(crate) fn thread_count(&self) -> usize {
         self.threads.map_or_else(|| available_parallelism().map_or(2, NonZeroUsize::get).clamp(2, 8), NonZeroUsize::get)
     }
@@ -127,6 +151,9 @@ fn invalid(message: impl Into<String>) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use r3map_core::ChunkSize;
+    use r3map_testkit::store::Store;
+
     use super::*;
 
     fn refused(change: impl FnOnce(&mut FileSettings)) -> bool {
@@ -146,6 +173,17 @@ mod tests {
         }
         for source in ["", "a\0b", &"s".repeat(4096)] {
             assert!(refused(|settings| source.clone_into(&mut settings.source)), "{source:?}");
+        }
+    }
+
+    #[test]
+    fn fits_what_the_backend_takes() {
+        let fit = |store: Store| FileSettings::default().fit(&store);
+        assert_eq!(fit(Store::new(1)).unwrap(), FileSettings::default());
+        assert!(fit(Store::new(1).read_only()).unwrap().read_only);
+        assert_eq!(fit(Store::new(1 << 20).max_request(70_000)).unwrap().max_request, 69_632);
+        for store in [Store::new(1 << 20).whole_chunks(ChunkSize::DEFAULT), Store::new(1 << 20).max_request(4095)] {
+            assert_eq!(fit(store).unwrap_err().kind(), ErrorKind::InvalidInput);
         }
     }
 

@@ -9,6 +9,7 @@ use r3map_core::Backend;
 use r3map_file::{Caching, FileSettings};
 use r3map_local::{Memory, Null};
 use r3map_sys::{FileMapping, Sharing};
+use r3map_testkit::faults::Faults;
 use r3map_testkit::random::Random;
 use r3map_testkit::store::Store;
 use r3map_testkit::{conformance, fill, model};
@@ -205,6 +206,24 @@ fn requests_as_long_as_the_kernel_likes() {
         drop(file);
         world.unmount(&mount);
     }
+}
+
+#[test]
+fn requests_are_no_longer_than_the_backend_takes() {
+    need_fuse!();
+    let world = World::new();
+    let size = 3 * MIB + 3;
+    let store = Arc::new(Store::new(size).filled(6).max_request(10_000));
+    let faults = Faults::new(store);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    fill::check(&fs::read(mount.path()).unwrap(), 0, 6).unwrap();
+    let direct = open_direct(mount.path());
+    let mut seen = vec![0; len(size)];
+    direct.read_exact_at(&mut seen, 0).unwrap();
+    fill::check(&seen, 0, 6).unwrap();
+    direct.write_all_at(&seen[1..], 1).unwrap();
+    open(mount.path()).write_all_at(&seen[5..], 5).unwrap();
+    assert_eq!(faults.calls().iter().map(r3map_testkit::faults::Call::len).max(), Some(8192));
 }
 
 /// The region changes other than through the file; the kernel has cached it in a file and in a mapping.
