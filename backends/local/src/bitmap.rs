@@ -15,6 +15,8 @@ use rustix::io::Errno;
 /// Bytes in a piece.
 pub(crate) const PIECE: usize = 4096;
 const PIECE_BITS: u64 = PIECE as u64 * 8;
+/// Pieces that are read at once where many are.
+const STEP: usize = 64;
 
 pub(crate) type Piece = [u8; PIECE];
 
@@ -53,6 +55,11 @@ impl Bitmap {
     /// The first bit of a piece.
     pub(crate) fn first_bit(piece: u64) -> u64 {
         piece * PIECE_BITS
+    }
+
+    /// Reads a run of pieces, as many as fit into `buf`.
+    pub(crate) fn read_run(&self, file: &fs::File, first: u64, buf: &mut [u8]) -> io::Result<()> {
+        file.read_exact_at(buf, self.base + first * PIECE as u64)
     }
 
     pub(crate) fn read(&self, file: &fs::File, piece: u64) -> io::Result<Piece> {
@@ -113,26 +120,65 @@ impl Bitmap {
         Ok(changed)
     }
 
-    /// The first piece from `piece` on that the file has room for, and so may have bits set.
-    pub(crate) fn next_stored(&self, file: &fs::File, piece: u64) -> io::Result<Option<u64>> {
+    /// The first run of pieces from `piece` on that the file has room for, and so may have bits set.
+    pub(crate) fn next_stored(&self, file: &fs::File, piece: u64) -> io::Result<Option<Range<u64>>> {
         if piece >= self.pieces() {
             return Ok(None);
         }
-        match seek(file, SeekFrom::Data(self.base + piece * PIECE as u64)) {
-            Ok(at) => Ok(Some((at - self.base) / PIECE as u64).filter(|found| *found < self.pieces())),
+        let Some(start) = self.seek(file, SeekFrom::Data, piece)?.filter(|start| *start < self.pieces()) else {
+            return Ok(None);
+        };
+        let end = self.seek(file, SeekFrom::Hole, start)?.unwrap_or(self.pieces());
+        Ok(Some(start..end.clamp(start + 1, self.pieces())))
+    }
+
+    fn seek(&self, file: &fs::File, kind: fn(u64) -> SeekFrom, piece: u64) -> io::Result<Option<u64>> {
+        match seek(file, kind(self.base + piece * PIECE as u64)) {
+            Ok(at) => Ok(Some((at - self.base) / PIECE as u64)),
             Err(Errno::NXIO) => Ok(None),
-            // A file system that does not know its holes.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(piece)),
+            // A file system that does not know its holes: all of it is data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(matches!(kind(0), SeekFrom::Data(_)).then_some(piece)),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Whether a bit behind the last one is set in the bytes of the last piece.
-    pub(crate) fn has_surplus(&self, piece: u64, bytes: &Piece) -> bool {
-        let surplus = self.bits.max(Self::first_bit(piece))..Self::first_bit(piece + 1);
-        let first = Self::first_bit(piece) / 8;
-        (first..).zip(bytes).any(|(index, byte)| byte & mask(index, &surplus) != 0)
+    /// Calls `visit` with every stored run of pieces among those from `piece` to `end`, and with their bytes; cut into
+    /// steps that fit into memory.
+    pub(crate) fn each_stored(
+        &self,
+        file: &fs::File,
+        pieces: Range<u64>,
+        mut visit: impl FnMut(Range<u64>, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut buf = Vec::new();
+        let mut at = pieces.start;
+        while let Some(run) = self.next_stored(file, at)?.filter(|run| run.start < pieces.end) {
+            at = run.end;
+            for start in run.clone().step_by(STEP) {
+                let step = start..run.end.min(start + STEP as u64).min(pieces.end);
+                if step.is_empty() {
+                    break;
+                }
+                buf.resize(bytes(&step), 0);
+                self.read_run(file, start, &mut buf)?;
+                visit(step, &buf)?;
+            }
+        }
+        Ok(())
     }
+
+    /// Whether a bit behind the last one is set in the bytes of some pieces.
+    pub(crate) fn has_surplus(&self, pieces: &Range<u64>, bytes: &[u8]) -> bool {
+        let surplus = self.bits..Self::first_bit(self.pieces());
+        let first = Self::first_bit(pieces.start) / 8;
+        let skip = usize::try_from((self.bits / 8).saturating_sub(first)).unwrap_or(usize::MAX);
+        (first..).zip(bytes).skip(skip).any(|(index, byte)| byte & mask(index, &surplus) != 0)
+    }
+}
+
+/// The bytes of a run of pieces.
+pub(crate) fn bytes(pieces: &Range<u64>) -> usize {
+    usize::try_from(pieces.end - pieces.start).unwrap_or(usize::MAX).saturating_mul(PIECE)
 }
 
 /// Those bits of byte `index` that lie in `bits`.
@@ -149,19 +195,19 @@ pub(crate) struct Runs<F: FnMut(Range<u64>, bool)> {
     visit: F,
     run: Range<u64>,
     second: bool,
-    given: usize,
 }
 
 impl<F: FnMut(Range<u64>, bool)> Runs<F> {
     pub(crate) fn new(visit: F) -> Self {
-        Self { visit, run: 0..0, second: false, given: 0 }
+        Self { visit, run: 0..0, second: false }
     }
 
-    /// Takes a piece of the first bitmap and the same of the second. Pieces come in ascending order.
-    pub(crate) fn piece(&mut self, piece: u64, first: &Piece, second: &Piece) {
-        let words = first.chunks_exact(8).zip(second.chunks_exact(8));
-        for (at, (first, second)) in (Bitmap::first_bit(piece)..).step_by(64).zip(words) {
-            self.word(at, word(first), word(second));
+    /// Takes the bytes of some pieces of the first bitmap, from `piece` on, and the same of the second; what is missing
+    /// of that counts as clear. Pieces come in ascending order.
+    pub(crate) fn pieces(&mut self, piece: u64, first: &[u8], second: &[u8]) {
+        let mut second = second.chunks_exact(8);
+        for (at, first) in (Bitmap::first_bit(piece)..).step_by(64).zip(first.chunks_exact(8)) {
+            self.word(at, word(first), second.next().map_or(0, word));
         }
     }
 
@@ -186,14 +232,8 @@ impl<F: FnMut(Range<u64>, bool)> Runs<F> {
         (self.run, self.second) = (run, second);
     }
 
-    /// How many runs were given.
-    pub(crate) fn count(&self) -> usize {
-        self.given
-    }
-
     fn give(&mut self) {
         if !self.run.is_empty() {
-            self.given += 1;
             (self.visit)(self.run.clone(), self.second);
         }
     }
@@ -205,7 +245,7 @@ impl<F: FnMut(Range<u64>, bool)> Runs<F> {
 }
 
 fn word(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte))
+    bytes.try_into().map_or(0, u64::from_le_bytes)
 }
 
 #[cfg(test)]
@@ -227,11 +267,14 @@ mod tests {
     fn runs(file: &fs::File, first: &Bitmap, second: &Bitmap) -> Vec<(Range<u64>, bool)> {
         let mut found = Vec::new();
         let mut runs = Runs::new(|run, value| found.push((run, value)));
-        let mut piece = 0;
-        while let Some(at) = first.next_stored(file, piece).unwrap() {
-            runs.piece(at, &first.read(file, at).unwrap(), &second.read(file, at).unwrap());
-            piece = at + 1;
-        }
+        first
+            .each_stored(file, 0..first.pieces(), |pieces, bytes| {
+                let mut others = vec![0; bytes.len()];
+                second.read_run(file, pieces.start, &mut others)?;
+                runs.pieces(pieces.start, bytes, &others);
+                Ok(())
+            })
+            .unwrap();
         runs.finish();
         found
     }
@@ -249,10 +292,10 @@ mod tests {
         assert_eq!(fill(PIECE_BITS - 1..PIECE_BITS, true), []);
         assert_eq!(fill(BITS - 1..BITS, true), [2]);
         assert!(bitmap.get(&file, BITS - 1).unwrap() && !bitmap.get(&file, BITS - 2).unwrap());
-        assert!(!bitmap.has_surplus(2, &bitmap.read(&file, 2).unwrap()));
+        assert!(!bitmap.has_surplus(&(2..3), &bitmap.read(&file, 2).unwrap()));
         let mut last = bitmap.read(&file, 2).unwrap();
         last[PIECE - 1] = 0x80;
-        assert!(bitmap.has_surplus(2, &last));
+        assert!(bitmap.has_surplus(&(2..3), &last));
     }
 
     #[test]
@@ -262,7 +305,9 @@ mod tests {
         file.set_len(bitmap.end()).unwrap();
         assert_eq!(bitmap.next_stored(&file, 0).unwrap(), None);
         bitmap.fill(&file, (1 << 39)..(1 << 39) + 1, true, |_| ()).unwrap();
-        assert_eq!(bitmap.next_stored(&file, 0).unwrap(), Some(Bitmap::piece_of(1 << 39)));
+        let piece = Bitmap::piece_of(1 << 39);
+        assert_eq!(bitmap.next_stored(&file, 0).unwrap(), Some(piece..piece + 1));
+        assert_eq!(bitmap.next_stored(&file, piece + 1).unwrap(), None);
     }
 
     proptest! {

@@ -56,7 +56,7 @@ use r3map_core::{
 };
 use r3map_pipeline::{Local, Recorded, StateRecord};
 
-use crate::bitmap::{Bitmap, Piece, Runs};
+use crate::bitmap::{Bitmap, PIECE, Piece, Runs};
 use crate::boot::{BootId, is_same_boot};
 use crate::durability::{Undurable, sync_data};
 use crate::opened::{Opened, refusal};
@@ -89,6 +89,8 @@ struct Table {
 /// What is held while bits change.
 #[derive(Debug, Default)]
 struct Bits {
+    /// Pieces of *dirty* and *promised* that may have bits set. The others have none.
+    in_use: BTreeSet<u64>,
     /// Pieces of *dirty* that may differ from those of *promised*.
     unpromised: BTreeSet<u64>,
 }
@@ -113,8 +115,8 @@ impl CacheFile {
         };
         let header = Header { geometry, identity: identity.to_owned(), left: Left::Open, boot: BootId::current() };
         let table = Table::new(header);
-        let unpromised = table.take_over(&opened)?;
-        table.lock().unpromised = unpromised;
+        let in_use = table.take_over(&opened)?;
+        *table.lock() = Bits { unpromised: in_use.clone(), in_use };
         let window = Window::new(opened, table.data_start(), geometry.size());
         Ok(Self { table: Arc::new(table), window })
     }
@@ -145,8 +147,8 @@ impl Table {
         self.data_start() + self.header.geometry.size()
     }
 
-    /// Makes an opened file this table's, or refuses it and leaves it alone. Answers the pieces of *dirty* that may
-    /// differ from *promised*.
+    /// Makes an opened file this table's, or refuses it and leaves it alone. Answers the pieces of *dirty* and *promised*
+    /// that have bits set.
     fn take_over(&self, opened: &Opened) -> Result<BTreeSet<u64>> {
         let fault = |error| opened.fault(Operation::Open, "cannot use this cache file", error);
         let size = opened.size().map_err(fault)?;
@@ -157,7 +159,7 @@ impl Table {
             Some(found) if found.left != Left::Creating => self.take_over_used(opened, size, &found)?,
             _ => self.create(opened)?,
         }
-        self.stored_pieces(&opened.file).map_err(fault)
+        self.pieces_in_use(&opened.file).map_err(fault)
     }
 
     /// The header, or `None` if the file is empty: then its creation went no further.
@@ -237,55 +239,65 @@ impl Table {
             let range = bitmap.range();
             zero(file, range.start, range.end - range.start, Zeroing::Release)?;
         }
-        let mut piece = 0;
-        while let Some(at) = self.promised.next_stored(file, piece)? {
-            let bits = self.promised.read(file, at)?;
-            if !is_zero(&bits) {
-                self.dirty.write(file, at, &bits)?;
-                self.valid.write(file, at, &bits)?;
+        self.promised.each_stored(file, 0..self.promised.pieces(), |pieces, bytes| {
+            for (piece, bits) in pieces.zip(bytes.as_chunks().0).filter(|(_, bits)| !is_zero(&bits[..])) {
+                self.dirty.write(file, piece, bits)?;
+                self.valid.write(file, piece, bits)?;
             }
-            piece = at + 1;
-        }
+            Ok(())
+        })?;
         file.sync_data()
     }
 
-    /// Every piece in which something may be dirty or promised.
-    fn stored_pieces(&self, file: &fs::File) -> io::Result<BTreeSet<u64>> {
+    /// Every piece in which something is dirty or promised.
+    fn pieces_in_use(&self, file: &fs::File) -> io::Result<BTreeSet<u64>> {
         let mut found = BTreeSet::new();
         for bitmap in [&self.dirty, &self.promised] {
-            let mut piece = 0;
-            while let Some(at) = bitmap.next_stored(file, piece)? {
-                found.insert(at);
-                piece = at + 1;
-            }
+            bitmap.each_stored(file, 0..bitmap.pieces(), |pieces, bytes| {
+                let used = pieces.zip(bytes.chunks_exact(PIECE)).filter(|(_, bits)| !is_zero(bits));
+                found.extend(used.map(|(piece, _)| piece));
+                Ok(())
+            })?;
         }
         Ok(found)
     }
 
     fn load(&self, file: &fs::File, visit: &mut dyn FnMut(Range<u64>, Recorded)) -> io::Result<()> {
-        let _bits = self.lock();
+        let bits = self.lock();
         let mut runs = Runs::new(|blocks, dirty| visit(blocks, if dirty { Recorded::Dirty } else { Recorded::Clean }));
-        let mut piece = 0;
-        while let Some(at) = self.valid.next_stored(file, piece)? {
-            let (valid, dirty) = (self.valid.read(file, at)?, self.dirty.read(file, at)?);
-            if self.valid.has_surplus(at, &valid) {
+        let mut dirty = Vec::new();
+        self.valid.each_stored(file, 0..self.valid.pieces(), |pieces, valid| {
+            if self.valid.has_surplus(&pieces, valid) {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a block past the end counts as present"));
             }
-            runs.piece(at, &valid, &dirty);
-            piece = at + 1;
-        }
+            dirty.clear();
+            if bits.in_use.range(pieces.clone()).next().is_some() {
+                dirty.resize(valid.len(), 0);
+                self.dirty.read_run(file, pieces.start, &mut dirty)?;
+            }
+            runs.pieces(pieces.start, valid, &dirty);
+            Ok(())
+        })?;
         runs.finish();
         Ok(())
     }
 
     fn record(&self, file: &fs::File, blocks: &Range<u64>, state: Recorded) -> io::Result<()> {
         let mut bits = self.lock();
-        let mut differ = |piece| {
-            bits.unpromised.insert(piece);
-        };
-        self.dirty.fill(file, blocks.clone(), state == Recorded::Dirty, &mut differ)?;
-        if state == Recorded::Clean {
-            self.promised.fill(file, blocks.clone(), false, |_| ())?;
+        let Bits { in_use, unpromised } = &mut *bits;
+        let pieces = Bitmap::piece_of(blocks.start)..=Bitmap::piece_of(blocks.end.saturating_sub(1));
+        if state == Recorded::Dirty {
+            in_use.extend(pieces.clone());
+        }
+        // Most of what is recorded is clean, where nothing ever was anything else.
+        if in_use.range(pieces).next().is_some() {
+            let differ = |piece| {
+                unpromised.insert(piece);
+            };
+            self.dirty.fill(file, blocks.clone(), state == Recorded::Dirty, differ)?;
+            if state == Recorded::Clean {
+                self.promised.fill(file, blocks.clone(), false, |_| ())?;
+            }
         }
         self.valid.fill(file, blocks.clone(), true, |_| ())
     }

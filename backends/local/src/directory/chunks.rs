@@ -21,8 +21,8 @@ use crate::window::{Zeroing, zero};
 
 /// From how many files on a flush has the whole file system written back, rather than one file after the other.
 const MANY_FILES: u64 = 64;
-/// Extents that one call answers with at most.
-const MAX_EXTENTS: usize = 1024;
+/// Chunks that one call for extents answers for at most.
+const MAX_EXTENT_CHUNKS: u64 = 1 << 16;
 
 /// The chunks of an open directory.
 #[derive(Debug)]
@@ -125,7 +125,7 @@ impl Chunks {
     pub(super) fn zero(&self, operation: Operation, bytes: Range<u64>, how: Zeroing) -> Result<()> {
         let fault = |error| fault(operation, &self.path, "cannot tell which chunks exist", error);
         let touched = self.geometry.chunks_touched(&bytes);
-        for run in self.table.written_runs(touched, usize::MAX).map_err(fault)? {
+        for run in self.table.written_runs(touched).map_err(fault)? {
             let run = self.geometry.chunks_range(&run);
             for (chunk, range) in self.geometry.split(run.start.max(bytes.start)..run.end.min(bytes.end)) {
                 self.durability.changed();
@@ -172,8 +172,10 @@ impl Chunks {
     /// The extents of a range that is not empty: whole chunks are data or holes.
     pub(super) fn extents(&self, bytes: Range<u64>) -> Result<Vec<Extent>> {
         let fault = |error| fault(Operation::Extents, &self.path, "cannot tell which chunks exist", error);
-        let runs = self.table.written_runs(self.geometry.chunks_touched(&bytes), MAX_EXTENTS).map_err(fault)?;
-        let is_all = runs.len() < MAX_EXTENTS;
+        let mut chunks = self.geometry.chunks_touched(&bytes);
+        chunks.end = chunks.end.min(chunks.start + MAX_EXTENT_CHUNKS);
+        let bytes = bytes.start..bytes.end.min(self.geometry.chunks_range(&chunks).end);
+        let runs = self.table.written_runs(chunks).map_err(fault)?;
         let mut found = Vec::new();
         let mut at = bytes.start;
         for run in runs {
@@ -183,9 +185,7 @@ impl Chunks {
             at = run.end;
             push(&mut found, run, ExtentKind::Data);
         }
-        if is_all {
-            push(&mut found, at..bytes.end, ExtentKind::Hole);
-        }
+        push(&mut found, at..bytes.end, ExtentKind::Hole);
         Ok(found)
     }
 

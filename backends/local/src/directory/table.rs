@@ -174,16 +174,19 @@ impl Table {
         let file = &self.opened.file;
         let mut found = Vec::new();
         let mut runs = Runs::new(|run, _| found.push(run));
-        let mut piece = 0;
-        while let Some(at) = stored.next_stored(file, piece)? {
-            let mut selected = self.written.read(file, at)?;
-            let others = self.unflushed.read(file, at)?.into_iter().zip(self.durable.read(file, at)?);
-            for (bits, (unflushed, durable)) in selected.iter_mut().zip(others) {
-                *bits = select(*bits, unflushed, durable);
+        let (mut written, mut unflushed, mut durable) = (Vec::new(), Vec::new(), Vec::new());
+        stored.each_stored(file, 0..stored.pieces(), |pieces, bytes| {
+            for (bitmap, into) in
+                [(&self.written, &mut written), (&self.unflushed, &mut unflushed), (&self.durable, &mut durable)]
+            {
+                into.resize(bytes.len(), 0);
+                bitmap.read_run(file, pieces.start, into)?;
             }
-            runs.piece(at, &selected, &[0; PIECE]);
-            piece = at + 1;
-        }
+            let others = unflushed.iter().zip(&durable);
+            written.iter_mut().zip(others).for_each(|(bits, others)| *bits = select(*bits, *others.0, *others.1));
+            runs.pieces(pieces.start, &written, &[]);
+            Ok(())
+        })?;
         runs.finish();
         Ok(found)
     }
@@ -202,7 +205,7 @@ impl Table {
 
     /// Those of the chunks that are written, which are not any more: their files may be removed.
     pub(super) fn clear(&self, chunks: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        let cleared = self.written_runs(chunks, usize::MAX)?;
+        let cleared = self.written_runs(chunks)?;
         let file = &self.opened.file;
         let mut was_durable = false;
         for run in &cleared {
@@ -217,24 +220,21 @@ impl Table {
         Ok(cleared)
     }
 
-    /// The runs of written chunks among some, at most `limit` of them.
-    pub(super) fn written_runs(&self, chunks: Range<u64>, limit: usize) -> io::Result<Vec<Range<u64>>> {
+    /// The runs of written chunks among some.
+    pub(super) fn written_runs(&self, chunks: Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let file = &self.opened.file;
         let mut found = Vec::new();
         let mut runs = Runs::new(|run: Range<u64>, _| {
             let run = run.start.max(chunks.start)..run.end.min(chunks.end);
-            if !run.is_empty() && found.len() < limit {
+            if !run.is_empty() {
                 found.push(run);
             }
         });
-        let mut piece = Bitmap::piece_of(chunks.start);
-        while let Some(at) = self.written.next_stored(file, piece)? {
-            if Bitmap::first_bit(at) >= chunks.end || runs.count() > limit {
-                break;
-            }
-            runs.piece(at, &self.written.read(file, at)?, &[0; PIECE]);
-            piece = at + 1;
-        }
+        let pieces = Bitmap::piece_of(chunks.start)..Bitmap::piece_of(chunks.end.saturating_sub(1)) + 1;
+        self.written.each_stored(file, pieces, |pieces, bytes| {
+            runs.pieces(pieces.start, bytes, &[]);
+            Ok(())
+        })?;
         runs.finish();
         Ok(found)
     }
@@ -283,7 +283,7 @@ impl Table {
                 set = self.durable.fill(file, run, true, |_| ());
             }
         });
-        runs.piece(piece, &still, &[0; PIECE]);
+        runs.pieces(piece, &still, &[]);
         runs.finish();
         set
     }
