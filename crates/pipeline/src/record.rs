@@ -22,7 +22,8 @@ pub enum Recorded {
 /// are short and synchronous: they go to the page cache, which a killed process leaves behind whole.
 #[async_trait]
 pub trait StateRecord: Send + Sync + 'static {
-    /// Gives every run of blocks that is present to `visit`, with its state, in ascending order.
+    /// Gives every run of blocks that is present to `visit`, with its state, in ascending order. After a loss of power a
+    /// block may be missing that was clean, and one may be dirty that was not; the other way round never.
     ///
     /// # Errors
     /// `Corrupt` if the table cannot be trusted.
