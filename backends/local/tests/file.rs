@@ -9,11 +9,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use common::{SmallDisk, assert_says, fresh};
 use r3map_core::{Backend, Error, ErrorKind, ExtentKind, is_zero};
 use r3map_local::{File, FileSettings, Stored};
-use r3map_testkit::{conformance, fill, model, skip};
+use r3map_testkit::{conformance, crash, fill, model, skip};
 use tempfile::TempDir;
 
 const SIZE: u64 = 300_001;
@@ -277,6 +278,33 @@ async fn a_full_disk_is_exhausted_and_changes_nothing_else() {
     file.capabilities().trim.unwrap().trim(1 << 20, 8 << 20).await.unwrap();
     file.write_at(2 << 20, &fill::bytes(2 << 20, 1 << 20, 1)).await.unwrap();
     file.flush().await.unwrap();
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_exhausted() {
+    if let Some(path) = crash::role("limited") {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        return runtime.block_on(write_past_the_limit(Path::new(&path)));
+    }
+    let dir = TempDir::new().unwrap();
+    let path = fresh(&dir);
+    drop(File::create(&path, 1 << 20).unwrap());
+    let test = "a_limit_on_the_size_of_files_is_exhausted";
+    let mut child = crash::child(test, "limited", path.to_str().unwrap());
+    child.wait_for_line(Duration::from_secs(60), "exhausted");
+}
+
+/// `ulimit -f`. The signal that goes with it would end the process if nobody asked for it.
+async fn write_past_the_limit(path: &Path) {
+    const SIGXFSZ: i32 = 25;
+    let _asked = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::from_raw(SIGXFSZ)).unwrap();
+    let limit = rustix::process::Rlimit { current: Some(1 << 19), maximum: Some(1 << 19) };
+    rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
+    let file = open(path).unwrap();
+    file.write_at(0, &[1; 4096]).await.unwrap();
+    assert_says(file.write_at(1 << 19, &[1; 4096]).await, ErrorKind::Exhausted, "input/output failed");
+    assert_says(File::create(path.with_extension("new"), 1 << 20), ErrorKind::Exhausted, "cannot hold 1048576 bytes");
+    crash::stop("exhausted");
 }
 
 /// A loop device on a file of `size` bytes, or `None`.
