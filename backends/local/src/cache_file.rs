@@ -10,7 +10,7 @@
 //!
 //! - *valid*: the block's bytes are in place.
 //! - *dirty*: the remote may not have them. Means nothing without *valid*.
-//! - *promised*: blocks that were dirty at the last checkpoint and have not become clean since.
+//! - *promised*: blocks that were dirty at the last checkpoint.
 //!
 //! # What a killed process leaves
 //! The page cache survives, so the file is exactly what the process had done to it, up to some call. The order of calls
@@ -89,7 +89,7 @@ struct Table {
 /// What is held while bits change.
 #[derive(Debug, Default)]
 struct Bits {
-    /// Pieces of *dirty* and *promised* that may have bits set. The others have none.
+    /// Pieces of *dirty* that may have bits set. The others have none.
     in_use: BTreeSet<u64>,
     /// Pieces of *dirty* that may differ from those of *promised*.
     unpromised: BTreeSet<u64>,
@@ -295,9 +295,6 @@ impl Table {
                 unpromised.insert(piece);
             };
             self.dirty.fill(file, blocks.clone(), state == Recorded::Dirty, differ)?;
-            if state == Recorded::Clean {
-                self.promised.fill(file, blocks.clone(), false, |_| ())?;
-            }
         }
         self.valid.fill(file, blocks.clone(), true, |_| ())
     }

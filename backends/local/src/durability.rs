@@ -116,12 +116,14 @@ impl Durability {
                 Ok(())
             }
             Err(Undurable::NotYet(error)) => Err(fault(error)),
-            Err(Undurable::Lost(error)) => {
-                let error = fault(error);
-                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
-                Err(error)
-            }
+            Err(Undurable::Lost(error)) => Err(self.lost(fault(error))),
         }
+    }
+
+    /// Remembers that something was lost, and answers it.
+    pub(crate) fn lost(&self, error: Error) -> Error {
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+        error
     }
 
     fn failure(&self) -> Option<Error> {

@@ -266,6 +266,25 @@ fn a_promise_is_never_made_before_the_bytes_are_there() {
     assert!(is_zero(&images[0][promised.clone()]) && !is_zero(&images[1][promised]));
 }
 
+/// What becomes dirty while a checkpoint runs may not be on the disk yet, and what becomes clean needs no promise.
+#[test]
+fn a_checkpoint_promises_only_what_was_dirty_when_it_began_and_still_is() {
+    let dir = scratch();
+    let cache = Rc::new(open(&dir.path().join("cache")));
+    cache.record(0..4, Recorded::Dirty).unwrap();
+    let meanwhile = cache.clone();
+    on_sync::set(move || {
+        meanwhile.record(6..8, Recorded::Dirty).unwrap();
+        meanwhile.record(1..2, Recorded::Clean).unwrap();
+    });
+    cache.table.checkpoint(cache.file()).unwrap();
+    on_sync::unset();
+    let promised = || cache.table.promised.read(cache.file(), 0).unwrap()[0];
+    assert_eq!(promised(), 0b1101);
+    cache.table.checkpoint(cache.file()).unwrap();
+    assert_eq!(promised(), 0b1100_1101);
+}
+
 #[test]
 fn a_file_that_was_closed_is_trusted_on_any_machine_and_one_that_was_not_is_not() {
     let dir = scratch();

@@ -160,7 +160,11 @@ impl Chunks {
     fn remove(&self, chunks: Range<u64>) -> Result<()> {
         let fault = |error| fault(Operation::Trim, &self.path, "cannot change which chunks exist", error);
         self.durability.changed();
-        let cleared = self.table.check_not_cut().and_then(|()| self.table.clear(chunks)).map_err(fault)?;
+        self.table.check_not_cut().map_err(fault)?;
+        let cleared = self.table.clear(chunks).map_err(|error| match error {
+            Undurable::NotYet(error) => fault(error),
+            Undurable::Lost(error) => self.durability.lost(fault(error)),
+        })?;
         for chunk in cleared.into_iter().flatten() {
             self.handles.close(chunk);
             self.unlink(chunk).map_err(|error| self.broken(Operation::Trim, chunk, error))?;

@@ -204,7 +204,7 @@ impl Table {
     }
 
     /// Those of the chunks that are written, which are not any more: their files may be removed.
-    pub(super) fn clear(&self, chunks: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    pub(super) fn clear(&self, chunks: Range<u64>) -> std::result::Result<Vec<Range<u64>>, Undurable> {
         let cleared = self.written_runs(chunks)?;
         let file = &self.opened.file;
         let mut was_durable = false;
@@ -215,7 +215,7 @@ impl Table {
             self.durable.fill(file, run.clone(), false, |_| was_durable = true)?;
         }
         if was_durable {
-            file.sync_data()?;
+            sync_data(file)?;
         }
         Ok(cleared)
     }

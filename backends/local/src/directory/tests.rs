@@ -1,10 +1,14 @@
 //! What a kill and a loss of power leave of a chunk directory, step by step.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use r3map_core::is_zero;
 use r3map_testkit::fill;
 use tempfile::TempDir;
 
 use super::*;
+use crate::durability::on_sync;
 
 const CHUNK: u64 = 4096;
 const CHUNKS: u64 = 9;
@@ -114,6 +118,26 @@ fn trimming_a_durable_chunk_forgets_that_it_was() {
     // The new file was never flushed, so that it may be lost.
     let directory = after_power_loss(directory, dir.path(), || remove(dir.path(), 0));
     assert!(is_zero(&read(&directory, 0).unwrap()));
+}
+
+#[test]
+fn a_durable_chunk_is_durably_forgotten_before_its_file_goes() {
+    let dir = TempDir::new().unwrap();
+    let directory = open(dir.path());
+    write(&directory, 0, 1);
+    write(&directory, 1, 1);
+    directory.chunks.flush().unwrap();
+    write(&directory, 2, 1);
+    let (seen, path) = (Rc::new(RefCell::new(Vec::new())), dir.path().join("0"));
+    let at_sync = seen.clone();
+    on_sync::set(move || at_sync.borrow_mut().push(path.exists()));
+    // One that is not durable can go without.
+    directory.chunks.trim(2 * CHUNK..3 * CHUNK).unwrap();
+    assert_eq!(*seen.borrow(), []);
+    directory.chunks.trim(0..2 * CHUNK).unwrap();
+    on_sync::unset();
+    assert_eq!(*seen.borrow(), [true]);
+    assert!(!dir.path().join("0").exists() && !dir.path().join("8192").exists());
 }
 
 #[test]
