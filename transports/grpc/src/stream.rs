@@ -1,4 +1,4 @@
-//! A connected socket of either kind, which counts what it receives, so that somebody can tell whether the peer lives.
+//! A connected socket of either kind, which counts what goes over it, so that somebody can tell whether the peer lives.
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,13 +23,29 @@ const PROBES: u32 = 3;
 /// How long sent bytes may go unacknowledged, in milliseconds, before TCP gives the connection up.
 const UNACKNOWLEDGED_MS: u32 = 30_000;
 
-/// Bytes received over a connection so far.
+/// Bytes that went over a connection so far.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Received(Arc<AtomicU64>);
+pub(crate) struct Traffic(Arc<Counters>);
 
-impl Received {
-    pub(crate) fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+#[derive(Debug, Default)]
+struct Counters {
+    received: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl Traffic {
+    pub(crate) fn received(&self) -> u64 {
+        self.0.received.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn sent(&self) -> u64 {
+        self.0.sent.load(Ordering::Relaxed)
+    }
+
+    fn count_sent(&self, result: &Poll<io::Result<usize>>) {
+        if let Poll::Ready(Ok(count)) = result {
+            self.0.sent.fetch_add(*count as u64, Ordering::Relaxed);
+        }
     }
 }
 
@@ -37,7 +53,7 @@ impl Received {
 #[derive(Debug)]
 pub(crate) struct Stream {
     socket: Socket,
-    received: Received,
+    traffic: Traffic,
 }
 
 #[derive(Debug)]
@@ -68,9 +84,9 @@ impl Stream {
         result.map_err(|error| unreachable(target, error))
     }
 
-    /// A handle to the count of what this receives.
-    pub(crate) fn received(&self) -> Received {
-        self.received.clone()
+    /// A handle to the count of what this receives and sends.
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.traffic.clone()
     }
 }
 
@@ -103,13 +119,13 @@ impl Stream {
         sockopt::set_tcp_keepintvl(&stream, PROBE_INTERVAL)?;
         sockopt::set_tcp_keepcnt(&stream, PROBES)?;
         sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
-        Ok(Self { socket: Socket::Tcp(stream), received: Received::default() })
+        Ok(Self { socket: Socket::Tcp(stream), traffic: Traffic::default() })
     }
 }
 
 impl From<UnixStream> for Stream {
     fn from(stream: UnixStream) -> Self {
-        Self { socket: Socket::Unix(stream), received: Received::default() }
+        Self { socket: Socket::Unix(stream), traffic: Traffic::default() }
     }
 }
 
@@ -118,22 +134,26 @@ impl AsyncRead for Stream {
         let before = buf.filled().len();
         let result = socket!(self.as_mut(), socket => Pin::new(socket).poll_read(context, buf));
         let count = buf.filled().len() - before;
-        self.received.0.fetch_add(count as u64, Ordering::Relaxed);
+        self.traffic.0.received.fetch_add(count as u64, Ordering::Relaxed);
         result
     }
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        socket!(self, socket => Pin::new(socket).poll_write(context, buf))
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = socket!(self.as_mut(), socket => Pin::new(socket).poll_write(context, buf));
+        self.traffic.count_sent(&result);
+        result
     }
 
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        socket!(self, socket => Pin::new(socket).poll_write_vectored(context, bufs))
+        let result = socket!(self.as_mut(), socket => Pin::new(socket).poll_write_vectored(context, bufs));
+        self.traffic.count_sent(&result);
+        result
     }
 
     fn is_write_vectored(&self) -> bool {

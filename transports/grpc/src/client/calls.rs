@@ -12,8 +12,8 @@ use tokio::runtime::Handle;
 
 use crate::client::ClientSettings;
 use crate::client::facts::{Facts, Protocol, SMALL};
-use crate::client::fetched::Fetched;
 use crate::client::links::{Links, OpenLink};
+use crate::client::reply::Reply;
 use crate::client::unflushed::Unflushed;
 use crate::message::{self, Malformed};
 use crate::path;
@@ -46,7 +46,7 @@ impl Calls {
     }
 
     /// Reads ranges (offset and length). A Go server takes one.
-    pub(crate) async fn read(&self, ranges: &[(u64, u64)]) -> Result<Fetched> {
+    pub(crate) async fn read(&self, ranges: &[(u64, u64)]) -> Result<Reply> {
         match (self.shared.protocol, ranges) {
             (Protocol::Go, &[(offset, len)]) => self.shared.go_read(offset, len).await,
             (Protocol::Go, _) => Err(Error::new(ErrorKind::InvalidInput, Operation::Read, "one range at a time")),
@@ -105,45 +105,25 @@ impl Calls {
 }
 
 impl Shared {
-    async fn region_read(&self, ranges: &[(u64, u64)]) -> Result<Fetched> {
+    async fn region_read(&self, ranges: &[(u64, u64)]) -> Result<Reply> {
         let ranges: Vec<_> = ranges.iter().map(|&(offset, length)| region::Range { offset, length }).collect();
         let asked: u64 = ranges.iter().map(|range| range.length).sum();
         // A run of at most 20 bytes for every 4 KiB and at each end of every range.
         let rest = SMALL + usize::try_from(asked / 64).unwrap_or(usize::MAX) + 64 * ranges.len();
-        let limit = rest + usize::try_from(asked).unwrap_or(usize::MAX);
-        let first = ranges.first().map_or(0, |range| range.offset);
         let request = message::encode(&region::ReadRequest { ranges });
-        let (reply, data) =
-            self.bulk::<region::ReadReply>(path::READ, request, rest, limit).await.map_err(|e| e.at(first, asked))?;
-        Ok(Fetched::with_checksums(reply.runs, data))
+        let open = self.links.next(Operation::Read).await?;
+        let arriving = open.link.start(path::READ, request).await;
+        let arriving = arriving.map_err(|error| error.into_error(Operation::Read, self.links.target()))?;
+        Ok(Reply::region(open, arriving, asked, rest))
     }
 
-    async fn go_read(&self, offset: u64, len: u64) -> Result<Fetched> {
+    async fn go_read(&self, offset: u64, len: u64) -> Result<Reply> {
         let length = i32::try_from(len).unwrap_or(i32::MAX);
         let request = message::encode(&go::ReadAtArgs { length, off: offset.cast_signed() });
-        let limit = SMALL + usize::try_from(len).unwrap_or(usize::MAX);
-        let (reply, data) = self
-            .bulk::<go::ReadAtReply>(path::GO_READ_AT, request, SMALL, limit)
-            .await
-            .map_err(|error| error.at(offset, len))?;
-        if reply.n != length || data.len() as u64 != len {
-            let message = format!("{} sent {} bytes, {} of them read", self.links.target(), data.len(), reply.n);
-            return Err(Error::new(ErrorKind::Corrupt, Operation::Read, message).at(offset, len));
-        }
-        Ok(Fetched::plain(data))
-    }
-
-    async fn bulk<M: message::Bulk>(
-        &self,
-        path: &'static str,
-        request: Rope,
-        rest: usize,
-        limit: usize,
-    ) -> Result<(M, Rope)> {
         let open = self.links.next(Operation::Read).await?;
-        let reply = open.link.call(path, request, limit).await;
-        let reply = reply.map_err(|error| error.into_error(Operation::Read, self.links.target()))?;
-        message::decode_bulk(reply, rest).map_err(|why| self.malformed(Operation::Read, why))
+        let arriving = open.link.start(path::GO_READ_AT, request).await;
+        let arriving = arriving.map_err(|error| error.into_error(Operation::Read, self.links.target()))?;
+        Ok(Reply::go(open, arriving, len))
     }
 
     /// A call whose reply carries no data.

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use http::header::{CONTENT_TYPE, TE};
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderValue, Request, Uri};
+use http::{HeaderMap, HeaderValue, Request, Uri};
 use hyper::client::conn::http2::{Builder, SendRequest};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper::rt::Executor;
+use hyper_util::rt::TokioIo;
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
@@ -18,7 +19,7 @@ use tonic::{Code, Status};
 use crate::exchange::{self, Arriving, Failure, Outgoing};
 use crate::rope::Rope;
 use crate::status;
-use crate::stream::{Received, Stream};
+use crate::stream::{Stream, Traffic};
 use crate::target::Target;
 
 /// How much a server may send before it is told that bytes were taken, in all and per call. A link keeps a pipe of
@@ -27,6 +28,8 @@ const WINDOW: u32 = 64 << 20;
 /// The longest piece in which a server sends: long enough that its cost does not show, short enough that a small reply
 /// gets in between and that a piece is still in the processor's cache when it is looked at.
 const FRAME: u32 = 256 << 10;
+/// More sent bytes than anybody's calls amount to while they wait in vain for answers.
+const SLOW_LINE: u64 = 64 << 10;
 /// How much of a request is handed to HTTP/2 at once.
 const SEND_BUFFER: usize = 8 << 20;
 
@@ -36,7 +39,7 @@ pub(crate) struct Link {
     sender: SendRequest<Outgoing>,
     target: Target,
     authority: Authority,
-    received: Received,
+    traffic: Traffic,
     broken: Arc<OnceLock<String>>,
     closed: CancellationToken,
     _close: DropGuard,
@@ -53,6 +56,18 @@ pub(crate) enum CallError {
     Malformed(String),
 }
 
+/// Runs what HTTP/2 does for a connection, until the connection is closed: then everything ends at once, and with it
+/// every call.
+#[derive(Debug, Clone)]
+struct Tasks(CancellationToken);
+
+impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Tasks {
+    fn execute(&self, task: F) {
+        let closed = self.0.clone();
+        tokio::spawn(async move { closed.run_until_cancelled(task).await });
+    }
+}
+
 impl Link {
     /// Connects, on the current runtime.
     ///
@@ -60,8 +75,10 @@ impl Link {
     /// As [`Stream::connect`].
     pub(crate) async fn open(target: &Target) -> Result<Self> {
         let stream = Stream::connect(target).await?;
-        let received = stream.received();
-        let (sender, connection) = Builder::new(TokioExecutor::new())
+        let traffic = stream.traffic();
+        let closed = CancellationToken::new();
+        let tasks = Tasks(closed.clone());
+        let (sender, connection) = Builder::new(tasks.clone())
             .initial_connection_window_size(WINDOW)
             .initial_stream_window_size(WINDOW)
             .max_frame_size(FRAME)
@@ -72,10 +89,8 @@ impl Link {
                 Error::new(ErrorKind::Unavailable, Operation::Open, format!("cannot connect to {target}"))
                     .with_source(error)
             })?;
-        let closed = CancellationToken::new();
-        let until = closed.clone();
-        tokio::spawn(async move {
-            if let Some(Err(error)) = until.run_until_cancelled(connection).await {
+        tasks.execute(async move {
+            if let Err(error) = connection.await {
                 tracing::debug!("connection lost: {}", innermost(&error));
             }
         });
@@ -83,7 +98,7 @@ impl Link {
             sender,
             target: target.clone(),
             authority: target.authority(),
-            received,
+            traffic,
             broken: Arc::default(),
             _close: closed.clone().drop_guard(),
             closed,
@@ -100,41 +115,64 @@ impl Link {
         &self.target
     }
 
-    /// Calls a method with a message (with its prefix), and returns the reply (without), of at most `limit` bytes.
+    /// Calls a method with a message (with its prefix), and waits for the beginning of the reply.
     ///
-    /// Dropping the future gives the call up; the server is told.
+    /// Dropping the future or the reply gives the call up; the server is told.
+    ///
+    /// # Errors
+    /// As [`CallError`] says.
+    pub(crate) async fn start(&self, path: &'static str, message: Rope) -> Result<Arriving, CallError> {
+        let request = self.request(path, Outgoing::request(message));
+        let response = self.sender.clone().send_request(request).await;
+        let (head, body) = response.map_err(|error| self.failed(Failure::Transport(error)))?.into_parts();
+        if head.status != http::StatusCode::OK {
+            return Err(CallError::Malformed(format!("answered with HTTP status {}", head.status)));
+        }
+        match status::in_headers(&head.headers).filter(|status| status.code() != Code::Ok) {
+            Some(status) => Err(CallError::Status(status)),
+            None => Ok(Arriving::new(body)),
+        }
+    }
+
+    /// Waits for the length of a reply's message, which may be at most `limit`. A reply that has none is an error, most
+    /// often the server's.
+    ///
+    /// # Errors
+    /// As [`CallError`] says.
+    pub(crate) async fn length(&self, mut reply: Arriving, limit: usize) -> Result<(Arriving, usize), CallError> {
+        match reply.length().await.map_err(|failure| self.failed(failure))? {
+            Some(length) if length <= limit => Ok((reply, length)),
+            Some(length) => Err(CallError::Malformed(format!("answered with {length} bytes where {limit} are enough"))),
+            None => {
+                self.check(reply.end().await)?;
+                Err(CallError::Malformed("answered without a reply".to_owned()))
+            }
+        }
+    }
+
+    /// Looks at the end of a reply, where the server says whether it went well.
+    ///
+    /// # Errors
+    /// As [`CallError`] says.
+    pub(crate) fn check(&self, end: Result<Option<HeaderMap>, Failure>) -> Result<(), CallError> {
+        let trailers = end.map_err(|failure| self.failed(failure))?;
+        match trailers.as_ref().and_then(status::in_headers) {
+            Some(status) if status.code() == Code::Ok => Ok(()),
+            Some(status) => Err(CallError::Status(status)),
+            None => Err(CallError::Broken("the reply ended too early".to_owned())),
+        }
+    }
+
+    /// Calls a method with a message (with its prefix), and waits for the reply (without), of at most `limit` bytes.
     ///
     /// # Errors
     /// As [`CallError`] says.
     pub(crate) async fn call(&self, path: &'static str, message: Rope, limit: usize) -> Result<Rope, CallError> {
-        let request = self.request(path, Outgoing::request(message));
-        let response = self.sender.clone().send_request(request).await.map_err(|error| self.failed(&error))?;
-        let (head, body) = response.into_parts();
-        if head.status != http::StatusCode::OK {
-            return Err(CallError::Malformed(format!("answered with HTTP status {}", head.status)));
-        }
-        if let Some(status) = status::in_headers(&head.headers).filter(|status| status.code() != Code::Ok) {
-            return Err(CallError::Status(status));
-        }
-        self.reply(Arriving::new(body), limit).await
-    }
-
-    async fn reply(&self, mut arriving: Arriving, limit: usize) -> Result<Rope, CallError> {
-        let reply = match arriving.length().await.map_err(|failure| self.lost(failure))? {
-            Some(length) if length > limit => {
-                return Err(CallError::Malformed(format!("answered with {length} bytes where {limit} are enough")));
-            }
-            Some(length) => Some(arriving.message(length).await.map_err(|failure| self.lost(failure))?),
-            None => None,
-        };
-        let trailers = arriving.end().await.map_err(|failure| self.lost(failure))?;
-        let status = trailers.as_ref().and_then(status::in_headers);
-        match (status, reply) {
-            (Some(status), _) if status.code() != Code::Ok => Err(CallError::Status(status)),
-            (Some(_), Some(reply)) => Ok(reply),
-            (Some(_), None) => Err(CallError::Malformed("answered without a reply".to_owned())),
-            (None, _) => Err(CallError::Broken("the reply ended too early".to_owned())),
-        }
+        let reply = self.start(path, message).await?;
+        let (mut reply, length) = self.length(reply, limit).await?;
+        let message = reply.take(length).await.map_err(|failure| self.failed(failure))?;
+        self.check(reply.end().await)?;
+        Ok(message)
     }
 
     fn request(&self, path: &'static str, body: Outgoing) -> Request<Outgoing> {
@@ -150,17 +188,11 @@ impl Link {
         request
     }
 
-    fn lost(&self, failure: Failure) -> CallError {
-        match failure {
-            Failure::Transport(error) => self.failed(&error),
-            Failure::Malformed(text) => CallError::Malformed(format!("answered with {text}")),
-        }
-    }
-
-    fn failed(&self, error: &hyper::Error) -> CallError {
-        match self.broken.get() {
-            Some(reason) => CallError::Broken(reason.clone()),
-            None => CallError::Broken(innermost(error)),
+    pub(crate) fn failed(&self, failure: Failure) -> CallError {
+        match (failure, self.broken.get()) {
+            (Failure::Malformed(text), _) => CallError::Malformed(format!("answered with {text}")),
+            (Failure::Transport(_), Some(reason)) => CallError::Broken(reason.clone()),
+            (Failure::Transport(error), None) => CallError::Broken(innermost(&error)),
         }
     }
 
@@ -177,21 +209,22 @@ impl Link {
                 loop {
                     tokio::time::sleep(interval).await;
                     let Some(link) = link.upgrade() else { return };
-                    let now = link.received.bytes();
-                    if now == before && !link.answers(ping(link.clone()), interval).await {
+                    if link.traffic.received() == before && !link.answers(ping(link.clone()), interval).await {
                         return;
                     }
-                    before = link.received.bytes();
+                    before = link.traffic.received();
                 }
             };
             closed.run_until_cancelled(watching).await;
         });
     }
 
+    /// Waits for an answer to `ping`, or for another sign of life: bytes that arrive, or many that leave, behind which
+    /// the ping may wait on a slow line.
     async fn answers(&self, ping: impl Future<Output = ()>, limit: Duration) -> bool {
-        let before = self.received.bytes();
+        let (received, sent) = (self.traffic.received(), self.traffic.sent());
         let answered = tokio::time::timeout(limit, ping).await.is_ok();
-        if answered || self.received.bytes() != before {
+        if answered || self.traffic.received() != received || self.traffic.sent() - sent > SLOW_LINE {
             return true;
         }
         let reason = format!("no sign of life for {} s", (2 * limit).as_secs_f32());

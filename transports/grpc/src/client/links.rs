@@ -94,11 +94,7 @@ impl Links {
 
 impl Slot {
     async fn link(&self, opener: &Arc<Opener>, operation: Operation) -> Result<Arc<OpenLink>> {
-        let opening = self.opening(opener);
-        let result = match opening.peek() {
-            Some(result) => result.clone(),
-            None => opening.await,
-        };
+        let result = self.opening(opener).await;
         result.map_err(|error| Error::new(error.kind(), operation, error.reason()))
     }
 
@@ -106,7 +102,7 @@ impl Slot {
     fn opening(&self, opener: &Arc<Opener>) -> Opening {
         let mut slot = lock(&self.link);
         if let Some(opening) = &*slot {
-            match opening.peek() {
+            match opening.clone().now_or_never() {
                 Some(Ok(open)) if !open.link.is_open() => {}
                 Some(Err(_)) => {}
                 Some(Ok(_)) | None => return opening.clone(),

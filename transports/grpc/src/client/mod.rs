@@ -5,9 +5,9 @@
 
 mod calls;
 mod facts;
-mod fetched;
 mod link;
 mod links;
+mod reply;
 mod unflushed;
 
 use std::num::NonZeroUsize;
@@ -25,6 +25,7 @@ use r3map_core::{
 use crate::target::Target;
 use calls::Calls;
 use facts::{Facts, Protocol};
+use reply::Reply;
 
 pub(crate) use links::random;
 
@@ -42,8 +43,8 @@ pub struct ClientSettings {
     /// long again, the connection is given up and its calls fail. 5 s. Go servers, which do not stand for it, are left
     /// to TCP, which notices a host that is gone within 30 s, but not a program that hangs.
     pub keep_alive: Duration,
-    /// Connections for reads. One; more cost the server a thread's work each and help only where a single one is not
-    /// fast enough. Go servers get one.
+    /// Connections for reads. One; more help where one processor's work for a connection, or one connection's share of
+    /// a long line, is what limits.
     pub connections: NonZeroUsize,
     /// What a Go server cannot tell. Without it a Go server is refused; with it other servers are not affected.
     pub go: Option<GoRegion>,
@@ -126,9 +127,11 @@ impl Client {
         })
     }
 
-    async fn fetch(&self, range: Range<u64>) -> Result<(Range<u64>, fetched::Fetched)> {
-        let fetched = self.calls.read(&[(range.start, range.end - range.start)]).await?;
-        Ok((range, fetched))
+    /// Asks for a range. The reply is only beginning to arrive.
+    async fn fetch(&self, part: Range<u64>) -> Result<((u64, u64), Reply)> {
+        let range = (part.start, part.end - part.start);
+        let reply = self.calls.read(&[range]).await;
+        Ok((range, reply.map_err(|error| error.at(range.0, range.1))?))
     }
 
     /// Calls something that changes `range`, to its end even if the caller does not wait for it.
@@ -225,9 +228,9 @@ impl ReadPieces for Client {
     ) -> Result<()> {
         self.check(Operation::Read, offset, len)?;
         let parts = stream::iter(self.parts(offset..offset + len));
-        let mut fetched = parts.map(|part| self.fetch(part)).buffered(PARTS_IN_FLIGHT);
-        while let Some((part, fetched)) = fetched.try_next().await? {
-            fetched.lend([(part.start, part.end - part.start)], visit)?;
+        let mut replies = parts.map(|part| self.fetch(part)).buffered(PARTS_IN_FLIGHT);
+        while let Some((range, reply)) = replies.try_next().await? {
+            reply.lend(&[range], visit).await?;
         }
         Ok(())
     }
@@ -271,9 +274,9 @@ impl Client {
     /// Does reads that fit one request.
     async fn read_batch(&self, batch: &mut [ReadOp<'_>]) -> Result<()> {
         let ranges: Vec<_> = batch.iter().map(|read| (read.offset, read.buf.len() as u64)).collect();
-        let fetched = self.calls.read(&ranges).await?;
+        let reply = self.calls.read(&ranges).await?;
         let (mut current, mut filled) = (0, 0);
-        fetched.lend(ranges, &mut |_, piece| {
+        let mut fill = |_: u64, piece: Piece<'_>| {
             let len = usize::try_from(piece.len()).unwrap_or(usize::MAX);
             while filled == batch[current].buf.len() {
                 (current, filled) = (current + 1, 0);
@@ -285,7 +288,8 @@ impl Client {
             }
             filled += len;
             Ok(())
-        })
+        };
+        reply.lend(&ranges, &mut fill).await
     }
 }
 

@@ -8,8 +8,8 @@ use tonic::Status;
 use crate::message;
 use crate::proto::go;
 use crate::rope::Rope;
-use crate::server::budget::Share;
-use crate::server::region::{answer, decode, decode_bulk};
+use crate::server::budget::{Buffer, room};
+use crate::server::region::{answer, decode};
 use crate::server::session::Session;
 use crate::status::{GO_END, GO_TOO_LONG};
 
@@ -22,21 +22,19 @@ impl Session {
         }
         let offset = offset(off)?;
         check_range(Operation::Read, self.shared.geometry.size(), offset, len).map_err(|_| Status::unknown(GO_END))?;
-        let share = self.shared.budget.share(len).await;
-        let mut buf = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-        answer(self.shared.backend.read_at(offset, &mut buf).await)?;
+        let share = self.shared.budget.share(room(len)).await;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut buffer = share.buffer(len);
+        answer(self.shared.backend.read_at(offset, buffer.first(len)).await)?;
         let reply = go::ReadAtReply { n: length, p: Bytes::new() };
-        Ok(message::encode_bulk(&reply, share.hold(buf).into()))
+        Ok(message::encode_bulk(&reply, buffer.freeze().into()))
     }
 
-    pub(crate) async fn go_write_at(&self, (request, share): (Rope, Share)) -> Result<Rope, Status> {
-        let (head, data) = decode_bulk::<go::WriteAtArgs>(request)?;
-        let (offset, len) = (offset(head.off)?, data.len());
-        answer(self.shared.check_change(Operation::Write, offset, len as u64))?;
-        let result = self.shared.backend.write_at(offset, &data.into_bytes()).await;
-        drop(share);
-        answer(result)?;
-        Ok(message::encode(&go::WriteAtReply { length: i32::try_from(len).unwrap_or(i32::MAX) }))
+    pub(crate) async fn go_write_at(&self, (head, data): (go::WriteAtArgs, Buffer)) -> Result<Rope, Status> {
+        let (offset, bytes) = (offset(head.off)?, data.used());
+        answer(self.shared.check_change(Operation::Write, offset, bytes.len() as u64))?;
+        answer(self.shared.backend.write_at(offset, bytes).await)?;
+        Ok(message::encode(&go::WriteAtReply { length: i32::try_from(bytes.len()).unwrap_or(i32::MAX) }))
     }
 
     pub(crate) async fn go_sync(&self, request: Rope) -> Result<Rope, Status> {

@@ -11,7 +11,7 @@ use crate::message::{self, Malformed};
 use crate::proto::region;
 use crate::rope::Rope;
 use crate::server::Shared;
-use crate::server::budget::Share;
+use crate::server::budget::{Buffer, Share, room};
 use crate::server::session::Session;
 use crate::{VERSION, status};
 
@@ -19,8 +19,6 @@ use crate::{VERSION, status};
 const MAX_RANGES: u32 = 1024;
 /// Extents in one reply.
 const MAX_EXTENTS: usize = 2048;
-/// Bytes beside the data of a write.
-const WRITE_HEAD: usize = 256;
 
 impl Session {
     pub(crate) async fn describe(&self, request: Rope) -> Result<Rope, Status> {
@@ -38,17 +36,14 @@ impl Session {
         answer(self.shared.read(&request.ranges).await)
     }
 
-    pub(crate) async fn write(&self, (request, share): (Rope, Share)) -> Result<Rope, Status> {
-        let (head, data) = decode_bulk::<region::WriteRequest>(request)?;
-        let (offset, len) = (head.offset, data.len() as u64);
-        if data.checksum() != head.crc32c {
+    pub(crate) async fn write(&self, (head, data): (region::WriteRequest, Buffer)) -> Result<Rope, Status> {
+        let bytes = data.used();
+        if crc32c::crc32c(bytes) != head.crc32c {
             return Err(Status::data_loss("the checksum does not agree with the bytes, nothing was written"));
         }
-        answer(self.shared.check_change(Operation::Write, offset, len))?;
+        answer(self.shared.check_change(Operation::Write, head.offset, bytes.len() as u64))?;
         let _passing = self.gate.pass().await?;
-        let result = self.shared.backend.write_at(offset, &data.into_bytes()).await;
-        drop(share);
-        answer(result.map(|()| self.shared.written()))
+        answer(self.shared.backend.write_at(head.offset, bytes).await.map(|()| self.shared.written()))
     }
 
     pub(crate) async fn flush(&self, request: Rope) -> Result<Rope, Status> {
@@ -137,8 +132,8 @@ impl Shared {
     }
 
     async fn read(&self, ranges: &[region::Range]) -> Result<Rope> {
-        let total = self.check_ranges(ranges)?;
-        let share = self.budget.share(total).await;
+        self.check_ranges(ranges)?;
+        let share = self.budget.share(ranges.iter().map(|range| room(range.length)).sum()).await;
         let found = match self.backend.capabilities().pieces {
             Some(_) => try_join_all(ranges.iter().map(|range| self.read_pieces(range, &share))).await?,
             None => self.read_whole(ranges, &share).await?,
@@ -152,7 +147,7 @@ impl Shared {
         Ok(message::encode_bulk(&reply, data))
     }
 
-    fn check_ranges(&self, ranges: &[region::Range]) -> Result<u64> {
+    fn check_ranges(&self, ranges: &[region::Range]) -> Result<()> {
         if ranges.len() > MAX_RANGES as usize {
             let message = format!("more than {MAX_RANGES} ranges in one read");
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Read, message));
@@ -163,28 +158,28 @@ impl Shared {
             total = total.saturating_add(length);
             self.check_length(Operation::Read, offset, total)?;
         }
-        Ok(total)
+        Ok(())
     }
 
     /// Reads a range from a backend that lends its bytes, and knows zeros.
     async fn read_pieces(&self, range: &region::Range, share: &Share) -> Result<(Vec<region::Run>, Rope)> {
         let Some(pieces) = self.backend.capabilities().pieces else { return Ok(Default::default()) };
-        let mut runs = Runs::new(self.geometry, range.offset, range.length);
+        let mut runs = Runs::new(self.geometry, range.offset, range.length, share.clone());
         let mut add = |_: u64, piece: Piece<'_>| {
             runs.piece(piece);
             Ok(())
         };
         pieces.read_pieces(range.offset, range.length, &mut add).await?;
-        let (runs, bytes) = runs.finish();
-        Ok((runs, share.hold(bytes).into()))
+        Ok(runs.finish())
     }
 
     /// Reads ranges from a backend that fills buffers.
     async fn read_whole(&self, ranges: &[region::Range], share: &Share) -> Result<Vec<(Vec<region::Run>, Rope)>> {
         let len = |range: &region::Range| usize::try_from(range.length).unwrap_or(usize::MAX);
-        let mut buffers: Vec<Vec<u8>> = ranges.iter().map(|range| vec![0; len(range)]).collect();
+        let mut buffers: Vec<Buffer> = ranges.iter().map(|range| share.buffer(len(range))).collect();
+        let pairs = ranges.iter().zip(&mut buffers);
         let mut reads: Vec<_> =
-            ranges.iter().zip(&mut buffers).map(|(range, buf)| ReadOp { offset: range.offset, buf }).collect();
+            pairs.map(|(range, buffer)| ReadOp { offset: range.offset, buf: buffer.first(len(range)) }).collect();
         match self.backend.capabilities().read_many {
             Some(many) if reads.len() > 1 => many.read_many(&mut reads).await?,
             _ => {
@@ -192,7 +187,7 @@ impl Shared {
             }
         }
         let found = ranges.iter().zip(buffers);
-        Ok(found.map(|(range, buf)| runs_of(self.geometry, range.offset, &share.hold(buf))).collect())
+        Ok(found.map(|(range, buffer)| runs_of(self.geometry, range.offset, &buffer.freeze())).collect())
     }
 }
 
@@ -227,7 +222,9 @@ struct Runs {
     at: u64,
     end: u64,
     runs: Vec<region::Run>,
-    data: Vec<u8>,
+    /// From the first byte on that is not zero.
+    data: Option<Buffer>,
+    share: Share,
     /// Where the current chunk's bytes begin in `data`.
     chunk: usize,
     /// Zeros of the current chunk that come before its bytes.
@@ -235,8 +232,8 @@ struct Runs {
 }
 
 impl Runs {
-    fn new(geometry: Geometry, offset: u64, length: u64) -> Self {
-        Self { geometry, at: offset, end: offset + length, runs: Vec::new(), data: Vec::new(), chunk: 0, zeros: 0 }
+    fn new(geometry: Geometry, offset: u64, length: u64, share: Share) -> Self {
+        Self { geometry, at: offset, end: offset + length, runs: Vec::new(), data: None, share, chunk: 0, zeros: 0 }
     }
 
     /// Adds the next bytes.
@@ -255,40 +252,39 @@ impl Runs {
 
     /// Adds bytes of the current chunk.
     fn part(&mut self, piece: Piece<'_>) {
-        match piece {
-            Piece::Zeroes(len) if self.data.len() == self.chunk => self.zeros += len,
-            Piece::Zeroes(len) => self.add_zeros(len),
-            Piece::Data(bytes) => {
-                if self.data.capacity() == 0 {
-                    self.data.reserve(usize::try_from(self.end - self.at + self.zeros).unwrap_or(0));
-                }
-                let zeros = std::mem::take(&mut self.zeros);
-                self.add_zeros(zeros);
-                self.data.extend_from_slice(bytes);
+        match (piece, &mut self.data) {
+            (Piece::Zeroes(len), Some(data)) if data.used().len() > self.chunk => data.push_zeros(length(len)),
+            (Piece::Zeroes(len), _) => self.zeros += len,
+            (Piece::Data(bytes), data) => {
+                let data = data.get_or_insert_with(|| self.share.buffer(length(self.end - self.at + self.zeros)));
+                data.push_zeros(length(std::mem::take(&mut self.zeros)));
+                data.push(bytes);
             }
         }
     }
 
-    fn add_zeros(&mut self, len: u64) {
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        self.data.resize(self.data.len() + len, 0);
-    }
-
     fn end_chunk(&mut self) {
-        let bytes = &self.data[self.chunk..];
+        let used = self.data.as_ref().map_or(&[][..], Buffer::used);
+        let bytes = &used[self.chunk..];
         let length = std::mem::take(&mut self.zeros) + bytes.len() as u64;
-        if is_zero(bytes) {
-            push_zeroes(&mut self.runs, length);
-            self.data.truncate(self.chunk);
-        } else {
+        if !is_zero(bytes) {
             self.runs.push(region::Run { length, crc32c: Some(crc32c::crc32c(bytes)) });
-            self.chunk = self.data.len();
+            self.chunk = used.len();
+            return;
+        }
+        push_zeroes(&mut self.runs, length);
+        if let Some(data) = &mut self.data {
+            data.truncate(self.chunk);
         }
     }
 
-    fn finish(self) -> (Vec<region::Run>, Vec<u8>) {
-        (self.runs, self.data)
+    fn finish(self) -> (Vec<region::Run>, Rope) {
+        (self.runs, self.data.map_or_else(Rope::default, |data| data.freeze().into()))
     }
+}
+
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// The first `len` bytes of a piece (or all), and the rest.
@@ -315,10 +311,6 @@ pub(crate) fn decode<M: prost::Message + Default>(request: Rope) -> Result<M, St
     message::decode(request.into_bytes()).map_err(malformed)
 }
 
-pub(crate) fn decode_bulk<M: message::Bulk>(request: Rope) -> Result<(M, Rope), Status> {
-    message::decode_bulk(request, WRITE_HEAD).map_err(malformed)
-}
-
 fn malformed(why: Malformed) -> Status {
     Status::invalid_argument(format!("the request is {}", why.0))
 }
@@ -328,8 +320,13 @@ mod tests {
     use r3map_core::ChunkSize;
 
     use super::*;
+    use crate::server::budget::Budget;
 
     const CHUNK: usize = 4096;
+
+    async fn share() -> Share {
+        Budget::new(1 << 20).share(1 << 20).await
+    }
 
     fn geometry(size: usize) -> Geometry {
         Geometry::new(size as u64, ChunkSize::MIN).unwrap()
@@ -359,28 +356,30 @@ mod tests {
         assert_eq!((runs, data.into_bytes().to_vec()), expected(&bytes));
     }
 
-    #[test]
-    fn pieces_of_any_size_become_the_same_runs() {
+    #[tokio::test]
+    async fn pieces_of_any_size_become_the_same_runs() {
         let bytes = content();
         for step in [1, 1000, CHUNK, CHUNK + 1, bytes.len()] {
-            let mut runs = Runs::new(geometry(bytes.len()), 0, bytes.len() as u64);
+            let mut runs = Runs::new(geometry(bytes.len()), 0, bytes.len() as u64, share().await);
             for part in bytes.chunks(step) {
                 match is_zero(part) {
                     true => runs.piece(Piece::Zeroes(part.len() as u64)),
                     false => runs.piece(Piece::Data(part)),
                 }
             }
-            assert_eq!(runs.finish(), expected(&bytes), "in steps of {step}");
+            let (runs, data) = runs.finish();
+            assert_eq!((runs, data.into_bytes().to_vec()), expected(&bytes), "in steps of {step}");
         }
     }
 
-    #[test]
-    fn runs_are_cut_at_chunks_of_the_region_and_long_zeros_are_one() {
+    #[tokio::test]
+    async fn runs_are_cut_at_chunks_of_the_region_and_long_zeros_are_one() {
         let size = 10 * CHUNK;
-        let mut runs = Runs::new(geometry(size), 100, (size - 100) as u64);
+        let mut runs = Runs::new(geometry(size), 100, (size - 100) as u64, share().await);
         runs.piece(Piece::Zeroes((size - 101) as u64));
         runs.piece(Piece::Data(b"x"));
         let (runs, data) = runs.finish();
+        let data = data.into_bytes();
         let lengths: Vec<_> = runs.iter().map(|run| (run.length, run.crc32c.is_some())).collect();
         assert_eq!(lengths, [((9 * CHUNK - 100) as u64, false), (CHUNK as u64, true)]);
         assert_eq!((data.len(), data[CHUNK - 1]), (CHUNK, b'x'));

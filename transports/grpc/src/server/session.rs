@@ -17,11 +17,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 
-use crate::exchange::{self, Arriving, Failure, Outgoing};
+use crate::exchange::{self, Arriving, Failure, Fields, Outgoing};
+use crate::message::Bulk;
 use crate::path;
 use crate::rope::Rope;
 use crate::server::Shared;
-use crate::server::budget::Share;
+use crate::server::budget::{Buffer, room};
 use crate::server::fence::Gate;
 use crate::stream::Stream;
 
@@ -33,6 +34,8 @@ const FRAME: u32 = (1 << 20) + (4 << 10);
 const SEND_BUFFER: usize = 8 << 20;
 /// Requests on one connection at once. The Go programs make 512.
 const STREAMS: u32 = 4096;
+/// Requests that are given up before they are looked at, at once. More is an attack.
+const RESETS: usize = 4096;
 /// How long a client may take to say the first thing, and to send more of a request that it has begun.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a client is asked whether it is there, and how long it may take to say so.
@@ -41,6 +44,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const PREFACE: u64 = 24;
 /// The longest message that carries no data.
 const SMALL: usize = 64 << 10;
+/// The most bytes in a message beside its data.
+const HEAD: usize = 256;
 
 /// Serves one connection to its end.
 pub(crate) async fn serve(
@@ -50,7 +55,7 @@ pub(crate) async fn serve(
     closing: CancellationToken,
     ending: CancellationToken,
 ) {
-    let received = stream.received();
+    let traffic = stream.traffic();
     let session = Session { shared, gate: Arc::default() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
@@ -59,13 +64,14 @@ pub(crate) async fn serve(
         .max_frame_size(FRAME)
         .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(STREAMS)
+        .max_pending_accept_reset_streams(RESETS)
         .keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), session);
     let silence = async {
         tokio::time::sleep(PATIENCE).await;
-        if received.bytes() >= PREFACE {
+        if traffic.received() >= PREFACE {
             std::future::pending::<()>().await;
         }
     };
@@ -162,12 +168,25 @@ impl Session {
         receive(arriving, length).await
     }
 
-    /// Receives a message that carries data, as soon as there is room for it.
-    async fn large(&self, body: Incoming) -> Result<(Rope, Share), Status> {
+    /// Receives a message that carries data, as soon as there is room for it. The data goes to where it stays, piece by
+    /// piece, however small the pieces are.
+    async fn large<M: Bulk>(&self, body: Incoming) -> Result<(M, Buffer), Status> {
         let mut arriving = Arriving::new(body);
         let length = limited(arriving.length(), self.shared.max_request + SMALL as u64).await?;
-        let share = self.shared.budget.share(length as u64).await;
-        Ok((receive(arriving, length).await?, share))
+        let share = self.shared.budget.share(room(length as u64)).await;
+        let mut fields = Fields::new(arriving, length, HEAD);
+        let mut data = share.buffer(0);
+        while let Some(mut left) = patiently(fields.bulk()).await? {
+            data = share.buffer(left);
+            while left > 0 {
+                let piece = patiently(fields.some(left)).await?;
+                piece.segments().for_each(|bytes| data.push(bytes));
+                left -= piece.len();
+            }
+        }
+        let message = fields.message().map_err(refused)?;
+        patiently(fields.end()).await?;
+        Ok((message, data))
     }
 }
 
@@ -182,7 +201,7 @@ async fn limited(length: impl Future<Output = Result<Option<usize>, Failure>>, l
 }
 
 async fn receive(mut arriving: Arriving, length: usize) -> Result<Rope, Status> {
-    let message = patiently(arriving.message(length)).await?;
+    let message = patiently(arriving.take(length)).await?;
     patiently(arriving.end()).await?;
     Ok(message)
 }
@@ -190,8 +209,14 @@ async fn receive(mut arriving: Arriving, length: usize) -> Result<Rope, Status> 
 async fn patiently<T>(step: impl Future<Output = Result<T, Failure>>) -> Result<T, Status> {
     match timeout(PATIENCE, step).await {
         Ok(Ok(done)) => Ok(done),
-        Ok(Err(Failure::Transport(error))) => Err(Status::cancelled(error.to_string())),
-        Ok(Err(Failure::Malformed(what))) => Err(Status::invalid_argument(format!("the request has {what}"))),
+        Ok(Err(failure)) => Err(refused(failure)),
         Err(_) => Err(Status::deadline_exceeded("the request did not arrive in time")),
+    }
+}
+
+fn refused(failure: Failure) -> Status {
+    match failure {
+        Failure::Transport(error) => Status::cancelled(error.to_string()),
+        Failure::Malformed(what) => Status::invalid_argument(format!("the request has {what}")),
     }
 }

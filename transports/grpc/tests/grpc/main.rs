@@ -4,4 +4,7 @@
 mod common;
 mod connecting;
 mod contract;
+mod faults;
 mod foreign;
+mod lies;
+mod limits;

@@ -1,7 +1,9 @@
 //! What the tests of this crate share: pairs of server and client, and servers and clients that tonic generated from
 //! the same protocol files, which stand for everybody else's.
 
+pub(crate) mod raw;
 pub(crate) mod tonic_go;
+pub(crate) mod tonic_region;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -7,6 +7,7 @@ use r3map_grpc::Target;
 use tokio::net::TcpListener;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status, transport};
 
 use super::peer::go::backend_client::BackendClient;
@@ -20,26 +21,19 @@ struct Service(Arc<dyn Region>);
 
 /// Serves only the Go service on a port that the system chooses, until the runtime ends.
 pub(crate) async fn serve(region: Arc<dyn Region>) -> Target {
-    serve_with(BackendServer::new(Service(region)).max_decoding_message_size(MESSAGE)).await
+    serve_with(Routes::new(BackendServer::new(Service(region)).max_decoding_message_size(MESSAGE))).await
+}
+
+/// Serves gRPC without any service.
+pub(crate) async fn serve_nothing() -> Target {
+    serve_with(Routes::default()).await
 }
 
 /// Serves anything that tonic generated.
-pub(crate) async fn serve_with<S>(service: S) -> Target
-where
-    S: tonic::codegen::Service<
-            tonic::codegen::http::Request<tonic::body::Body>,
-            Response = tonic::codegen::http::Response<tonic::body::Body>,
-            Error = std::convert::Infallible,
-        > + tonic::server::NamedService
-        + Clone
-        + Send
-        + Sync
-        + 'static,
-    S::Future: Send,
-{
+pub(crate) async fn serve_with(routes: Routes) -> Target {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let target = listener.local_addr().unwrap().to_string().parse().unwrap();
-    let server = transport::Server::builder().add_service(service);
+    let server = transport::Server::builder().add_routes(routes);
     let incoming =
         TcpListenerStream::new(listener).map(|stream| stream.inspect(|stream| stream.set_nodelay(true).unwrap()));
     tokio::spawn(server.serve_with_incoming(incoming));

@@ -1,0 +1,207 @@
+//! Clients that ask for too much, for what cannot be, or for very much at once.
+
+use std::sync::Arc;
+
+use futures_util::future::{join_all, try_join_all};
+use r3map_core::{Backend, Operation};
+use r3map_grpc::ServerSettings;
+use r3map_local::{Memory, Null};
+use r3map_testkit::faults::{Faults, Pause, Rule};
+use r3map_testkit::{deadline, fill};
+use tonic::{Code, Status};
+
+use crate::common::peer::go::ReadAtArgs;
+use crate::common::peer::region::{DescribeRequest, Range, RangeRequest, ReadRequest, WriteRequest};
+use crate::common::{LIMIT, connect, lasting, serve, tonic_go, tonic_region};
+
+const SIZE: u64 = 300_000;
+
+fn memory() -> Arc<Memory> {
+    Arc::new(Memory::new(SIZE).unwrap())
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code) {
+    let status = result.expect_err("it is refused");
+    assert_eq!(status.code(), code, "{status}");
+}
+
+#[tokio::test]
+async fn somebody_elses_client_reads_and_writes() {
+    let memory = memory();
+    let (_server, target) = serve(memory.clone(), lasting()).await;
+    let mut client = tonic_region::connect(&target).await;
+    let description = client.describe(DescribeRequest::default()).await.unwrap().into_inner();
+    assert_eq!((description.major, description.size, description.chunk_size), (1, SIZE, 65536));
+    assert_eq!(description.instance.len(), 16);
+
+    let bytes = fill::bytes(70_000, 1000, 1);
+    let crc32c = crc32c::crc32c(&bytes);
+    let write = WriteRequest { offset: 70_000, crc32c, data: bytes.clone().into() };
+    let reply = client.write(write).await.unwrap().into_inner();
+    assert_eq!(reply.instance, description.instance);
+    let ranges = vec![Range { offset: 0, length: 65_536 }, Range { offset: 70_000, length: 1000 }];
+    let reply = client.read(ReadRequest { ranges }).await.unwrap().into_inner();
+    assert_eq!(reply.data, bytes, "and no byte for the zeros");
+    let runs: Vec<_> = reply.runs.iter().map(|run| (run.length, run.crc32c)).collect();
+    assert_eq!(runs, [(65_536, None), (1000, Some(crc32c))]);
+}
+
+#[tokio::test]
+async fn what_cannot_be_is_refused_before_anything_is_allocated_or_done() {
+    let memory = memory();
+    let settings = ServerSettings { max_request: 100_000, ..lasting() };
+    let (_server, target) = serve(memory.clone(), settings).await;
+    let mut client = tonic_region::connect(&target).await;
+    let read = |offset, length| ReadRequest { ranges: vec![Range { offset, length }] };
+    refused(client.read(read(0, 100_001)).await, Code::InvalidArgument);
+    refused(client.read(read(0, u64::MAX)).await, Code::InvalidArgument);
+    refused(client.read(read(u64::MAX, u64::MAX)).await, Code::InvalidArgument);
+    refused(client.read(read(SIZE, 1)).await, Code::InvalidArgument);
+    let ranges = vec![Range { offset: 0, length: 60_000 }; 2];
+    refused(client.read(ReadRequest { ranges }).await, Code::InvalidArgument);
+    let ranges = vec![Range { offset: 0, length: 1 }; 1025];
+    refused(client.read(ReadRequest { ranges }).await, Code::InvalidArgument);
+
+    let write = |len: usize, offset| {
+        let data = vec![1; len];
+        WriteRequest { offset, crc32c: crc32c::crc32c(&data), data: data.into() }
+    };
+    refused(client.write(write(100_001, 0)).await, Code::InvalidArgument);
+    refused(client.write(write(1 << 20, 0)).await, Code::InvalidArgument);
+    refused(client.write(write(2, SIZE - 1)).await, Code::InvalidArgument);
+    refused(client.write(write(1, u64::MAX)).await, Code::InvalidArgument);
+    refused(client.write(WriteRequest { crc32c: 1, ..write(1, 0) }).await, Code::DataLoss);
+    for (offset, length) in [(SIZE, 1), (0, u64::MAX), (u64::MAX, 2)] {
+        refused(client.trim(RangeRequest { offset, length }).await, Code::InvalidArgument);
+        refused(client.write_zeroes(RangeRequest { offset, length }).await, Code::InvalidArgument);
+        refused(client.extents(RangeRequest { offset, length }).await, Code::InvalidArgument);
+    }
+    let link = DescribeRequest { link: vec![0; 15].into(), ..DescribeRequest::default() };
+    refused(client.describe(link).await, Code::InvalidArgument);
+
+    let mut bytes = vec![1; 300_000];
+    memory.read_at(0, &mut bytes).await.unwrap();
+    assert!(r3map_core::is_zero(&bytes), "nothing was written");
+}
+
+#[tokio::test]
+async fn a_read_only_server_denies_changes_to_those_who_do_not_ask() {
+    let settings = ServerSettings { read_only: true, ..lasting() };
+    let (_server, target) = serve(memory(), settings).await;
+    let mut client = tonic_region::connect(&target).await;
+    let range = || RangeRequest { offset: 0, length: 1 };
+    let write = WriteRequest { offset: 0, crc32c: crc32c::crc32c(b"x"), data: b"x".as_ref().into() };
+    refused(client.write(write).await, Code::PermissionDenied);
+    refused(client.trim(range()).await, Code::PermissionDenied);
+    refused(client.write_zeroes(range()).await, Code::PermissionDenied);
+    let mut client = tonic_go::connect(&target).await;
+    let write = crate::common::peer::go::WriteAtArgs { off: 0, p: b"x".as_ref().into() };
+    refused(client.write_at(write).await, Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn more_calls_at_once_than_a_go_program_makes_are_all_answered() {
+    let faults = Faults::new(Arc::new(Memory::new(SIZE).unwrap()));
+    let (_server, target) = serve(faults.clone(), lasting()).await;
+    let client = tonic_go::connect(&target).await;
+    let pause = Pause::new();
+    faults.add(Rule::on(Operation::Read).hold(&pause));
+    let calls = (0..600).map(|call: i64| {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.read_at(ReadAtArgs { length: 100, off: call * 100 }).await })
+    });
+    let calls: Vec<_> = calls.collect();
+    deadline(LIMIT, "600 calls at once", faults.wait_in_flight(600)).await;
+    pause.release();
+    for call in join_all(calls).await {
+        assert_eq!(call.unwrap().unwrap().into_inner().p.len(), 100);
+    }
+}
+
+#[tokio::test]
+async fn memory_for_requests_is_bounded_and_everybody_gets_a_turn() {
+    let faults = Faults::new(Arc::new(Memory::new(64 << 20).unwrap()));
+    let settings = ServerSettings { max_request: 1 << 20, in_flight: 4 << 20, ..lasting() };
+    let (_server, target) = serve(faults.clone(), settings).await;
+    let client = connect(&target).await;
+    let client = &client;
+    let writes =
+        (0..64u64).map(|part| async move { client.write_at(part << 20, &fill::bytes(part << 20, 1 << 20, 3)).await });
+    deadline(LIMIT, "the writes", try_join_all(writes)).await.unwrap();
+    let reads = (0..64u64).map(|part| async move {
+        let mut buf = vec![0; 1 << 20];
+        client.read_at(part << 20, &mut buf).await?;
+        fill::check(&buf, part << 20, 3).unwrap();
+        Ok::<_, r3map_core::Error>(())
+    });
+    deadline(LIMIT, "the reads", try_join_all(reads)).await.unwrap();
+    assert!(faults.most_in_flight() <= 4, "{} requests of 1 MiB in 4 MiB", faults.most_in_flight());
+}
+
+#[tokio::test]
+async fn one_long_call_is_cut_and_several_parts_are_under_way() {
+    const LONG: usize = 20 << 20;
+    let faults = Faults::new(Arc::new(Memory::new(LONG as u64 + 1).unwrap()));
+    let (_server, target) = serve(faults.clone(), lasting()).await;
+    let client = connect(&target).await;
+    let bytes = fill::bytes(1, LONG, 5);
+    client.write_at(1, &bytes).await.unwrap();
+    let mut read = vec![0; LONG];
+    client.read_at(1, &mut read).await.unwrap();
+    assert!(read == bytes);
+    assert!((5..=6).contains(&faults.count(Operation::Write)), "{}", faults.count(Operation::Write));
+    assert!((5..=6).contains(&faults.count(Operation::Read)), "{}", faults.count(Operation::Read));
+}
+
+#[tokio::test]
+async fn zeros_cost_nothing() {
+    let (_server, target) = serve(Arc::new(Null::new(1 << 40).unwrap()), lasting()).await;
+    let client = connect(&target).await;
+    let mut zeros = 0;
+    let mut visit = |_: u64, piece: r3map_core::Piece<'_>| {
+        assert!(matches!(piece, r3map_core::Piece::Zeroes(_)));
+        zeros += piece.len();
+        Ok(())
+    };
+    client.capabilities().pieces.unwrap().read_pieces(12345, 1 << 30, &mut visit).await.unwrap();
+    assert_eq!(zeros, 1 << 30);
+}
+
+#[tokio::test]
+async fn what_is_no_grpc_is_refused_and_others_are_served_on() {
+    use tokio::io::AsyncWriteExt;
+    let (_server, target) = serve(memory(), lasting()).await;
+    let client = connect(&target).await;
+    let address = target.to_string();
+    for garbage in
+        [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0xff; 100_000], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff".to_vec()]
+    {
+        let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+        // It may be refused before it is all written.
+        let _ = stream.write_all(&garbage).await;
+    }
+    client.write_at(0, b"still here").await.unwrap();
+}
+
+#[tokio::test]
+async fn unknown_methods_and_malformed_requests_are_refused() {
+    use crate::common::raw;
+    let (_server, target) = serve(memory(), lasting()).await;
+    for (path, body, code) in [
+        ("/r3map.region.v1.Region/Nothing", &[0, 0, 0, 0, 0][..], "12"),
+        ("/r3map.region.v1.Region/Read", &[0, 0, 0, 0, 2, 0x0a, 9], "3"),
+        ("/r3map.region.v1.Region/Read", &[], "3"),
+        ("/r3map.region.v1.Region/Read", &[1, 0, 0, 0, 0], "3"),
+        ("/r3map.region.v1.Region/Read", &[0, 0, 0, 0, 9], "3"),
+        ("/r3map.region.v1.Region/Read", &[0, 0, 0, 0, 0, 0], "3"),
+        ("/r3map.region.v1.Region/Read", &[0, 0xff, 0xff, 0xff, 0xff], "3"),
+        ("/r3map.region.v1.Region/Write", &[0, 0xff, 0xff, 0xff, 0xff], "3"),
+        ("/r3map.region.v1.Region/Write", &[0, 0, 0, 0, 2, 0x1a, 9], "3"),
+        ("/r3map.region.v1.Region/Write", &[0, 0, 0, 0, 1, 0x1b], "3"),
+    ] {
+        let (status, code_now) = raw::call(&target, path, "application/grpc", body).await;
+        assert_eq!((status, code_now.as_deref()), (200, Some(code)), "{path} {body:?}");
+    }
+    let (status, _) = raw::call(&target, "/r3map.region.v1.Region/Read", "text/html", &[]).await;
+    assert_eq!(status, 415);
+}
