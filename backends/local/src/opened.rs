@@ -99,6 +99,14 @@ impl Opened {
     }
 }
 
+impl Drop for Opened {
+    fn drop(&mut self) {
+        // Closing is not enough where somebody has a copy of the descriptor: a process that this one has forked, until it
+        // runs another program.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
+}
+
 /// What the system said about the file at `path`, in one line.
 pub(crate) fn fault(operation: Operation, path: &Path, what: &str, error: io::Error) -> Error {
     let what = match error.kind() {
@@ -128,4 +136,20 @@ pub(crate) fn parent(path: &Path) -> &Path {
 /// Makes names in a directory durable.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     fs::File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lock_goes_even_if_a_copy_of_the_descriptor_stays() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let opened = Opened::existing(file.path(), false).unwrap();
+        let copy = opened.file.try_clone().unwrap();
+        assert_eq!(Opened::existing(file.path(), true).unwrap_err().kind(), ErrorKind::Conflict);
+        drop(opened);
+        Opened::existing(file.path(), false).unwrap();
+        drop(copy);
+    }
 }

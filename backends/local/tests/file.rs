@@ -5,13 +5,12 @@ mod common;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use common::{SmallDisk, assert_says, fresh};
+use common::{SmallDisk, assert_says, fresh, run};
 use r3map_core::{Backend, Error, ErrorKind, ExtentKind, is_zero};
 use r3map_local::{File, FileSettings, Stored};
 use r3map_testkit::{conformance, crash, fill, model, skip};
@@ -145,7 +144,7 @@ fn what_cannot_be_opened_is_refused_in_one_line() {
     assert_eq!(fs::read(&path).unwrap(), b"12345");
 
     let fifo = fresh(&dir);
-    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    run("mkfifo", &[fifo.as_os_str()]).unwrap();
     assert_says(open(&fifo), ErrorKind::InvalidInput, "is no file and no block device");
     assert_says(read_only(Path::new("/dev/null")), ErrorKind::InvalidInput, "is no file and no block device");
     assert_says(read_only(Path::new("/proc/self/status")), ErrorKind::InvalidInput, "is empty");
@@ -157,8 +156,8 @@ fn permissions_are_respected() {
     let path = fresh(&dir);
     fs::write(&path, "12345").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
-    let immutable = |sign: &str| Command::new("chattr").arg(sign).arg(&path).output();
-    if fs::read(&path).is_ok() && !immutable("+i").is_ok_and(|output| output.status.success()) {
+    let immutable = |sign: &str| run("chattr", &[sign.as_ref(), path.as_os_str()]);
+    if fs::read(&path).is_ok() && immutable("+i").is_none() {
         return r3map_testkit::skip_allowed("root may open everything here");
     }
     let result = open(&path);
@@ -267,7 +266,15 @@ fn what_is_in_memory_is_read_without_waiting_for_the_disk() {
 
 #[tokio::test]
 async fn a_full_disk_is_exhausted_and_changes_nothing_else() {
-    let Some(disk) = SmallDisk::new(4) else { return skip("a tmpfs cannot be mounted (are you root?)") };
+    for disk in [SmallDisk::new(4), SmallDisk::ext4(8)] {
+        match disk {
+            Some(disk) => fill_up(&disk).await,
+            None => skip("a small file system cannot be mounted (are you root?)"),
+        }
+    }
+}
+
+async fn fill_up(disk: &SmallDisk) {
     let file = File::create(disk.path().join("region"), 16 << 20).unwrap();
     file.write_at(0, &fill::bytes(0, 1 << 20, 1)).await.unwrap();
     let too_much = fill::bytes(1 << 20, 8 << 20, 1);
@@ -312,14 +319,13 @@ struct LoopDevice(PathBuf);
 
 impl LoopDevice {
     fn new(backing: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(backing).output().ok()?;
-        output.status.success().then(|| Self(String::from_utf8(output.stdout).unwrap().trim().into()))
+        run("losetup", &["-f".as_ref(), "--show".as_ref(), backing.as_os_str()]).map(|device| Self(device.into()))
     }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+        let _ = run("losetup", &["-d".as_ref(), self.0.as_os_str()]);
     }
 }
 

@@ -1,6 +1,7 @@
 //! What several of the tests here need.
 #![allow(dead_code, reason = "each test uses some of it")]
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,6 +28,12 @@ pub(crate) fn assert_says<T: std::fmt::Debug>(result: Result<T, Error>, kind: Er
     assert!(text.contains(words) && !text.contains('\n'), "{text}");
 }
 
+/// What a command prints, if it succeeds. It does not take long, whatever the machine is doing otherwise.
+pub(crate) fn run(command: &str, arguments: &[&OsStr]) -> Option<String> {
+    let output = Command::new("timeout").args(["--kill-after=5", "20", command]).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
 /// A file system of its own of a few megabytes.
 pub(crate) struct SmallDisk(TempDir);
 
@@ -35,8 +42,20 @@ impl SmallDisk {
     pub(crate) fn new(megabytes: u32) -> Option<Self> {
         let dir = TempDir::new().unwrap();
         let size = format!("size={megabytes}m");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).output();
-        mounted.is_ok_and(|output| output.status.success()).then_some(Self(dir))
+        let options = ["-t", "tmpfs", "-o", &size, "tmpfs"].map(OsStr::new);
+        run("mount", &[&options[..], &[dir.path().as_os_str()]].concat())?;
+        Some(Self(dir))
+    }
+
+    /// The same with ext4, which finds room for what was written only later.
+    pub(crate) fn ext4(megabytes: u64) -> Option<Self> {
+        let dir = TempDir::new().unwrap();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(megabytes << 20).unwrap();
+        let (image, mount_point) = (image.path().as_os_str(), dir.path().as_os_str());
+        run("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), image])?;
+        run("mount", &["-o".as_ref(), "loop".as_ref(), image, mount_point])?;
+        Some(Self(dir))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -46,6 +65,6 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+        let _ = run("umount", &["-l".as_ref(), self.path().as_os_str()]);
     }
 }
