@@ -116,6 +116,9 @@ fn wait(child: &mut Child) -> Result<bool> {
 fn read(output: impl BufRead) -> Counts {
     let mut counts = Counts::default();
     for line in output.lines().map_while(Result::ok) {
+        if line.trim_start().starts_with("skipped: ") {
+            counts.ignored += 1;
+        }
         if let Some(result) = line.strip_prefix("test result: ") {
             let number = |what: &str| {
                 let before = result.split(what).next().unwrap_or("");

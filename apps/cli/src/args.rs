@@ -51,9 +51,10 @@ Examples:
   r3map serve memory: --size 1GiB --listen grpc://[::1]:0")]
 pub(crate) struct Serve {
     /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337.
+    #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
     /// Where to listen: grpc://ADDRESS:PORT or grpc+unix://PATH; may be given several times.
-    #[arg(long, required = true, value_name = "URI")]
+    #[arg(long, required = true, value_name = "URI", value_parser = parse_uri)]
     pub(crate) listen: Vec<Uri>,
     /// Refuse writes.
     #[arg(long)]
@@ -91,6 +92,7 @@ Examples:
   r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only")]
 pub(crate) struct Mount {
     /// The region, e.g. grpc://host:1337.
+    #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
     /// The file to show it as: one that does not exist yet, or an empty one.
     #[arg(value_hint = ValueHint::FilePath)]
@@ -122,6 +124,9 @@ pub(crate) struct Mount {
     /// How long to keep trying a remote that does not answer before readers get an error: a time, or `forever`.
     #[arg(long, default_value = "60s", value_name = "TIME|forever")]
     pub(crate) retry: Patience,
+    /// How long one request may take, its transfer included; give more on a slow link.
+    #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) attempt_timeout: Duration,
     /// Open files without the kernel's cache.
     #[arg(long)]
     pub(crate) direct_io: bool,
@@ -147,6 +152,7 @@ Examples:
   r3map --json info file:/data/disk.img")]
 pub(crate) struct Info {
     /// The region.
+    #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
     /// The region's size, where the resource does not know it.
     #[arg(long, value_parser = parse_size)]
@@ -166,8 +172,10 @@ Examples:
   r3map copy --skip-same file:./disk.img grpc://host:1337      go on after an interruption")]
 pub(crate) struct Copy {
     /// Where the bytes are.
+    #[arg(value_parser = parse_uri)]
     pub(crate) source: Uri,
     /// Where they go.
+    #[arg(value_parser = parse_uri)]
     pub(crate) destination: Uri,
     /// Read the destination too and write only what differs.
     #[arg(long)]
@@ -178,6 +186,9 @@ pub(crate) struct Copy {
     /// The chunk size of a directory that is created.
     #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
     pub(crate) chunk_size: Option<ChunkSize>,
+    /// How long to keep trying a side that does not answer: a time, or `forever`.
+    #[arg(long, default_value = "60s", value_name = "TIME|forever")]
+    pub(crate) retry: Patience,
     /// Requests in flight.
     #[arg(long, default_value = "16")]
     pub(crate) in_flight: NonZeroU32,
@@ -293,12 +304,26 @@ pub(crate) enum Patience {
     For(Duration),
 }
 
+impl Patience {
+    /// The time, if there is one.
+    pub(crate) fn limit(self) -> Option<Duration> {
+        match self {
+            Self::Forever => None,
+            Self::For(limit) => Some(limit),
+        }
+    }
+}
+
 impl FromStr for Patience {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text == "forever" { Ok(Self::Forever) } else { parse_duration(text).map(Self::For) }
     }
+}
+
+fn parse_uri(text: &str) -> Result<Uri, String> {
+    text.parse().map_err(|error: r3map::Error| error.message().to_owned())
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use anyhow::{Result, bail};
-use r3map::{CopySettings, OpenOptions, Registry, size};
+use r3map::{CopySettings, OpenOptions, Registry, RetrySettings, size};
 use serde_json::json;
 
 use crate::args;
@@ -12,7 +12,7 @@ use crate::signals::Signals;
 
 pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
-    let options = OpenOptions { size: args.size, chunk_size: args.chunk_size, read_only: true, create: false };
+    let options = OpenOptions { size: args.size, chunk_size: None, read_only: true, create: false };
     let source = registry.open(&args.source, &options).await?;
     let options =
         OpenOptions { size: Some(source.size()), chunk_size: args.chunk_size, read_only: false, create: true };

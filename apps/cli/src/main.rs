@@ -22,7 +22,10 @@ use crate::args::{Cli, Command};
 use crate::output::Output;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&error),
+    };
     let output = Output::new(cli.json);
     start_log();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -42,6 +45,22 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Help and versions as they are; whatever is wrong with the command line as one line.
+fn misused(error: &clap::Error) -> ExitCode {
+    const MISUSED: u8 = 2;
+    use clap::error::ErrorKind::{DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion};
+    if matches!(error.kind(), DisplayHelp | DisplayHelpOnMissingArgumentOrSubcommand | DisplayVersion) {
+        error.exit();
+    }
+    let text = error.to_string();
+    let telling = text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let words: Vec<_> = telling.flat_map(str::split_whitespace).collect();
+    let line = words.join(" ");
+    let json = std::env::args_os().any(|argument| argument == "--json");
+    Output::new(json).note("error", &format!("{}; try --help", line.trim_start_matches("error: ")));
+    ExitCode::from(MISUSED)
 }
 
 async fn run(command: Command, output: Output) -> Result<()> {

@@ -12,13 +12,15 @@ use r3map::{
 };
 use serde_json::json;
 
-use crate::args::{self, Cache, Fsync, Mode, Patience};
+use crate::args::{self, Cache, Fsync, Mode};
 use crate::order;
 use crate::output::{Bar, Output};
 use crate::signals::Signals;
 
 /// How often the bars move and the remote is looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// How long giving up may take.
+const GIVE_UP_LIMIT: Duration = Duration::from_secs(3);
 
 pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
@@ -35,7 +37,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
         &human,
         json!({
             "region": args.uri.to_string(),
-            "path": mount.path(),
+            "path": path.to_string(),
             "size": region.size(),
             "mode": mode,
             "read_only": region.is_read_only(),
@@ -94,10 +96,8 @@ fn settings(args: &args::Mount) -> Result<Settings> {
         chunk_size: args.chunk_size,
         read_only: args.read_only,
         retry: RetrySettings {
-            limit: match args.retry {
-                Patience::Forever => None,
-                Patience::For(limit) => Some(limit),
-            },
+            limit: args.retry.limit(),
+            attempt_timeout: args.attempt_timeout,
             ..RetrySettings::default()
         },
         cache: match &args.cache {
@@ -194,12 +194,12 @@ async fn drain(mount: &PathMount, signals: &mut Signals, output: Output) -> Resu
     let mut busy = false;
     loop {
         tokio::select! {
-            closed = close(mount, &mut busy, output) => {
-                closed?;
-                break;
-            }
+            closed = close(mount, &mut busy, output) => match closed {
+                Ok(()) => break,
+                Err(error) => return give_up(mount, &format!(": {error}")).await,
+            },
             () = show_left(mount, bar.as_ref()) => {}
-            () = signals.next() => return give_up(mount).await,
+            () = signals.next() => return give_up(mount, "").await,
         }
     }
     if let Some((bar, _)) = bar {
@@ -210,17 +210,17 @@ async fn drain(mount: &PathMount, signals: &mut Signals, output: Output) -> Resu
 }
 
 /// Closes, and waits for those who still use the file.
-async fn close(mount: &PathMount, busy: &mut bool, output: Output) -> Result<()> {
+async fn close(mount: &PathMount, busy: &mut bool, output: Output) -> r3map::Result<()> {
     loop {
         match mount.close().await {
-            Err(error) if error.kind() == r3map::ErrorKind::Conflict => {
+            Err(error) if PathMount::is_busy(&error) => {
                 if !*busy {
                     output.note("busy", &format!("{error}; waiting until it is closed, Ctrl-C gives up"));
                     *busy = true;
                 }
                 tokio::time::sleep(TICK).await;
             }
-            closed => return Ok(closed?),
+            closed => return closed,
         }
     }
 }
@@ -235,8 +235,9 @@ async fn show_left(mount: &PathMount, bar: Option<&(Bar, u64)>) {
     }
 }
 
-async fn give_up(mount: &PathMount) -> Result<()> {
+async fn give_up(mount: &PathMount, why: &str) -> Result<()> {
     let left = mount.region().progress().map_or(0, |progress| progress.borrow().dirty_bytes);
-    mount.abandon().await;
-    bail!("gave up with {} ({left} bytes) of changes not pushed", size::format(left))
+    // A remote that is gone must not keep the process; what is left of the mount the next one takes over.
+    let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;
+    bail!("gave up with {} ({left} bytes) of changes not pushed{why}", size::format(left))
 }

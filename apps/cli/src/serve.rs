@@ -26,10 +26,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Serve, output: Output) 
             args::Chunking::Client => Chunking::Client,
         },
     };
-    let mut listeners = Vec::new();
-    for uri in &args.listen {
-        listeners.push(registry.listen(uri, backend.clone(), &listen).await?);
-    }
+    let listeners = registry.listen(&args.listen, backend.clone(), &listen).await?;
     let size = backend.size();
     for listener in &listeners {
         let uri = listener.uri();
@@ -39,10 +36,12 @@ pub(crate) async fn run(registry: &Registry, args: args::Serve, output: Output) 
     signals.next().await;
     output.note("stopping", "finishing what is in flight; Ctrl-C again gives up");
     let shutdown = async {
+        let mut done = Ok(());
         for listener in listeners {
-            listener.shutdown().await?;
+            done = done.and(listener.shutdown().await);
         }
-        backend.flush().await
+        // Also when requests had to be given up: what was acknowledged is flushed.
+        backend.flush().await.and(done)
     };
     tokio::select! {
         done = shutdown => done?,

@@ -75,6 +75,9 @@ pub struct Capabilities<'a> {
     pub max_request: Option<u64>,
     /// The chunk size that suits it best, where it has one (a remote that was configured with it, a chunk store).
     pub preferred_chunk: Option<ChunkSize>,
+    /// What stays the same for as long as the region's bytes live, and differs for every other region, where that is
+    /// known: a copy that outlives its user is of the same region only if this is the same.
+    pub identity: Option<&'a [u8]>,
     /// Lends its bytes instead of copying them, and knows which are zeros.
     pub pieces: Option<&'a dyn ReadPieces>,
     /// Several reads in one round trip.

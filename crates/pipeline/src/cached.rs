@@ -358,7 +358,6 @@ impl Inner {
             return Ok(());
         }
         self.check_serving(Operation::Close)?;
-        self.stop_pulling.cancel();
         if let (Some(hook), false) = (&self.parts.hooks.on_before_close, closing.hook_called) {
             hook().await?;
             closing.hook_called = true;
@@ -366,6 +365,7 @@ impl Inner {
         if !self.read_only {
             self.before_flush().await?;
         }
+        self.stop_pulling.cancel();
         self.set_phase(Phase::Closing);
         self.writers_gone().await;
         self.drain().await?;

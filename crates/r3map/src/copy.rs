@@ -6,22 +6,29 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use r3map_core::{Access, Backend, Error, ErrorKind, Extent, ExtentKind, Operation, Result, is_zero};
-use r3map_pipeline::Aligned;
+use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Extent, ExtentKind, Operation, Result, is_zero};
+use r3map_pipeline::{Aligned, Retry, RetrySettings};
 
 /// How a copy is made.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct CopySettings {
     /// Read the destination too and write only what differs: costs a read of the destination, and lets a copy that was
     /// stopped go on. Off by default.
     pub skip_same: bool,
-    /// Requests in flight; 16 by default. Each holds one buffer (two with `skip_same`) of up to 1 MiB.
+    /// Requests in flight; 16 by default. Each holds one buffer (two with `skip_same`) of 1 MiB, or of a chunk where that is
+    /// longer.
     pub in_flight: NonZeroUsize,
+    /// How long to keep trying a side that does not answer.
+    pub retry: RetrySettings,
 }
 
 impl Default for CopySettings {
     fn default() -> Self {
-        Self { skip_same: false, in_flight: NonZeroUsize::new(16).expect("16 is not zero") }
+        Self {
+            skip_same: false,
+            in_flight: NonZeroUsize::new(16).expect("16 is not zero"),
+            retry: RetrySettings::default(),
+        }
     }
 }
 
@@ -40,7 +47,7 @@ pub struct CopyProgress {
     pub zeroes: u64,
 }
 
-/// The longest request of a copy in bytes.
+/// The length of a request in bytes, where chunks are not longer.
 const STEP: u64 = 1 << 20;
 
 /// Copies all of `source` onto `destination`, which must have the same size, and flushes it. `progress` is called after
@@ -58,7 +65,8 @@ pub async fn copy(
         let message = format!("the source has {} bytes, the destination {}", source.size(), destination.size());
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Write, message));
     }
-    let copy = Copy { source: any_access(source)?, destination: any_access(destination)?, settings };
+    let patient = |side| any_access(Arc::new(Retry::new(side, settings.retry.clone())?));
+    let copy = Copy { source: patient(source)?, destination: patient(destination)?, settings };
     let mut done = CopyProgress { size: copy.source.size(), ..CopyProgress::default() };
     let mut running = FuturesUnordered::new();
     let mut at = 0;
@@ -138,11 +146,16 @@ impl Copy {
                 1 << 30
             }
             _ => {
-                let limit = |backend: &Arc<dyn Backend>| backend.capabilities().max_request.unwrap_or(STEP);
-                STEP.min(limit(&self.source)).min(limit(&self.destination)).max(1)
+                let limit = |backend: &Arc<dyn Backend>| backend.capabilities().max_request.unwrap_or(u64::MAX);
+                let chunk = |backend: &Arc<dyn Backend>| {
+                    backend.capabilities().preferred_chunk.map_or(STEP, ChunkSize::bytes).max(STEP)
+                };
+                let whole = chunk(&self.source).max(chunk(&self.destination));
+                whole.min(limit(&self.source)).min(limit(&self.destination)).max(1)
             }
         };
-        extent.range.end.min(start + step)
+        // Up to a border of the step, so that pieces of one chunk do not wait for one another.
+        extent.range.end.min((start / step + 1) * step)
     }
 
     async fn step(&self, range: Range<u64>, kind: ExtentKind) -> Result<Step> {

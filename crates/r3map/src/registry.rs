@@ -131,10 +131,10 @@ pub trait Listener: Send + Sync {
     /// Where it can be reached, as a name that a client can use; port 0 has become a real one.
     fn uri(&self) -> String;
 
-    /// Takes no new requests, finishes those in flight (with a time limit), flushes, and ends.
+    /// Takes no new requests, finishes those in flight (with a time limit), and ends. It does not flush the backend.
     ///
     /// # Errors
-    /// When something that was acknowledged could not be flushed.
+    /// When requests had to be given up.
     async fn shutdown(self: Box<Self>) -> Result<()>;
 }
 
@@ -193,11 +193,26 @@ impl Registry {
         crate::engine::run(async move { open.open(&uri, &options).await }).await
     }
 
-    /// Serves `backend` at `uri`, on the [engine](crate::engine).
+    /// Serves `backend` at each of `uris`, on the [engine](crate::engine), in that order. One backend has one call of
+    /// this: requests are cut into chunks in one place for all of them.
     ///
     /// # Errors
-    /// `InvalidInput` for a scheme that cannot be served on; otherwise what the scheme says.
+    /// `InvalidInput` for a scheme that cannot be served on; otherwise what the scheme says. Nothing is served then.
     pub async fn listen(
+        &self,
+        uris: &[Uri],
+        backend: Arc<dyn Backend>,
+        options: &ListenOptions,
+    ) -> Result<Vec<Box<dyn Listener>>> {
+        let backend = chunked(backend, options)?;
+        let mut listeners = Vec::new();
+        for uri in uris {
+            listeners.push(self.listen_at(uri, backend.clone(), options).await?);
+        }
+        Ok(listeners)
+    }
+
+    async fn listen_at(
         &self,
         uri: &Uri,
         backend: Arc<dyn Backend>,
@@ -207,7 +222,6 @@ impl Registry {
             let known: Vec<_> = self.families().filter(|f| f.listen.is_some()).map(|f| f.example).collect();
             uri.invalid(&format!("cannot listen there; it takes: {}", known.join(", ")))
         })?;
-        let backend = chunked(backend, options)?;
         let (uri, options) = (uri.clone(), options.clone());
         crate::engine::run(async move { listen.listen(&uri, backend, &options).await }).await
     }

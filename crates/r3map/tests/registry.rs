@@ -58,10 +58,11 @@ async fn listens_where_it_can_and_says_where_it_cannot() {
     let registry = Registry::standard();
     let memory = open("memory:?size=1MiB", OpenOptions::default()).await.unwrap();
     let options = ListenOptions::default();
-    let error = registry.listen(&"file:/x".parse().unwrap(), memory.clone(), &options).await.err().unwrap();
+    let error = registry.listen(&["file:/x".parse().unwrap()], memory.clone(), &options).await.err().unwrap();
     assert!(error.to_string().contains("cannot listen there; it takes: grpc"), "{error}");
 
-    let listener = registry.listen(&"grpc://127.0.0.1:0".parse().unwrap(), memory.clone(), &options).await.unwrap();
+    let any = ["grpc://127.0.0.1:0".parse().unwrap()];
+    let listener = registry.listen(&any, memory.clone(), &options).await.unwrap().pop().unwrap();
     let remote = open(&listener.uri(), OpenOptions::default()).await.unwrap();
     remote.write_at(5, b"hello").await.unwrap();
     let mut bytes = [0; 5];
@@ -80,8 +81,8 @@ async fn requests_are_cut_into_chunks_by_the_server_or_by_clients() {
     for chunking in [Chunking::Server, Chunking::Client] {
         let options = ListenOptions { chunking, ..ListenOptions::default() };
         let registry = Registry::standard();
-        let any = "grpc://127.0.0.1:0".parse().unwrap();
-        let listener = registry.listen(&any, directory.clone(), &options).await.unwrap();
+        let any = ["grpc://127.0.0.1:0".parse().unwrap()];
+        let listener = registry.listen(&any, directory.clone(), &options).await.unwrap().pop().unwrap();
         let remote = open(&listener.uri(), OpenOptions::default()).await.unwrap();
         let part = remote.write_at(70_000, b"part of a chunk").await;
         match chunking {

@@ -20,6 +20,8 @@ use crate::output::Output;
 /// The size of the file that is generated, in bytes.
 const GENERATED: u64 = 256 << 20;
 const STEP: usize = 1 << 20;
+/// How long the server may take to start.
+const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// A write that the demo made: these bytes at this offset.
 pub(super) struct Written {
@@ -54,7 +56,9 @@ impl Scene {
             Some(file) => copy_file(file, &served)?,
             None => generate(&served, output)?,
         };
-        let (server, address) = serve(&served)?;
+        let serve = tokio::task::spawn_blocking(move || serve(&served));
+        let (server, address) =
+            tokio::time::timeout(START_LIMIT, serve).await.context("the server did not start in time")???;
         let proxy = DelayProxy::tcp(address, rtt).context("cannot start the delay proxy")?;
         Ok(Self { server, proxy, original: original.map(Path::to_owned), folder, size, rtt })
     }

@@ -160,8 +160,11 @@ impl Inner {
     }
 
     fn pull_plan_demanded(&self, chunks: &Range<u64>) {
-        if self.settings.pull.workers != Workers::Off {
-            self.pull_plan().demanded(chunks);
+        // A hint for the background, which a demand never waits for: not even while the plan sorts by a priority.
+        if self.settings.pull.workers != Workers::Off
+            && let Ok(mut plan) = self.pull_plan.try_lock()
+        {
+            plan.demanded(chunks);
         }
     }
 

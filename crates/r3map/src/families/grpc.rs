@@ -40,7 +40,7 @@ impl Open for Grpc {
         let client = Client::connect(target(uri)?, ClientSettings { go, ..ClientSettings::default() }).await?;
         match size {
             Some(size) if size != client.size() => {
-                Err(uri.invalid(&format!("it has {} bytes, not {size}; leave out the size", client.size())))
+                Err(uri.invalid(&format!("it has {} bytes, not {size}", client.size())))
             }
             _ => Ok(Arc::new(client)),
         }

@@ -20,7 +20,7 @@ impl Mount {
     pub async fn path(self, path: impl AsRef<Path>) -> Result<PathMount> {
         let path = path.as_ref().to_owned();
         crate::engine::run(async move {
-            let settings = file_settings(&self.settings);
+            let settings = file_settings(&self.settings, self.managed);
             let region = region::build(self).await?;
             let shown = match Fuse::open(region.backend(), &path, settings).await {
                 Ok(shown) => shown,
@@ -37,7 +37,7 @@ impl Mount {
     /// As [`Self::path`].
     pub async fn file(self) -> Result<FileMount> {
         crate::engine::run(async move {
-            let settings = file_settings(&self.settings);
+            let settings = file_settings(&self.settings, self.managed);
             let region = region::build(self).await?;
             let opened = match OpenedFile::open(region.backend(), settings).await {
                 Ok(opened) => opened,
@@ -57,13 +57,19 @@ impl Region {
     }
 }
 
-fn file_settings(settings: &Settings) -> FileSettings {
+fn file_settings(settings: &Settings, managed: bool) -> FileSettings {
     let default = FileSettings::default();
+    let caching = match (settings.file.direct_io, managed) {
+        (true, _) => Caching::Never,
+        (false, true) => Caching::Keep,
+        // Others may change the remote: whoever opens the file sees what they have written.
+        (false, false) => Caching::UntilOpened,
+    };
     FileSettings {
         source: settings.file.source.clone().unwrap_or(default.source),
         read_only: settings.read_only,
         allow_other: settings.file.allow_other,
-        caching: if settings.file.direct_io { Caching::Never } else { Caching::Keep },
+        caching,
         ..default
     }
 }
@@ -111,16 +117,23 @@ impl PathMount {
         self.shown.unmounted().await;
     }
 
-    /// Unmounts, stores everything, and ends the mount. Can be called again after an error.
+    /// Unmounts, stores everything, and ends the mount. Can be called again after an error; what is still mounted then
+    /// is unmounted by [`abandon`](Self::abandon), or when this is dropped.
     ///
     /// # Errors
-    /// `Conflict` while the file is in use; what could not be stored.
+    /// One that [`is_busy`](Self::is_busy) while the file is in use; what could not be stored.
     pub async fn close(&self) -> Result<()> {
-        // A flush that fails here is tried again, and told of, by the region.
-        match self.shown.unmount().await {
-            Err(error) if error.kind() == ErrorKind::Conflict => Err(error),
-            _ => self.region.close().await,
-        }
+        // What the kernel holds of mappings is told of once if it could not be handed over, and never by the region.
+        self.shown.unmount().await?;
+        self.region.close().await
+    }
+
+    /// Whether an error of [`close`](Self::close) says that the file is in use, or was written to meanwhile: it is worth
+    /// to call it again.
+    #[must_use]
+    pub fn is_busy(error: &Error) -> bool {
+        // A remote that has become another one is a conflict too, but in a write or a flush.
+        error.kind() == ErrorKind::Conflict && error.operation() == Operation::Close
     }
 
     /// Unmounts whoever still uses the file, and ends the mount without storing anything more.
@@ -173,9 +186,8 @@ impl FileMount {
     /// What could not be stored.
     pub async fn close(self) -> Result<()> {
         let Self { opened, region } = self;
-        // A flush that fails here is tried again, and told of, by the region.
-        let _ = opened.close().await;
-        region.close().await
+        let handed_over = opened.close().await;
+        region.close().await.and(handed_over)
     }
 
     /// Closes the file and ends the mount without storing anything more.

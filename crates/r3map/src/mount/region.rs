@@ -19,6 +19,7 @@ pub struct Region {
     backend: Arc<dyn Backend>,
     copy: Copy,
     retry: Arc<Retry>,
+    read_only: bool,
 }
 
 /// The local copy, whose progress is the mount's.
@@ -40,8 +41,9 @@ impl fmt::Debug for Region {
 }
 
 impl Region {
-    pub(super) fn new(backend: Arc<dyn Backend>, copy: Copy, retry: Arc<Retry>) -> Self {
-        Self { backend, copy, retry }
+    pub(super) fn new(backend: Arc<dyn Backend>, copy: Copy, retry: Arc<Retry>, read_only: bool) -> Self {
+        let read_only = read_only || retry.capabilities().read_only;
+        Self { backend, copy, retry, read_only }
     }
 
     /// The region's size in bytes.
@@ -53,7 +55,7 @@ impl Region {
     /// Whether nothing can be written.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
-        self.backend.capabilities().read_only
+        self.read_only
     }
 
     /// How far the local copy is, now and as it changes; nothing for a direct mount of a file, which has none.
@@ -95,7 +97,10 @@ impl Region {
     /// Stores everything and ends the region.
     pub(super) async fn close(&self) -> Result<()> {
         match self.copy.clone() {
-            Copy::None => self.backend.flush().await,
+            Copy::None => {
+                let backend = self.backend.clone();
+                crate::engine::run(async move { backend.flush().await }).await
+            }
             Copy::Below(cached) => crate::engine::run(async move { cached.close().await }).await,
             #[cfg(feature = "slice")]
             Copy::Slice(_) => Ok(()),
@@ -119,27 +124,26 @@ pub(super) fn patient(mount: &Mount) -> Result<Arc<Retry>> {
 pub(super) async fn build(mount: Mount) -> Result<Region> {
     let retry = patient(&mount)?;
     if mount.managed {
-        let cached = cached(&mount, retry.clone()).await?;
+        let cached = cached(&mount, retry.clone(), parts(&mount)).await?;
         if mount.settings.pull_first {
             cached.pulled().await?;
         }
-        return Ok(Region::new(cached.clone(), Copy::Below(cached), retry));
+        return Ok(Region::new(cached.clone(), Copy::Below(cached), retry, mount.settings.read_only));
     }
     let backend: Arc<dyn Backend> = match retry.capabilities().access {
         Access::Any => retry.clone(),
         Access::WholeChunks(_) => Arc::new(Aligned::new(retry.clone())?),
     };
-    Ok(Region::new(backend, Copy::None, retry))
+    Ok(Region::new(backend, Copy::None, retry, mount.settings.read_only))
 }
 
 /// A local copy in memory or in a file, in front of `remote`.
-pub(super) async fn cached(mount: &Mount, remote: Arc<Retry>) -> Result<Arc<Cached>> {
+pub(super) async fn cached(mount: &Mount, remote: Arc<Retry>, parts: CachedParts) -> Result<Arc<Cached>> {
     let geometry = Geometry::new(remote.size(), chunk_size(mount, &*remote)?)?;
     let (local, record): (Arc<dyn Local>, Option<Arc<dyn StateRecord>>) = match &mount.settings.cache {
         Cache::Memory => (Arc::new(Stored::memory(Arc::new(Memory::new(geometry.size())?))), None),
         Cache::File(path) => {
-            let identity = mount.identity.as_deref().unwrap_or_default();
-            let file = Arc::new(CacheFile::open(path, identity, geometry)?);
+            let file = Arc::new(CacheFile::open(path, &identity(mount)?, geometry)?);
             (file.clone(), Some(file))
         }
     };
@@ -147,8 +151,20 @@ pub(super) async fn cached(mount: &Mount, remote: Arc<Retry>) -> Result<Arc<Cach
         let message = "a flush can only be local with a cache file; choose one, or let it wait for the remote";
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
     }
-    let parts = CachedParts { record, ..parts(mount) };
+    let parts = CachedParts { record, ..parts };
     Cached::open(local, remote, cached_settings(mount, geometry.chunk_size()), parts).await
+}
+
+/// Whose bytes a cache file holds: the region's name, and what the remote itself says that it is. The same name may
+/// stand for another region later (another file behind the same address).
+fn identity(mount: &Mount) -> Result<String> {
+    let told = mount.remote.capabilities().identity.map(|id| id.iter().map(|byte| format!("{byte:02x}")).collect());
+    let parts: Vec<String> = mount.identity.clone().into_iter().chain(told).collect();
+    if parts.is_empty() {
+        let message = "a cache file must know whose bytes it holds; give the region a name with `identity`";
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+    }
+    Ok(parts.join(" "))
 }
 
 /// The settings of a local copy in chunks of `chunk_size`.

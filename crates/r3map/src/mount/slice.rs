@@ -28,7 +28,12 @@ async fn open(mount: Mount) -> Result<SliceMount> {
     let pull_first = mount.managed && mount.settings.pull_first;
     // With a cache file the slice is a second copy, of what it touches, in front of the first.
     let below = match (&mount.settings.cache, mount.managed) {
-        (Cache::File(_), true) => Some(region::cached(&mount, retry.clone()).await?),
+        (Cache::File(_), true) => {
+            // What the slice's own hooks write must be found in the slice first; so the lower copy has none of them.
+            let hooks = Hooks { on_before_flush: None, on_before_close: None, ..mount.hooks.clone() };
+            let parts = CachedParts { hooks, ..region::parts(&mount) };
+            Some(region::cached(&mount, retry.clone(), parts).await?)
+        }
         _ => None,
     };
     let remote: Arc<dyn Backend> = match &below {
@@ -53,7 +58,7 @@ async fn open(mount: Mount) -> Result<SliceMount> {
         Some(cached) => Copy::Below(cached),
         None => Copy::Slice(slice.handle()),
     };
-    let region = Region::new(Arc::new(slice.handle()), copy, retry);
+    let region = Region::new(Arc::new(slice.handle()), copy, retry, mount.settings.read_only);
     if pull_first {
         region.pulled().await?;
     }

@@ -103,6 +103,11 @@ async fn probe(link: &Link, told: Option<GoRegion>) -> Result<Facts> {
 }
 
 impl Facts {
+    /// What the region is, where the server says it.
+    pub(crate) fn identity(&self) -> Option<&[u8]> {
+        (!self.region.is_empty()).then_some(&self.region[..])
+    }
+
     fn new(reply: &region::DescribeReply, target: &Target) -> Result<Self> {
         let refuse = |message| Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
         let (major, minor) = VERSION;

@@ -188,6 +188,7 @@ impl Backend for Client {
             access: if self.facts.whole_chunks { Access::WholeChunks(chunk) } else { Access::Any },
             max_request: None,
             preferred_chunk: Some(chunk),
+            identity: self.facts.identity(),
             pieces: Some(self),
             read_many: self.facts.is_ours().then_some(self),
             trim: self.facts.trim.then_some(self),
