@@ -17,7 +17,11 @@ pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -
     let options =
         OpenOptions { size: Some(source.size()), chunk_size: args.chunk_size, read_only: false, create: true };
     let destination = registry.open(&args.destination, &options).await?;
-    let settings = CopySettings { skip_same: args.skip_same, in_flight: NonZeroUsize::try_from(args.in_flight)? };
+    let settings = CopySettings {
+        skip_same: args.skip_same,
+        in_flight: NonZeroUsize::try_from(args.in_flight)?,
+        retry: RetrySettings { limit: args.retry.limit(), ..RetrySettings::default() },
+    };
     let bar = output.bar("copying", source.size());
     let copied = tokio::select! {
         copied = r3map::copy(source, destination, settings, |progress| bar.set(progress.done, "")) => copied,

@@ -77,7 +77,7 @@ pub async fn copy(
         while start < at {
             let range = start..copy.step_end(start, &extent);
             start = range.end;
-            if running.len() >= settings.in_flight.get()
+            if running.len() >= copy.settings.in_flight.get()
                 && let Some(step) = running.next().await
             {
                 done.add(step?);

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use r3map::{
-    Cache, ChunkSize, Error, ErrorKind, Mount, Operation, Priority, PullSettings, PushSettings, RetrySettings,
-    Settings, Workers,
+    Cache, ChunkSize, Error, ErrorKind, ListenOptions, Mount, OpenOptions, Operation, Priority, PullSettings,
+    PushSettings, Registry, RetrySettings, Settings, Workers,
 };
+use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::faults::{Faults, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill};
@@ -216,4 +217,52 @@ async fn read_only_is_refused_and_settings_are_checked() {
     let chunks = Arc::new(Store::new(SIZE).whole_chunks(ChunkSize::DEFAULT));
     let error = Mount::managed(chunks).settings(settings).slice().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+}
+
+#[tokio::test]
+async fn a_cache_file_notices_another_region_under_the_same_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = Cache::File(folder.path().join("cache"));
+    let registry = Registry::standard();
+    let socket = format!("grpc+unix://{}", folder.path().join("socket").display());
+    for first in [true, false] {
+        let options = ListenOptions { identity: Some(format!("region {first}")), ..ListenOptions::default() };
+        let listeners = registry.listen(&[socket.parse().unwrap()], remote(), &options).await.unwrap();
+        let client = registry.open(&socket.parse().unwrap(), &OpenOptions::default()).await.unwrap();
+        let mounted = Mount::managed(client).cache(cache.clone()).identity(&socket).slice().await;
+        match mounted {
+            Ok(mut slice) if first => slice.close().await.unwrap(),
+            Err(error) if !first => assert_eq!(error.kind(), ErrorKind::Conflict, "{error}"),
+            other => panic!("first: {first}, {other:?}"),
+        }
+        for listener in listeners {
+            listener.shutdown().await.unwrap();
+        }
+    }
+    let nameless = Mount::managed(remote()).cache(cache).slice().await.unwrap_err();
+    assert_eq!(nameless.kind(), ErrorKind::InvalidInput, "{nameless}");
+}
+
+#[tokio::test]
+async fn what_a_mapping_could_not_hand_over_fails_the_close() {
+    if !std::path::Path::new("/dev/fuse").exists() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    let faults = Faults::new(remote());
+    let retry = RetrySettings { limit: Some(Duration::from_millis(100)), ..RetrySettings::default() };
+    let settings = Settings { retry, ..Settings::default() };
+    let opened = Mount::direct(faults.clone()).settings(settings).file().await.unwrap();
+    let file = opened.file().try_clone().unwrap();
+    // Both are kept: unmapping and closing would hand the bytes over while the remote still takes them.
+    let kept = app(move || {
+        let len = usize::try_from(SIZE).unwrap();
+        let mapping = FileMapping::new(&file, len, Sharing::Shared, true).unwrap();
+        mapping.write(100, b"stored by nobody").unwrap();
+        (mapping, file)
+    })
+    .await;
+    faults.add(Rule::on(Operation::Write).fail(ErrorKind::Exhausted));
+    let closed = deadline(LIMIT, "closing", opened.close()).await;
+    assert!(closed.is_err(), "the bytes are gone and nobody was told");
+    app(move || drop(kept)).await;
 }

@@ -102,3 +102,28 @@ async fn requests_are_cut_into_chunks_by_the_server_or_by_clients() {
         listener.shutdown().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn clients_of_several_listeners_do_not_undo_one_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = format!("directory:{}?chunk=64KiB", folder.path().join("d").display());
+    let directory = open(&name, OpenOptions { create: true, ..sized(65_536) }).await.unwrap();
+    let registry = Registry::standard();
+    let two = ["grpc://127.0.0.1:0".parse().unwrap(), "grpc://127.0.0.1:0".parse().unwrap()];
+    let listeners = registry.listen(&two, directory.clone(), &ListenOptions::default()).await.unwrap();
+    let mut clients = Vec::new();
+    for listener in &listeners {
+        clients.push(open(&listener.uri(), OpenOptions::default()).await.unwrap());
+    }
+    let write = |client: Arc<dyn Backend>, first: u64| async move {
+        for offset in (first..65_536).step_by(1024) {
+            client.write_at(offset, &[7; 512]).await.unwrap();
+        }
+    };
+    let (one, other) = (tokio::spawn(write(clients[0].clone(), 0)), tokio::spawn(write(clients[1].clone(), 512)));
+    one.await.unwrap();
+    other.await.unwrap();
+    let mut bytes = vec![0; 65_536];
+    directory.read_at(0, &mut bytes).await.unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 7), "an acknowledged write is gone");
+}
