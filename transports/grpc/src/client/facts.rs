@@ -16,7 +16,7 @@ use crate::{VERSION, path};
 
 /// Room for a reply that carries no data.
 pub(crate) const SMALL: usize = 64 << 10;
-/// The longest request that is worth sending: beyond it only memory is lost.
+/// The longest request that is worth sending, unless a chunk is longer: beyond it only memory is lost.
 const LONGEST: u64 = 32 << 20;
 /// The longest message that the Go programs take, less the fields beside the data.
 const GO_LONGEST: u64 = (4 << 20) - 32;
@@ -129,7 +129,7 @@ impl Facts {
             geometry: Geometry::new(reply.size, chunk)?,
             whole_chunks: reply.whole_chunks,
             read_only: reply.read_only,
-            max_request: reply.max_request.min(LONGEST),
+            max_request: reply.max_request.min(LONGEST.max(chunk.bytes())),
             trim: reply.trim,
             write_zeroes: reply.write_zeroes,
             extents: reply.extents,
@@ -165,5 +165,33 @@ impl Facts {
     /// A call that makes a living server answer something, whatever it is.
     pub(crate) async fn ping(link: Arc<Link>) {
         let _ = ask(&link, Bytes::new(), 0).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply() -> region::DescribeReply {
+        region::DescribeReply {
+            major: 1,
+            size: 1 << 40,
+            chunk_size: 64 << 10,
+            max_request: u64::MAX,
+            max_ranges: 1,
+            ..region::DescribeReply::default()
+        }
+    }
+
+    fn facts(reply: &region::DescribeReply) -> Facts {
+        Facts::new(reply, &"host:1".parse().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn requests_are_no_longer_than_either_side_wants_but_hold_a_whole_chunk() {
+        assert_eq!(facts(&reply()).max_request, LONGEST);
+        assert_eq!(facts(&region::DescribeReply { max_request: 5, ..reply() }).max_request, 5);
+        let chunk = region::DescribeReply { chunk_size: 64 << 20, whole_chunks: true, ..reply() };
+        assert_eq!(facts(&chunk).max_request, 64 << 20);
     }
 }

@@ -9,13 +9,13 @@ use crate::message;
 use crate::proto::go;
 use crate::rope::Rope;
 use crate::server::budget::{Buffer, room};
-use crate::server::region::{answer, decode};
+use crate::server::region::answer;
 use crate::server::session::Session;
 use crate::status::{GO_END, GO_TOO_LONG};
 
 impl Session {
-    pub(crate) async fn go_read_at(&self, request: Rope) -> Result<Rope, Status> {
-        let go::ReadAtArgs { length, off } = decode(request)?;
+    pub(crate) async fn go_read_at(&self, request: go::ReadAtArgs) -> Result<Rope, Status> {
+        let go::ReadAtArgs { length, off } = request;
         let len = u64::try_from(length).map_err(|_| Status::invalid_argument("negative length"))?;
         if len > self.shared.max_request {
             return Err(Status::unknown(GO_TOO_LONG));
@@ -37,8 +37,7 @@ impl Session {
         Ok(message::encode(&go::WriteAtReply { length: i32::try_from(bytes.len()).unwrap_or(i32::MAX) }))
     }
 
-    pub(crate) async fn go_sync(&self, request: Rope) -> Result<Rope, Status> {
-        let go::SyncArgs {} = decode(request)?;
+    pub(crate) async fn go_sync(&self, _: go::SyncArgs) -> Result<Rope, Status> {
         answer(self.shared.backend.flush().await)?;
         Ok(message::encode(&go::SyncReply {}))
     }

@@ -7,7 +7,7 @@ use r3map_core::{
 };
 use tonic::Status;
 
-use crate::message::{self, Malformed};
+use crate::message;
 use crate::proto::region;
 use crate::rope::Rope;
 use crate::server::Shared;
@@ -21,8 +21,7 @@ const MAX_RANGES: u32 = 1024;
 const MAX_EXTENTS: usize = 2048;
 
 impl Session {
-    pub(crate) async fn describe(&self, request: Rope) -> Result<Rope, Status> {
-        let request: region::DescribeRequest = decode(request)?;
+    pub(crate) async fn describe(&self, request: region::DescribeRequest) -> Result<Rope, Status> {
         if !request.link.is_empty() {
             let link = request.link.as_ref().try_into();
             let link = link.map_err(|_| Status::invalid_argument("a link's name has 16 bytes"))?;
@@ -31,8 +30,7 @@ impl Session {
         Ok(message::encode(&self.shared.description()))
     }
 
-    pub(crate) async fn read(&self, request: Rope) -> Result<Rope, Status> {
-        let request: region::ReadRequest = decode(request)?;
+    pub(crate) async fn read(&self, request: region::ReadRequest) -> Result<Rope, Status> {
         answer(self.shared.read(&request.ranges).await)
     }
 
@@ -46,30 +44,29 @@ impl Session {
         answer(self.shared.backend.write_at(head.offset, bytes).await.map(|()| self.shared.written()))
     }
 
-    pub(crate) async fn flush(&self, request: Rope) -> Result<Rope, Status> {
-        let region::FlushRequest {} = decode(request)?;
+    pub(crate) async fn flush(&self, _: region::FlushRequest) -> Result<Rope, Status> {
         let result = self.shared.backend.flush().await;
         answer(result.map(|()| message::encode(&region::FlushReply { instance: self.shared.instance.clone() })))
     }
 
-    pub(crate) async fn trim(&self, request: Rope) -> Result<Rope, Status> {
-        let region::RangeRequest { offset, length } = decode(request)?;
+    pub(crate) async fn trim(&self, request: region::RangeRequest) -> Result<Rope, Status> {
+        let region::RangeRequest { offset, length } = request;
         answer(self.shared.check_range(Operation::Trim, offset, length))?;
         let Some(trim) = self.shared.backend.capabilities().trim else { return Err(unable()) };
         let _passing = self.gate.pass().await?;
         answer(trim.trim(offset, length).await.map(|()| self.shared.written()))
     }
 
-    pub(crate) async fn write_zeroes(&self, request: Rope) -> Result<Rope, Status> {
-        let region::RangeRequest { offset, length } = decode(request)?;
+    pub(crate) async fn write_zeroes(&self, request: region::RangeRequest) -> Result<Rope, Status> {
+        let region::RangeRequest { offset, length } = request;
         answer(self.shared.check_range(Operation::WriteZeroes, offset, length))?;
         let Some(zeroes) = self.shared.backend.capabilities().write_zeroes else { return Err(unable()) };
         let _passing = self.gate.pass().await?;
         answer(zeroes.write_zeroes(offset, length).await.map(|()| self.shared.written()))
     }
 
-    pub(crate) async fn extents(&self, request: Rope) -> Result<Rope, Status> {
-        let region::RangeRequest { offset, length } = decode(request)?;
+    pub(crate) async fn extents(&self, request: region::RangeRequest) -> Result<Rope, Status> {
+        let region::RangeRequest { offset, length } = request;
         answer(check_range(Operation::Extents, self.shared.geometry.size(), offset, length))?;
         let Some(extents) = self.shared.backend.capabilities().extents else { return Err(unable()) };
         let found = answer(extents.extents(offset, length).await)?;
@@ -305,14 +302,6 @@ fn unable() -> Status {
 /// A status for an error of ours.
 pub(crate) fn answer<T>(result: Result<T>) -> Result<T, Status> {
     result.map_err(|error| status::from_error(&error))
-}
-
-pub(crate) fn decode<M: prost::Message + Default>(request: Rope) -> Result<M, Status> {
-    message::decode(request.into_bytes()).map_err(malformed)
-}
-
-fn malformed(why: Malformed) -> Status {
-    Status::invalid_argument(format!("the request is {}", why.0))
 }
 
 #[cfg(test)]

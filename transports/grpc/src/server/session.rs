@@ -6,19 +6,21 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::{BufMut, BytesMut};
 use http::header::CONTENT_TYPE;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::http2::Builder;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prost::Message;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 
 use crate::exchange::{self, Arriving, Failure, Fields, Outgoing};
-use crate::message::Bulk;
+use crate::message::{self, Bulk};
 use crate::path;
 use crate::rope::Rope;
 use crate::server::Shared;
@@ -33,19 +35,19 @@ const FRAME: u32 = (1 << 20) + (4 << 10);
 /// How much of a reply is handed to HTTP/2 at once.
 const SEND_BUFFER: usize = 8 << 20;
 /// Requests on one connection at once. The Go programs make 512.
-const STREAMS: u32 = 4096;
+const STREAMS: u32 = 1024;
 /// Requests that are given up before they are looked at, at once. More is an attack.
-const RESETS: usize = 4096;
+const RESETS: usize = 1024;
 /// How long a client may take to say the first thing, and to send more of a request that it has begun.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a client is asked whether it is there, and how long it may take to say so.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// The length of HTTP/2's greeting.
 const PREFACE: u64 = 24;
-/// The longest message that carries no data.
-const SMALL: usize = 64 << 10;
-/// The most bytes in a message beside its data.
-const HEAD: usize = 256;
+/// The most bytes in a message of few fields, or beside the data of one.
+const SMALL: usize = 1 << 10;
+/// The most bytes in a message of as many ranges as there may be.
+const RANGES: usize = 32 << 10;
 
 /// Serves one connection to its end.
 pub(crate) async fn serve(
@@ -147,25 +149,18 @@ impl Session {
     async fn call_method(&self, request: Request<Incoming>) -> Result<Rope, Status> {
         let (head, body) = request.into_parts();
         match head.uri.path() {
-            path::DESCRIBE => self.describe(self.small(body).await?).await,
-            path::READ => self.read(self.small(body).await?).await,
+            path::DESCRIBE => self.describe(small(body).await?).await,
+            path::READ => self.read(receive(body, RANGES).await?).await,
             path::WRITE => self.write(self.large(body).await?).await,
-            path::FLUSH => self.flush(self.small(body).await?).await,
-            path::TRIM => self.trim(self.small(body).await?).await,
-            path::WRITE_ZEROES => self.write_zeroes(self.small(body).await?).await,
-            path::EXTENTS => self.extents(self.small(body).await?).await,
-            path::GO_READ_AT => self.go_read_at(self.small(body).await?).await,
+            path::FLUSH => self.flush(small(body).await?).await,
+            path::TRIM => self.trim(small(body).await?).await,
+            path::WRITE_ZEROES => self.write_zeroes(small(body).await?).await,
+            path::EXTENTS => self.extents(small(body).await?).await,
+            path::GO_READ_AT => self.go_read_at(small(body).await?).await,
             path::GO_WRITE_AT => self.go_write_at(self.large(body).await?).await,
-            path::GO_SYNC => self.go_sync(self.small(body).await?).await,
+            path::GO_SYNC => self.go_sync(small(body).await?).await,
             other => Err(Status::unimplemented(format!("there is no method {other}"))),
         }
-    }
-
-    /// Receives a message that carries no data.
-    async fn small(&self, body: Incoming) -> Result<Rope, Status> {
-        let mut arriving = Arriving::new(body);
-        let length = limited(arriving.length(), SMALL as u64).await?;
-        receive(arriving, length).await
     }
 
     /// Receives a message that carries data, as soon as there is room for it. The data goes to where it stays, piece by
@@ -173,21 +168,38 @@ impl Session {
     async fn large<M: Bulk>(&self, body: Incoming) -> Result<(M, Buffer), Status> {
         let mut arriving = Arriving::new(body);
         let length = limited(arriving.length(), self.shared.max_request + SMALL as u64).await?;
-        let share = self.shared.budget.share(room(length as u64)).await;
-        let mut fields = Fields::new(arriving, length, HEAD);
-        let mut data = share.buffer(0);
-        while let Some(mut left) = patiently(fields.bulk()).await? {
-            data = share.buffer(left);
-            while left > 0 {
-                let piece = patiently(fields.some(left)).await?;
+        let mut fields = Fields::new(arriving, length, SMALL);
+        let mut data = self.shared.budget.share(0).await.buffer(0);
+        while let Some(length) = patiently(fields.bulk()).await? {
+            // Nothing is held while waiting for room.
+            drop(data);
+            data = self.shared.budget.share(room(length as u64)).await.buffer(length);
+            while data.used().len() < length {
+                let piece = patiently(fields.some(length - data.used().len())).await?;
                 piece.segments().for_each(|bytes| data.push(bytes));
-                left -= piece.len();
             }
         }
         let message = fields.message().map_err(refused)?;
         patiently(fields.end()).await?;
         Ok((message, data))
     }
+}
+
+/// Receives a message of few fields.
+async fn small<M: Message + Default>(body: Incoming) -> Result<M, Status> {
+    receive(body, SMALL).await
+}
+
+/// Receives a message that carries no data, of at most `limit` bytes, gathering its pieces however small they are.
+async fn receive<M: Message + Default>(body: Incoming, limit: usize) -> Result<M, Status> {
+    let mut arriving = Arriving::new(body);
+    let length = limited(arriving.length(), limit as u64).await?;
+    let mut bytes = BytesMut::with_capacity(length);
+    while bytes.len() < length {
+        bytes.put(patiently(arriving.some(length - bytes.len())).await?);
+    }
+    patiently(arriving.end()).await?;
+    message::decode(bytes).map_err(|why| refused(Failure::Malformed(why.0)))
 }
 
 async fn limited(length: impl Future<Output = Result<Option<usize>, Failure>>, limit: u64) -> Result<usize, Status> {
@@ -198,12 +210,6 @@ async fn limited(length: impl Future<Output = Result<Option<usize>, Failure>>, l
         }
         Some(length) => Ok(length),
     }
-}
-
-async fn receive(mut arriving: Arriving, length: usize) -> Result<Rope, Status> {
-    let message = patiently(arriving.take(length)).await?;
-    patiently(arriving.end()).await?;
-    Ok(message)
 }
 
 async fn patiently<T>(step: impl Future<Output = Result<T, Failure>>) -> Result<T, Status> {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::common::{Pair, lasting, over_go, over_tcp, over_unix};
+use crate::common::{Pair, lasting, over_connections, over_go, over_tcp, over_unix};
 use r3map_core::{Backend, ChunkSize};
 use r3map_grpc::ServerSettings;
 use r3map_local::Memory;
@@ -33,6 +33,11 @@ async fn over_a_unix_socket_it_conforms() {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_the_service_of_the_go_programs_it_conforms() {
     conformance::backend(async || backend(over_go(memory()).await)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_several_connections_it_conforms() {
+    conformance::backend(async || backend(over_connections(memory(), 3).await)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,15 +1,18 @@
 //! Clients and servers that are not ours.
 
+use std::process::Command;
 use std::sync::Arc;
 
-use r3map_core::Backend;
-use r3map_grpc::ServerSettings;
+use futures_util::future::try_join_all;
+use r3map_core::{Backend, ErrorKind};
+use r3map_grpc::{Client, ServerSettings, Target};
 use r3map_local::Memory;
-use r3map_testkit::fill;
+use r3map_testkit::process::Process;
+use r3map_testkit::{deadline, fill, skip};
 use tonic::Code;
 
 use crate::common::peer::go::{ReadAtArgs, SyncArgs, WriteAtArgs};
-use crate::common::{serve, tonic_go};
+use crate::common::{LIMIT, connect_error, go_settings, lasting, serve, tonic_go};
 
 #[tokio::test]
 async fn a_client_of_the_go_service_reads_writes_and_syncs() {
@@ -46,4 +49,61 @@ async fn a_client_of_the_go_service_gets_the_texts_that_it_knows() {
     }
     let status = client.write_at(WriteAtArgs { off: 99_999, p: vec![1, 2].into() }).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
+}
+
+/// gRPC's C core in Python, if this machine has it.
+fn peer(arguments: &[&str]) -> Option<Process> {
+    let has_grpc = |python: &&str| {
+        let probe = Command::new(python).args(["-c", "import grpc"]).output();
+        probe.is_ok_and(|output| output.status.success())
+    };
+    let Some(python) = ["/usr/bin/python3", "python3"].into_iter().find(has_grpc) else {
+        skip("there is no python3 with grpc (apt-get install python3-grpcio)");
+        return None;
+    };
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/peer/peer.py");
+    Some(Process::start(Command::new(python).arg(script).args(arguments)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_c_core_as_a_client_sees_what_it_expects_of_a_go_server() {
+    const SIZE: u64 = (5 << 20) + 1000;
+    let (_server, target) = serve(Arc::new(Memory::new(SIZE).unwrap()), lasting()).await;
+    let Some(mut peer) = peer(&["check", &target.to_string(), &SIZE.to_string()]) else { return };
+    let status = peer.wait(LIMIT);
+    assert!(status.success(), "{status}: {:?}", peer.stderr());
+    assert_eq!(peer.stdout(), ["agrees"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_c_core_as_a_server_sees_what_it_expects_of_a_go_client() {
+    const SIZE: usize = (10 << 20) + 1000;
+    let Some(mut peer) = peer(&["serve", &SIZE.to_string()]) else { return };
+    let line = peer.wait_for_line(LIMIT, "listens on ");
+    let target: Target = line.split("listens on ").nth(1).unwrap().trim().parse().unwrap();
+
+    let client = Client::connect(target.clone(), go_settings(SIZE as u64)).await.unwrap();
+    let mut bytes = vec![1; SIZE];
+    client.read_at(0, &mut bytes).await.unwrap();
+    assert!(r3map_core::is_zero(&bytes));
+    fill::write(&mut bytes, 0, 9);
+    client.write_at(0, &bytes).await.unwrap();
+    client.flush().await.unwrap();
+    let chunks = (0..512u64).map(|chunk| {
+        let client = &client;
+        async move {
+            let mut buf = [0; 4096];
+            client.read_at(chunk * 4096, &mut buf).await?;
+            fill::check(&buf, chunk * 4096, 9).unwrap();
+            Ok::<_, r3map_core::Error>(())
+        }
+    });
+    deadline(LIMIT, "512 reads at once", try_join_all(chunks)).await.unwrap();
+    let mut last = [0; 999];
+    client.read_at(SIZE as u64 - 999, &mut last).await.unwrap();
+    fill::check(&last, SIZE as u64 - 999, 9).unwrap();
+
+    let error = connect_error(&target, go_settings(SIZE as u64 + 1)).await;
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.message().contains("is the size right?"), "{error}");
 }

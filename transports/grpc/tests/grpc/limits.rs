@@ -205,3 +205,16 @@ async fn unknown_methods_and_malformed_requests_are_refused() {
     let (status, _) = raw::call(&target, "/r3map.region.v1.Region/Read", "text/html", &[]).await;
     assert_eq!(status, 415);
 }
+
+#[tokio::test]
+async fn more_connections_than_allowed_wait_until_another_ends() {
+    let settings = ServerSettings { connections: 1.try_into().unwrap(), ..lasting() };
+    let (_server, target) = serve(memory(), settings).await;
+    let first = connect(&target).await;
+    let mut second = Box::pin(connect(&target));
+    let early = tokio::time::timeout(std::time::Duration::from_millis(200), &mut second).await;
+    assert!(early.is_err(), "it did not wait");
+    first.flush().await.unwrap();
+    drop(first);
+    deadline(LIMIT, "the second connection", second).await.flush().await.unwrap();
+}

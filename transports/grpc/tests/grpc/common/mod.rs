@@ -74,6 +74,12 @@ pub(crate) async fn over_tcp(backend: Arc<dyn Backend>, settings: ServerSettings
     Pair { client: connect(&target).await, _server: Some(server), _folder: None }
 }
 
+pub(crate) async fn over_connections(backend: Arc<dyn Backend>, connections: usize) -> Pair {
+    let (server, target) = serve(backend, lasting()).await;
+    let settings = ClientSettings { connections: connections.try_into().unwrap(), ..settings() };
+    Pair { client: Client::connect(target, settings).await.unwrap(), _server: Some(server), _folder: None }
+}
+
 pub(crate) async fn over_unix(backend: Arc<dyn Backend>, settings: ServerSettings) -> Pair {
     let folder = tempfile::tempdir().unwrap();
     let server = Server::new(backend, settings).unwrap();
