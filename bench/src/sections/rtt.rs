@@ -197,7 +197,7 @@ fn whole(settings: &run::Settings, case: Case, address: Address) -> Result<(f64,
     let mut buffer = vec![0; STEP];
     let ((mut mounted, bytes), read) = timed(|| {
         let mounted = Mounted::open(remote, case.mode, case.shown, Settings::default())?;
-        let bytes = sample(settings, case.mode, |offset| mounted.read(offset, &mut buffer))?;
+        let bytes = sample(case.mode, settings.size, |offset| mounted.read(offset, &mut buffer))?;
         Ok((mounted, bytes))
     })?;
     check(&buffer, bytes - STEP as u64, settings)?;
@@ -205,7 +205,7 @@ fn whole(settings: &run::Settings, case: Case, address: Address) -> Result<(f64,
     let source = fill::bytes(0, usize::try_from(settings.size)?, settings.seed);
     let ((written, writing), flushed) = timed(|| {
         let (written, writing) = timed(|| {
-            sample(settings, case.mode, |offset| {
+            sample(case.mode, bytes, |offset| {
                 let start = usize::try_from(offset)?;
                 mounted.write(offset, &source[start..start + STEP])
             })
@@ -218,12 +218,12 @@ fn whole(settings: &run::Settings, case: Case, address: Address) -> Result<(f64,
     Ok((rate(bytes, read), rate(written, writing), rate(written, flushed)))
 }
 
-/// Goes over the region step by step: all of it, or of a direct mount as much as the time for a sample allows. How many
-/// bytes these were.
-fn sample(settings: &run::Settings, mode: Mode, mut step: impl FnMut(u64) -> Result<()>) -> Result<u64> {
+/// Goes step by step over the first `bytes`, or as many of them as the time for a sample of a direct mount allows. How
+/// many these were.
+fn sample(mode: Mode, bytes: u64, mut step: impl FnMut(u64) -> Result<()>) -> Result<u64> {
     let start = std::time::Instant::now();
     let mut at = 0;
-    while at < settings.size && (mode == Mode::Managed || start.elapsed() < SAMPLE) {
+    while at < bytes && (mode == Mode::Managed || start.elapsed() < SAMPLE) {
         step(at)?;
         at += STEP as u64;
     }
