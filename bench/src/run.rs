@@ -94,6 +94,17 @@ pub(crate) fn throughput<T>(mebibytes: f64, work: impl FnOnce() -> Result<T>) ->
     Ok(mebibytes / timed(work)?.1.as_secs_f64())
 }
 
+/// How much of a processor's time this thread spends on something: where other threads only disturb.
+pub(crate) fn worked(work: impl FnOnce()) -> Duration {
+    let now = || {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::try_from(time).unwrap_or_default()
+    };
+    let start = now();
+    work();
+    now().saturating_sub(start)
+}
+
 pub(crate) fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }

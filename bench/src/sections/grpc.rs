@@ -17,7 +17,7 @@ use crate::figure::{Spec, Target, Unit};
 use crate::limits::tcp;
 use crate::machine::Times;
 use crate::peer::{Addresses, Peer, Role};
-use crate::run::{Bench, Settings, millis, throughput, timed};
+use crate::run::{Bench, Settings, millis, throughput, worked};
 
 const NAME: &str = "grpc";
 const LIMIT: &str = "raw TCP on one connection, same requests, same processes";
@@ -166,6 +166,7 @@ impl Raw {
 /// of ours take by themselves.
 fn costs(bench: &mut Bench, both: &Both) {
     let total = if bench.settings.quick { bench.settings.size } else { GIB.next_multiple_of(AIM.0) };
+    bench.report.progress(&Spec::new(NAME, "1 MiB × 8: processor time", Unit::MillisecondsPerGibibyte));
     let runs = measure_costs(bench, both, total);
     for (index, name) in
         ["client, in the program", "client, in the kernel", "server, in the program", "server, in the kernel"]
@@ -182,22 +183,25 @@ fn costs(bench: &mut Bench, both: &Both) {
         let outcome = runs.as_ref().map(split).map_err(|error| anyhow::anyhow!("{error:#}"));
         bench.finish(spec, outcome);
     }
+    parts(bench);
+}
+
+/// The known parts of what ours costs: processor time by itself, over memory that is not in the cache.
+fn parts(bench: &mut Bench) {
     let bytes = fill::bytes(0, usize::try_from(bench.settings.size).unwrap_or(1 << 20), bench.settings.seed);
-    let per_gib = GIB as f64 / bytes.len() as f64;
-    let spec = |name, note| Spec::new(NAME, name, Unit::MillisecondsPerGibibyte).note(note);
-    bench.alone(spec("a checksum (CRC-32C)", "ours makes one on each side"), || {
-        let sum = |chunk: &[u8]| u64::from(crc32c::crc32c(chunk));
-        let (_, time) = timed(|| Ok(black_box(bytes.chunks(64 << 10).map(sum).sum::<u64>())))?;
-        Ok(millis(time) * per_gib)
-    });
     let mut copy = vec![0; 1 << 20];
-    bench.alone(spec("a copy, 1 MiB at a time", "ours makes one on each side"), || {
-        let (_, time) = timed(|| {
-            bytes.chunks(copy.len()).for_each(|part| copy[..part.len()].copy_from_slice(part));
-            black_box(&mut copy);
-            Ok(())
-        })?;
-        Ok(millis(time) * per_gib)
+    let mut part = |name, work: &mut dyn FnMut()| {
+        let spec = Spec::new(NAME, name, Unit::MillisecondsPerGibibyte);
+        let spec = spec.note("processor time; ours makes one on each side");
+        bench.alone(spec, || Ok(millis(worked(&mut *work)) * GIB as f64 / bytes.len() as f64));
+    };
+    part("a checksum (CRC-32C)", &mut || {
+        let sum = |chunk: &[u8]| u64::from(crc32c::crc32c(chunk));
+        black_box(bytes.chunks(64 << 10).map(sum).sum::<u64>());
+    });
+    part("a copy, 1 MiB at a time", &mut || {
+        bytes.chunks(1 << 20).for_each(|part| copy[..part.len()].copy_from_slice(part));
+        black_box(&mut copy);
     });
 }
 
