@@ -44,8 +44,8 @@ pub struct ServerSettings {
     /// The most connections at once; more wait. 256.
     pub connections: NonZeroUsize,
     /// What stays the same for as long as the region's bytes live: a path, a name, an id. Clients that connect again
-    /// refuse a region of another identity. `None` if the bytes end with this server (memory): then its clients refuse
-    /// every later one, which cannot have what they wrote.
+    /// refuse a region of another identity. `None` takes the backend's own; where that has none either, the bytes count
+    /// as ending with this server (memory), and its clients refuse every later one, which cannot have what they wrote.
     pub identity: Option<String>,
 }
 
@@ -117,7 +117,7 @@ impl Server {
             geometry,
             read_only: settings.read_only || backend.capabilities().read_only,
             max_request: limit,
-            region: settings.identity.map_or_else(|| instance.clone(), Bytes::from),
+            region: identity(&*backend, &settings).unwrap_or_else(|| instance.clone()),
             instance,
             budget: Budget::new(settings.in_flight),
             fences: Fences::default(),
@@ -176,6 +176,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.ending.cancel();
     }
+}
+
+fn identity(backend: &dyn Backend, settings: &ServerSettings) -> Option<Bytes> {
+    let own = || backend.capabilities().identity.map(Bytes::copy_from_slice);
+    settings.identity.clone().map(Bytes::from).or_else(own)
 }
 
 fn chunk_size(backend: &dyn Backend, settings: &ServerSettings) -> Result<ChunkSize> {

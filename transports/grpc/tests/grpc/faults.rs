@@ -215,6 +215,21 @@ async fn memory_that_died_with_its_server_is_never_read_as_zeros() {
 }
 
 #[tokio::test]
+async fn a_region_that_is_served_on_keeps_its_identity() {
+    let (_first, first) = serve(memory(), lasting()).await;
+    let (middle, target) = serve(Arc::new(connect(&first).await), ServerSettings::default()).await;
+    let client = connect(&target).await;
+    assert_eq!(client.capabilities().identity, Some(b"the test's region".as_ref()));
+    client.write_at(0, b"through both").await.unwrap();
+    client.flush().await.unwrap();
+    drop(middle);
+    let _middle = serve_again(Arc::new(connect(&first).await), ServerSettings::default(), &target).await;
+    let mut bytes = [0; 12];
+    settled(async || client.read_at(0, &mut bytes).await).await.unwrap();
+    assert_eq!(&bytes, b"through both");
+}
+
+#[tokio::test]
 async fn a_go_server_in_place_of_ours_is_refused() {
     let (server, target) = serve(memory(), lasting()).await;
     let Target::Tcp { port, .. } = target else { panic!("it is TCP") };
