@@ -16,6 +16,7 @@
 
 mod client;
 mod exchange;
+mod heap;
 mod message;
 mod rope;
 mod server;

@@ -104,6 +104,7 @@ impl Client {
     /// # Panics
     /// Outside a tokio runtime.
     pub async fn connect(target: Target, settings: ClientSettings) -> Result<Self> {
+        crate::heap::keep();
         let (calls, facts) = Calls::open(target, settings).await?;
         Ok(Self { calls: Arc::new(calls), facts, writes: RangeLock::new() })
     }

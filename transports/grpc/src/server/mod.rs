@@ -98,6 +98,7 @@ impl Server {
     /// # Errors
     /// `InvalidInput` for settings that contradict each other or the backend.
     pub fn new(backend: Arc<dyn Backend>, settings: ServerSettings) -> Result<Self> {
+        crate::heap::keep();
         let geometry = Geometry::new(backend.size(), chunk_size(&*backend, &settings)?)?;
         let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
         let limit = backend.capabilities().max_request.unwrap_or(u64::MAX).min(settings.max_request);
