@@ -9,6 +9,7 @@
 #![cfg(target_os = "linux")]
 
 mod abi;
+pub mod apart;
 mod event;
 mod file_mapping;
 mod mapping;

@@ -190,11 +190,11 @@ impl Unmount {
 /// # Errors
 /// `Conflict` if it is in use, `Denied` if the user may not.
 pub(crate) fn unmount(path: &Path, how: Unmount) -> Result<()> {
-    match rustix::mount::unmount(path, how.flags()) {
-        Ok(()) => Ok(()),
-        Err(Errno::PERM) => unmount_by_helper(path, how),
-        Err(Errno::BUSY) => Err(busy(path)),
-        Err(errno) => Err(failed(path, "cannot be unmounted", errno.into())),
+    let Err(error) = r3map_sys::apart::unmount(path, how.flags()) else { return Ok(()) };
+    match Errno::from_io_error(&error) {
+        Some(Errno::PERM) => unmount_by_helper(path, how),
+        Some(Errno::BUSY) => Err(busy(path)),
+        _ => Err(failed(path, "cannot be unmounted", error)),
     }
 }
 

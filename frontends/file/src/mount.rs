@@ -1,6 +1,5 @@
 //! A region shown on a path, from mounting to unmounting.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
+use r3map_sys::apart;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::blocking::{off_runtime, spawn, within};
@@ -44,7 +44,8 @@ pub(crate) struct Mounted {
 impl FileMount {
     /// Shows `backend` on `path`, and serves it on threads of its own; requests for which the backend must wait run on
     /// the tokio runtime that this is called in. Never touch the file with blocking calls from a thread that this
-    /// runtime needs to make progress: on a single-threaded one, use `spawn_blocking` or `tokio::fs`.
+    /// runtime needs to make progress: on a single-threaded one, use `spawn_blocking` or `tokio::fs`. What
+    /// [`OpenedFile`](crate::OpenedFile) says about being killed concerns threads of this process that use the file.
     ///
     /// Where a killed process left its mount behind on the path, that is removed first. What does not exist is made,
     /// and removed again when it is unmounted.
@@ -228,10 +229,10 @@ impl Mounted {
         Error::new(ErrorKind::Conflict, Operation::Close, message)
     }
 
+    /// Has the kernel hand over what mappings wrote, and the backend flush it. Blocks without a limit.
     fn sync(&self) -> Result<()> {
         let cannot = format!("{} cannot be flushed before unmounting", shown(&self.file));
-        let file = File::open(&self.file).map_err(|error| Error::from_io(Operation::Flush, &cannot, error))?;
-        self.session.sync(&file, &cannot)
+        self.session.synced(apart::sync(&self.file), &cannot)
     }
 
     fn within_limit(
@@ -250,7 +251,7 @@ fn answering_device(point: &Path, file: &Path) -> Result<String> {
     within(FIRST_ANSWER_LIMIT, "the first answer", move || {
         // Opened and closed once, the kernel knows that it need not tell us of each `close`. Else it would do so for the
         // files that this process has open itself when it is killed, and nobody would be there to answer.
-        File::open(&asked).map(drop).map_err(|error| {
+        apart::open(&asked).map_err(|error| {
             Error::from_io(Operation::Mount, format!("{} does not work after mounting", shown(&asked)), error)
         })
     })?;

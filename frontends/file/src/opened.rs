@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use r3map_core::{Backend, Error, Operation, Result};
+use r3map_sys::apart;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
@@ -15,6 +16,10 @@ use crate::settings::{FileSettings, Show};
 
 /// A region that is open as a file. It is on no path, so nothing is left behind even when the process is killed; other
 /// processes reach it through `/proc/PID/fd/N`.
+///
+/// A thread of this process that is inside a read, write or fsync of the file when the process is killed waits for an
+/// answer that nobody gives any more, and the process is not gone before its connection in
+/// `/sys/fs/fuse/connections` is aborted (by root, or by a reboot). To be safe from that, let another process use the file.
 ///
 /// Dropping it flushes and ends it, like [`Self::close`].
 pub struct OpenedFile {
@@ -79,7 +84,8 @@ impl Open {
     }
 
     fn close(self) -> Result<()> {
-        let synced = self.mounted.session.sync(&self.file, "what was written to the opened file cannot be flushed");
+        let cannot = "what was written to the opened file cannot be flushed";
+        let synced = self.mounted.session.synced(apart::sync_file(&self.file), cannot);
         drop(self.file);
         synced.and(self.mounted.session.settle())
     }

@@ -1,7 +1,6 @@
 //! One connection to the kernel: the threads that take requests, and how it starts, is told of changes, and ends. It
 //! knows no paths; `mount` and `opened` do.
 
-use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -98,10 +97,10 @@ impl Session {
         self.flush()
     }
 
-    /// Has the kernel hand over what mappings wrote, and the backend flush it. Blocks without a limit. The kernel says
-    /// only that something went wrong; if the backend can say what, that is the error.
-    pub(crate) fn sync(&self, file: &File, what: &str) -> Result<()> {
-        file.sync_all().or_else(|error| self.flush().and(Err(Error::from_io(Operation::Flush, what, error))))
+    /// After the kernel was to hand over what mappings wrote, and the backend to flush it: the kernel says only that
+    /// something went wrong; if the backend can say what, that is the error.
+    pub(crate) fn synced(&self, synced: std::io::Result<()>, what: &str) -> Result<()> {
+        synced.or_else(|error| self.flush().and(Err(Error::from_io(Operation::Flush, what, error))))
     }
 
     fn flush(&self) -> Result<()> {
