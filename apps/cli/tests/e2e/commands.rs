@@ -1,0 +1,223 @@
+//! The commands that end by themselves: copy, info, demo, completions, man.
+
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::Command;
+use std::time::Duration;
+
+use r3map_testkit::fill;
+use r3map_testkit::proxy::DelayProxy;
+
+use crate::support::{MIB, SOON, Scene, make_file};
+
+const LONG: Duration = Duration::from_secs(180);
+const SIZE: u64 = 48 * MIB + 1;
+
+#[test]
+fn copy_to_and_fro() {
+    Scene::play(LONG, |scene| {
+        let expected = make_file(&scene.path("source"), SIZE, 1);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&format!("file:{}", scene.name("there")), &["--create", "--size", &SIZE.to_string()]);
+        let back = format!("file:{}", scene.name("back"));
+        for (from, to) in [(&source, &server.uri), (&server.uri, &back)] {
+            let outcome = scene.r3map(&["--json", "copy", from, to]).end_well(LONG);
+            let copied = outcome.event("copied");
+            assert_eq!((&copied["size"], &copied["written"]), (&SIZE.into(), &SIZE.into()), "{copied}");
+        }
+        expected.check_file(&scene.path("there"));
+        expected.check_file(&scene.path("back"));
+        // Over what is there already, nothing is written.
+        let outcome = scene.r3map(&["--json", "copy", "--skip-same", &source, &server.uri]).end_well(LONG);
+        let copied = outcome.event("copied");
+        assert_eq!((&copied["same"], &copied["written"]), (&SIZE.into(), &0.into()), "{copied}");
+    });
+}
+
+#[test]
+fn copy_goes_on_where_it_was_killed() {
+    Scene::play(LONG, |scene| {
+        let expected = make_file(&scene.path("source"), SIZE, 2);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&format!("file:{}", scene.name("there")), &["--create", "--size", &SIZE.to_string()]);
+        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(50)).expect("it can listen");
+        let to = format!("grpc://{}", proxy.socket_addr());
+        let mut killed = scene.r3map(&["--json", "copy", "--in-flight", "1", &source, &to]);
+        // A good part of it is there, and a good part is not.
+        let there = std::fs::File::open(scene.path("there")).expect("it is there");
+        let mut piece = vec![0; 4096];
+        crate::support::wait_until(SOON, "it is under way", || {
+            there.read_exact_at(&mut piece, 8 * MIB).expect("it can be read");
+            expected.check(8 * MIB, &piece).is_ok()
+        });
+        killed.kill();
+        let outcome = scene.r3map(&["--json", "copy", "--skip-same", &source, &to]).end_well(LONG);
+        let copied = outcome.event("copied");
+        let (same, written) = (copied["same"].as_u64(), copied["written"].as_u64());
+        assert!(same >= Some(4 * MIB) && written >= Some(4 * MIB), "{copied}");
+        expected.check_file(&scene.path("there"));
+
+        // Ctrl-C says how to go on.
+        let stopped = scene.r3map(&["copy", "--in-flight", "1", &source, &to]);
+        std::thread::sleep(Duration::from_millis(300));
+        stopped.interrupt();
+        let outcome = stopped.end(SOON);
+        assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        assert!(outcome.err.last().is_some_and(|line| line.contains("--skip-same")), "{outcome:?}");
+    });
+}
+
+#[test]
+fn copy_keeps_holes() {
+    Scene::play(LONG, |scene| {
+        let source = std::fs::File::create(scene.path("source")).expect("there is room");
+        source.set_len(SIZE).expect("it can be long");
+        let islands = [(0, 5000), (17 * MIB + 1, 70_000), (SIZE - 3, 3)];
+        for (offset, len) in islands {
+            source.write_all_at(&fill::bytes(offset, len, 3), offset).expect("there is room");
+        }
+        let local = format!("file:{}", scene.name("source"));
+        scene.run(SOON, "cp", &["--sparse=always", &scene.name("source"), &scene.name("served")]);
+        let server = scene.serve(&format!("file:{}", scene.name("served")), &[]);
+        let chunks = format!("directory:{}", scene.name("chunks"));
+        let there = scene.serve(&format!("file:{}", scene.name("there")), &["--create", "--size", &SIZE.to_string()]);
+        let (one, two, three) = (
+            format!("file:{}", scene.name("one")),
+            format!("file:{}", scene.name("two")),
+            format!("file:{}", scene.name("three")),
+        );
+        for (from, to) in
+            [(&local, &one), (&server.uri, &two), (&local, &chunks), (&chunks, &three), (&local, &there.uri)]
+        {
+            let outcome = scene.r3map(&["--json", "copy", from, to]).end_well(LONG);
+            let copied = outcome.event("copied");
+            assert!(copied["written"].as_u64() < Some(MIB), "{from} to {to}: {copied}");
+            assert!(copied["zeroes"].as_u64() > Some(SIZE - MIB), "{from} to {to}: {copied}");
+        }
+        for name in ["one", "two", "three", "there"] {
+            scene.run(SOON, "cmp", &[&scene.name("source"), &scene.name(name)]);
+            let stored = std::fs::metadata(scene.path(name)).expect("it is there").blocks() * 512;
+            assert!(stored < 2 * MIB, "{name} takes {stored} bytes on disk");
+        }
+        let info = scene.ended(&["--json", "info", &local]).event("info");
+        assert!(info["data"].as_u64() < Some(MIB), "{info}");
+    });
+}
+
+/// Zeros at the source replace what the destination had.
+#[test]
+fn copy_over_something_else() {
+    Scene::play(LONG, |scene| {
+        make_file(&scene.path("there"), MIB, 4);
+        let source = std::fs::File::create(scene.path("source")).expect("there is room");
+        source.set_len(MIB).expect("it can be long");
+        source.write_all_at(b"hello", 5000).expect("there is room");
+        let (from, to) = (format!("file:{}", scene.name("source")), format!("file:{}", scene.name("there")));
+        for arguments in [["copy", &from, &to].as_slice(), &["copy", "--skip-same", &from, &to]] {
+            scene.r3map(arguments).end_well(SOON);
+            scene.run(SOON, "cmp", &[&scene.name("source"), &scene.name("there")]);
+        }
+    });
+}
+
+#[test]
+fn info_says_what_a_region_is() {
+    Scene::play(LONG, |scene| {
+        make_file(&scene.path("source"), SIZE, 5);
+        let local = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&local, &["--chunk-size", "1MiB"]);
+        let info = scene.ended(&["--json", "info", &server.uri]).event("info");
+        assert_eq!(info["size"], SIZE);
+        assert_eq!(info["chunk_size"], MIB);
+        assert_eq!(info["read_only"], false);
+        assert_eq!(info["region"], server.uri.as_str());
+        let abilities = info["abilities"].as_array().expect("a list");
+        assert!(abilities.iter().any(|ability| ability == "write"), "{info}");
+        let outcome = scene.ended(&["info", &server.uri]);
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        assert!(outcome.text().contains(&format!("({SIZE} bytes)")), "{outcome:?}");
+        server.stop();
+        let closed = scene.serve(&local, &["--read-only"]);
+        let info = scene.ended(&["--json", "info", &closed.uri]).event("info");
+        assert_eq!(info["read_only"], true, "{info}");
+    });
+}
+
+#[test]
+fn the_demo_leaves_nothing_behind() {
+    Scene::with_fuse(LONG, |scene| {
+        let expected = make_file(&scene.path("file"), 8 * MIB + 1, 6);
+        std::fs::create_dir(scene.path("tmp")).expect("it is not there");
+        let demo = |arguments: &[&str]| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_r3map"));
+            command.args(arguments).env("TMPDIR", scene.path("tmp"));
+            let mut process = scene.start(&mut command);
+            let status = process.wait(LONG);
+            assert!(status.success(), "{}\n{}", process.stdout().join("\n"), process.stderr().join("\n"));
+            process
+        };
+        let mut process = demo(&["demo", "--json", "--rtt", "2ms", "--file", &scene.name("file")]);
+        let out = process.stdout();
+        assert!(out.len() > 3, "{out:?}");
+        out.iter().for_each(|line| drop(crate::support::event(line)));
+        expected.check_file(&scene.path("file"));
+        assert_eq!(std::fs::read_dir(scene.path("tmp")).expect("it is there").count(), 0, "nothing in TMPDIR");
+        assert_eq!(processes_in_group(process.id()), 0, "no process lives on");
+
+        let mut process = demo(&["demo", "--rtt", "1ms", "--file", &scene.name("file")]);
+        let out = process.stdout().join("\n");
+        assert!(out.contains("managed") && out.contains("direct"), "{out}");
+    });
+}
+
+/// How many processes are in a process group: the fifth field of their `stat`, behind a name in brackets.
+fn processes_in_group(group: u32) -> usize {
+    let stats = std::fs::read_dir("/proc").expect("there is a /proc").flatten().map(|entry| entry.path().join("stat"));
+    let groups = stats.filter_map(|stat| {
+        let stat = std::fs::read_to_string(stat).ok()?;
+        stat.rsplit_once(") ")?.1.split(' ').nth(2)?.parse::<u32>().ok()
+    });
+    groups.filter(|other| *other == group).count()
+}
+
+#[test]
+fn the_demo_cleans_up_when_it_is_interrupted() {
+    Scene::with_fuse(LONG, |scene| {
+        make_file(&scene.path("file"), 32 * MIB, 7);
+        std::fs::create_dir(scene.path("tmp")).expect("it is not there");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_r3map"));
+        command.args(["demo", "--rtt", "100ms", "--file", &scene.name("file")]).env("TMPDIR", scene.path("tmp"));
+        let mut process = scene.start(&mut command);
+        std::thread::sleep(Duration::from_millis(1500));
+        process.interrupt();
+        let status = process.wait(SOON);
+        assert!(!status.success(), "it was interrupted: {}", process.stdout().join("\n"));
+        assert_eq!(std::fs::read_dir(scene.path("tmp")).expect("it is there").count(), 0, "nothing in TMPDIR");
+    });
+}
+
+#[test]
+fn completions_for_every_shell() {
+    Scene::play(LONG, |scene| {
+        for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+            let outcome = scene.ended(&["completions", shell]);
+            assert_eq!(outcome.code, Some(0), "{outcome:?}");
+            assert!(outcome.text().contains("pull-order"), "{shell} knows the options");
+            if shell == "bash" {
+                std::fs::write(scene.path("r3map.bash"), outcome.out.join("\n")).expect("there is room");
+                scene.run(SOON, "bash", &["-n", &scene.name("r3map.bash")]);
+            }
+        }
+    });
+}
+
+#[test]
+fn man_pages_for_every_command() {
+    Scene::play(LONG, |scene| {
+        std::fs::create_dir(scene.path("man")).expect("it is not there");
+        scene.r3map(&["man", &scene.name("man")]).end_well(SOON);
+        for command in ["", "-serve", "-mount", "-info", "-copy", "-demo", "-completions", "-man"] {
+            let page = std::fs::read_to_string(scene.path(&format!("man/r3map{command}.1"))).expect("there is a page");
+            assert!(page.contains(".TH ") && page.contains("SYNOPSIS"), "{command}");
+        }
+    });
+}

@@ -1,0 +1,284 @@
+//! The server dies, and comes back or not: the mount waits and goes on, gives errors after the limit that the user set,
+//! and loses nothing that was acknowledged.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use r3map::{Backend, Result};
+use r3map_testkit::fill;
+use r3map_testkit::proxy::DelayProxy;
+use r3map_testkit::random::Random;
+
+use crate::support::{Lent, MIB, SOON, Scene, block_on, make_file, open, wait_until};
+
+const LONG: Duration = Duration::from_secs(180);
+const SIZE: u64 = 64 * MIB + 1;
+/// EIO.
+const IO_ERROR: i32 = 5;
+
+#[test]
+fn killed_in_the_middle_of_pulling() {
+    Scene::with_fuse(LONG, |scene| {
+        let expected = make_file(&scene.path("source"), SIZE, 1);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&source, &[]);
+        // One chunk a round trip: there is time to kill it.
+        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(5)).expect("it can listen");
+        let uri = format!("grpc://{}", proxy.socket_addr());
+        let mut mounted = scene.mount(&uri, "region", &["--pull-workers", "1"]);
+        let address = server.kill();
+        let reader = {
+            let (path, expected) = (mounted.path.clone(), expected.clone());
+            std::thread::spawn(move || expected.check_file(&path))
+        };
+        mounted.program.wait_for_event(SOON, "waiting");
+        assert!(!reader.is_finished(), "the reader waits");
+        let server = scene.serve_again(&source, address);
+        mounted.program.wait_for_event(SOON, "resumed");
+        reader.join().expect("it reads on as if nothing had happened");
+        mounted.wait_pulled();
+        mounted.unmount();
+        server.stop();
+    });
+}
+
+#[test]
+fn killed_in_the_middle_of_pushing() {
+    Scene::with_fuse(LONG, |scene| {
+        let mut expected = make_file(&scene.path("source"), SIZE, 2);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&source, &[]);
+        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(40)).expect("it can listen");
+        let uri = format!("grpc://{}", proxy.socket_addr());
+        let mut mounted = scene.mount(&uri, "region", &["--pull-workers", "0", "--push-interval", "1h"]);
+        let file = mounted.open();
+        for offset in (0..SIZE - MIB).step_by(1 << 20) {
+            let bytes = expected.write(offset..offset + MIB, 3);
+            file.write_all_at(&bytes, offset).expect("it can be written");
+        }
+        let syncing = std::thread::spawn(move || file.sync_all());
+        // It has begun when the first new byte is at the source.
+        let at_source = File::open(scene.path("source")).expect("it is there");
+        let first = at_source.metadata().expect("it is open").modified().expect("it has a time");
+        let begun = || at_source.metadata().and_then(|now| now.modified()).is_ok_and(|now| now != first);
+        wait_until(SOON, "pushing begins", begun);
+        let address = server.kill();
+        mounted.program.wait_for_event(SOON, "waiting");
+        assert!(!syncing.is_finished(), "nothing is acknowledged that is not stored");
+        let server = scene.serve_again(&source, address);
+        mounted.program.wait_for_event(SOON, "resumed");
+        syncing.join().expect("no panic").expect("in the end everything is stored");
+        expected.keep();
+        expected.check_file(&scene.path("source"));
+        mounted.unmount();
+        server.stop();
+    });
+}
+
+#[test]
+fn after_the_limit_readers_get_an_error_and_recover() {
+    Scene::with_fuse(LONG, |scene| {
+        let expected = make_file(&scene.path("source"), SIZE, 4);
+        let source = format!("file:{}", scene.name("source"));
+        for mode in ["managed", "direct"] {
+            let server = scene.serve(&source, &[]);
+            let mut arguments = vec!["--retry", "2s", "--mode", mode];
+            if mode == "managed" {
+                arguments.extend(["--pull-workers", "0"]);
+            }
+            let mounted = scene.mount(&server.uri, "region", &arguments);
+            let file = mounted.open();
+            let mut piece = vec![0; 4096];
+            file.read_exact_at(&mut piece, 0).expect("the server is there");
+            let address = server.kill();
+            let start = Instant::now();
+            let error = file.read_exact_at(&mut piece, 10 * MIB).expect_err("the server is gone");
+            assert_eq!(error.raw_os_error(), Some(IO_ERROR), "{error}");
+            assert!(start.elapsed() >= Duration::from_secs(1), "it waited for the server first");
+            let server = scene.serve_again(&source, address);
+            wait_until(SOON, "reading again", || file.read_exact_at(&mut piece, 10 * MIB).is_ok());
+            expected.check(10 * MIB, &piece).unwrap_or_else(|wrong| panic!("{wrong}"));
+            drop(file);
+            mounted.unmount();
+            server.stop();
+        }
+    });
+}
+
+#[test]
+fn after_the_limit_fsync_says_so_and_works_later() {
+    Scene::with_fuse(LONG, |scene| {
+        let mut expected = make_file(&scene.path("source"), SIZE, 5);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&source, &[]);
+        let mounted = scene.mount(&server.uri, "region", &["--retry", "1s", "--push-interval", "1h"]);
+        let file = mounted.open();
+        let address = server.kill();
+        let mut random = Random::new(5);
+        // Whole blocks: they need nothing from the remote.
+        for _ in 0..20 {
+            let offset = random.below(SIZE / 4096 - 16) * 4096;
+            let bytes = expected.write(offset..offset + 65_536, random.next_u64());
+            file.write_all_at(&bytes, offset).expect("writing whole blocks needs no server");
+        }
+        file.sync_all().expect_err("nothing can be stored");
+        let server = scene.serve_again(&source, address);
+        wait_until(SOON, "syncing again", || file.sync_all().is_ok());
+        expected.keep();
+        expected.check_file(&scene.path("source"));
+        drop(file);
+        mounted.unmount();
+        server.stop();
+    });
+}
+
+/// A region that keeps in memory what was not flushed: it is lost with the server.
+struct Volatile {
+    disk: Arc<dyn Backend>,
+    unflushed: Mutex<Vec<(u64, Vec<u8>)>>,
+}
+
+impl Volatile {
+    fn new(disk: &Arc<dyn Backend>) -> Arc<Self> {
+        Arc::new(Self { disk: disk.clone(), unflushed: Mutex::default() })
+    }
+
+    fn unflushed(&self) -> MutexGuard<'_, Vec<(u64, Vec<u8>)>> {
+        self.unflushed.lock().expect("nobody panicked")
+    }
+}
+
+#[async_trait]
+impl Backend for Volatile {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.disk.read_at(offset, buf).await?;
+        for (start, bytes) in self.unflushed().iter() {
+            for (at, byte) in (*start..).zip(bytes) {
+                if let Some(slot) = at.checked_sub(offset).and_then(|at| buf.get_mut(usize::try_from(at).ok()?)) {
+                    *slot = *byte;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.unflushed().push((offset, bytes.to_vec()));
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let writes = std::mem::take(&mut *self.unflushed());
+        for (offset, bytes) in writes {
+            self.disk.write_at(offset, &bytes).await?;
+        }
+        self.disk.flush().await
+    }
+}
+
+#[test]
+fn killed_between_write_and_flush() {
+    Scene::with_fuse(LONG, |scene| {
+        let disk = open("memory:?size=8MiB");
+        let server = Volatile::new(&disk);
+        let lent = Lent::at("grpc://127.0.0.1:0", server.clone()).expect("it can listen");
+        // What is over the budget is pushed, but not flushed before the interval ends.
+        let arguments = ["--push-interval", "1h", "--dirty-budget", "256KiB", "--retry", "30s"];
+        let mut mounted = scene.mount(&lent.uri, "region", &arguments);
+        mounted.wait_pulled();
+        let file = mounted.open();
+        let written = fill::bytes(MIB, 1 << 20, 6);
+        file.write_all_at(&written, MIB).expect("it can be written");
+        wait_until(SOON, "a part is pushed", || !server.unflushed().is_empty());
+        assert!(r3map_core::is_zero(&read(&*disk)), "nothing is flushed");
+        let place = lent.kill();
+        let mut next = None;
+        wait_until(SOON, "its port is free", || {
+            next = Lent::at(&place, Volatile::new(&disk)).ok();
+            next.is_some()
+        });
+        file.sync_all().expect("what the server forgot is pushed again");
+        assert!(read(&*disk)[1 << 20..2 << 20] == written, "what was acknowledged is there");
+        drop(file);
+        mounted.unmount();
+    });
+}
+
+fn read(backend: &dyn Backend) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(backend.size()).expect("it fits")];
+    block_on(backend.read_at(0, &mut bytes)).expect("it can be read");
+    bytes
+}
+
+/// The region was in the memory of a server that died: whoever serves there now has another one.
+#[test]
+fn killed_with_the_region_in_its_memory() {
+    Scene::with_fuse(LONG, |scene| {
+        let server = scene.serve("memory:?size=8MiB", &[]);
+        let mounted = scene.mount(&server.uri, "region", &["--pull-workers", "0", "--retry", "2s"]);
+        let file = mounted.open();
+        file.write_all_at(&fill::bytes(0, 1 << 20, 7), 0).expect("it can be written");
+        file.sync_all().expect("it can be synced");
+        let address = server.kill();
+        let _server = scene.serve_again("memory:?size=8MiB", address);
+        let mut page = [0; 4096];
+        file.read_exact_at(&mut page, 0).expect("what is local is as it was");
+        fill::check(&page, 0, 7).unwrap_or_else(|wrong| panic!("{wrong}"));
+        file.read_exact_at(&mut page, 4 * MIB).expect_err("zeros would be another region's");
+        file.write_all_at(&page, 0).expect("it is written locally");
+        file.sync_all().expect_err("and nobody can store it");
+    });
+}
+
+#[test]
+fn a_line_that_breaks_again_and_again() {
+    Scene::with_fuse(LONG, |scene| {
+        let mut expected = make_file(&scene.path("source"), SIZE, 7);
+        let lent = Lent::new(&format!("file:{}", scene.name("source")));
+        let target: std::net::SocketAddr = lent.uri["grpc://".len()..].parse().expect("an address");
+        let proxy = DelayProxy::tcp(target, Duration::from_millis(1)).expect("it can listen");
+        let uri = format!("grpc://{}", proxy.socket_addr());
+        let mounted = scene.mount(&uri, "region", &["--push-interval", "20ms"]);
+        let file = mounted.open();
+        let mut random = Random::new(7);
+        for _ in 0..15 {
+            proxy.reset();
+            expected.write_randomly(5, &mut random, |offset, bytes| file.write_all_at(bytes, offset));
+            proxy.reset();
+            file.sync_all().expect("it is tried again");
+            expected.keep();
+        }
+        expected.check_file(&scene.path("source"));
+        expected.check_file(&mounted.path);
+        drop(file);
+        mounted.unmount();
+    });
+}
+
+/// A server that is frozen answers nothing and refuses nothing: attempts must have a limit of their own.
+#[test]
+fn frozen_and_thawed() {
+    Scene::with_fuse(LONG, |scene| {
+        let expected = make_file(&scene.path("source"), SIZE, 8);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let arguments = ["--pull-workers", "0", "--retry", "2s", "--direct-io"];
+        let mounted = scene.mount(&server.uri, "region", &arguments);
+        let file = mounted.open();
+        server.program.freeze();
+        let mut piece = vec![0; 4096];
+        let error = file.read_exact_at(&mut piece, MIB).expect_err("nobody answers");
+        assert_eq!(error.raw_os_error(), Some(IO_ERROR), "{error}");
+        server.program.thaw();
+        wait_until(SOON, "reading again", || file.read_exact_at(&mut piece, MIB).is_ok());
+        expected.check(MIB, &piece).unwrap_or_else(|wrong| panic!("{wrong}"));
+        drop(file);
+        mounted.unmount();
+    });
+}

@@ -1,0 +1,229 @@
+//! The main job through memory: a region in one process, a slice of it in another.
+
+use std::ops::Range;
+use std::os::unix::process::ExitStatusExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use r3map::{Backend, Cache, Mount, PullSettings, PushSettings, RetrySettings, Settings, SliceMount, Workers};
+use r3map_testkit::crash;
+use r3map_testkit::process::Process;
+use r3map_testkit::proxy::DelayProxy;
+use r3map_testkit::random::Random;
+
+use crate::support::{Expected, MIB, SOON, Scene, block_on, make_file, open, wait_until};
+use crate::whole_region::{GIB_AND_A_BYTE, RTT, SMALL};
+
+const LONG: Duration = Duration::from_secs(240);
+const WRITES: usize = 150;
+
+/// Plays a test that maps memory.
+fn play(act: impl FnOnce(&Scene) + Send + 'static) {
+    Scene::play(LONG, |scene| match block_on(Mount::direct(open("null:?size=1MiB")).slice()) {
+        Ok(_) => act(scene),
+        Err(error) => r3map_testkit::skip(&error.to_string()),
+    });
+}
+
+#[test]
+fn a_gib_and_a_byte() {
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 1);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let slice = block_on(Mount::managed(open(&server.uri)).slice()).expect("it can be mapped");
+        through_memory(slice, &mut expected, scene);
+        server.stop();
+    });
+}
+
+#[test]
+fn over_a_round_trip_of_20_ms() {
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), 4 * SMALL, 2);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let proxy = DelayProxy::tcp(server.address(), RTT).expect("it can listen");
+        let remote = open(&format!("grpc://{}", proxy.socket_addr()));
+        let slice = block_on(Mount::managed(remote).slice()).expect("it can be mapped");
+        through_memory(slice, &mut expected, scene);
+    });
+}
+
+#[test]
+fn directly() {
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), SMALL, 3);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let slice = block_on(Mount::direct(open(&server.uri)).slice()).expect("it can be mapped");
+        through_memory(slice, &mut expected, scene);
+    });
+}
+
+#[test]
+fn directly_over_a_round_trip_of_20_ms() {
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), SMALL / 5, 4);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let proxy = DelayProxy::tcp(server.address(), RTT).expect("it can listen");
+        let remote = open(&format!("grpc://{}", proxy.socket_addr()));
+        let slice = block_on(Mount::direct(remote).slice()).expect("it can be mapped");
+        through_memory(slice, &mut expected, scene);
+    });
+}
+
+/// Reads every byte, writes here and there, flushes, and compares at the source while it is still mapped.
+fn through_memory(mut slice: SliceMount, expected: &mut Expected, scene: &Scene) {
+    assert_eq!(slice.as_slice().len() as u64, expected.size());
+    check_memory(&slice, expected);
+    let mut random = Random::new(expected.size());
+    let memory = slice.as_mut_slice().expect("it can be written");
+    expected.write_randomly(WRITES, &mut random, |offset, bytes| {
+        memory[span(offset..offset + bytes.len() as u64)].copy_from_slice(bytes);
+        Ok(())
+    });
+    scene.step("flush");
+    block_on(slice.flush()).expect("it can be flushed");
+    expected.keep();
+    expected.check_file(&scene.path("source"));
+    // What is written later is found too, and closing stores it.
+    let end = expected.size() - 1;
+    let last = expected.write(end..end + 1, 99);
+    slice.as_mut_slice().expect("it can be written")[span(end..end + 1)].copy_from_slice(&last);
+    check_memory(&slice, expected);
+    scene.step("close");
+    block_on(slice.close()).expect("it can be closed");
+    expected.keep();
+    expected.check_file(&scene.path("source"));
+}
+
+fn check_memory(slice: &SliceMount, expected: &Expected) {
+    let memory = slice.as_slice();
+    expected.check_all(|offset, buf| {
+        buf.copy_from_slice(&memory[span(offset..offset + buf.len() as u64)]);
+        Ok(())
+    });
+}
+
+fn span(bytes: Range<u64>) -> Range<usize> {
+    usize::try_from(bytes.start).expect("it is mapped")..usize::try_from(bytes.end).expect("it is mapped")
+}
+
+#[test]
+fn the_server_dies_and_comes_back() {
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), SMALL, 5);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&source, &[]);
+        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(5)).expect("it can listen");
+        let mut settings = Settings::default();
+        settings.pull.workers = Workers::Fixed(std::num::NonZeroUsize::MIN);
+        let mount = Mount::managed(open(&format!("grpc://{}", proxy.socket_addr()))).settings(settings);
+        let mut slice = block_on(mount.slice()).expect("it can be mapped");
+        let address = server.kill();
+        std::thread::scope(|threads| {
+            let reader = threads.spawn(|| check_memory(&slice, &expected));
+            wait_until(SOON, "it notices", || slice.region().outage().borrow().is_some());
+            assert!(!reader.is_finished(), "the reader waits");
+            let _lives_on = Box::leak(Box::new(scene.serve_again(&source, address)));
+            reader.join().expect("it reads on as if nothing had happened");
+        });
+        let bytes = expected.write(3 * MIB..4 * MIB, 6);
+        slice.write_at(3 * MIB, &bytes).expect("it can be written");
+        block_on(slice.close()).expect("it can be closed");
+        expected.keep();
+        expected.check_file(&scene.path("source"));
+    });
+}
+
+/// What a child process does with a slice; its argument is the server's name.
+fn in_child(role: &str, work: fn(&mut SliceMount)) {
+    if let Some(uri) = crash::role(role) {
+        let settings = Settings {
+            retry: RetrySettings { limit: Some(Duration::from_secs(1)), ..RetrySettings::default() },
+            pull: PullSettings { workers: Workers::Off, ..PullSettings::default() },
+            push: PushSettings { interval: Duration::from_secs(3600), ..PushSettings::default() },
+            ..Settings::default()
+        };
+        let mut slice = block_on(Mount::managed(open(&uri)).settings(settings).slice()).expect("it can be mapped");
+        work(&mut slice);
+        crash::reached("done");
+        std::process::exit(0);
+    }
+}
+
+/// Starts the calling test as a child in a role.
+fn child(scene: &Scene, test: &str, role: &str, uri: &str) -> Process {
+    scene.step(format!("{test} as {role}"));
+    crash::child(&format!("slices::{test}"), role, uri)
+}
+
+#[test]
+fn what_cannot_be_had_is_a_signal_and_never_zeros() {
+    in_child("reader", |slice| {
+        assert_eq!(slice.as_slice()[0], r3map_testkit::fill::bytes(0, 1, 7)[0]);
+        crash::reached("read one");
+        let chunks = (1..).map(|chunk| chunk * (64 << 10));
+        for place in chunks.take_while(|place| *place < SMALL) {
+            std::thread::sleep(Duration::from_millis(10));
+            if block_on(slice.demand(place..place + 1)).is_err() {
+                crash::reached("the server is gone");
+                let byte = slice.as_slice()[span(place..place + 1)][0];
+                crash::reached(&format!("read {byte}"));
+            }
+        }
+    });
+    play(|scene| {
+        make_file(&scene.path("source"), SMALL, 7);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let test = "what_cannot_be_had_is_a_signal_and_never_zeros";
+        let mut reader = child(scene, test, "reader", &server.uri);
+        reader.wait_for_line(SOON, "read one");
+        server.kill();
+        reader.wait_for_line(SOON, "the server is gone");
+        let status = reader.wait(SOON);
+        const SIGBUS: i32 = 7;
+        assert_eq!(status.signal(), Some(SIGBUS), "{:?} {:?}", reader.stdout(), reader.stderr());
+    });
+}
+
+#[test]
+fn what_a_flush_acknowledged_survives_the_process() {
+    in_child("writer", |slice| {
+        slice.write_at(MIB, &r3map_testkit::fill::bytes(MIB, 100_000, 9)).expect("it can be written");
+        block_on(slice.flush()).expect("it can be flushed");
+        slice.write_at(5 * MIB, &r3map_testkit::fill::bytes(5 * MIB, 100_000, 10)).expect("it can be written");
+        crash::stop("flushed");
+    });
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), SMALL, 8);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let mut writer = child(scene, "what_a_flush_acknowledged_survives_the_process", "writer", &server.uri);
+        writer.wait_for_line(SOON, "flushed");
+        writer.kill();
+        expected.write(MIB..MIB + 100_000, 9);
+        expected.keep();
+        expected.write(5 * MIB..5 * MIB + 100_000, 10);
+        expected.check_file(&scene.path("source"));
+    });
+}
+
+/// A slice with a cache file pulls nothing again that the file has.
+#[test]
+fn a_slice_with_a_cache_file() {
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), SMALL, 11);
+        let lent = crate::support::Lent::new(&format!("file:{}", scene.name("source")));
+        for life in 0..2 {
+            lent.forget();
+            let remote: Arc<dyn Backend> = open(&lent.uri);
+            let mount = Mount::managed(remote).identity(&lent.uri).cache(Cache::File(scene.path("cache")));
+            let mut slice = block_on(mount.slice()).expect("it can be mapped");
+            check_memory(&slice, &expected);
+            assert_eq!(lent.bytes_read() == 0, life > 0, "life {life}: {} bytes were read", lent.bytes_read());
+            let bytes = expected.write(life * MIB..life * MIB + 5000, 12);
+            slice.write_at(life * MIB, &bytes).expect("it can be written");
+            block_on(slice.close()).expect("it can be closed");
+            expected.keep();
+            expected.check_file(&scene.path("source"));
+        }
+    });
+}

@@ -1,0 +1,35 @@
+//! What the end-to-end tests share: a scene with a folder and a time limit, the command as a running program, a model of
+//! what a region must hold, loop devices, and a server inside the test that counts and fails.
+
+mod bitflip;
+mod expected;
+mod lent;
+mod loops;
+mod program;
+mod scene;
+
+pub(crate) use bitflip::Bitflip;
+pub(crate) use expected::{Expected, PIECE, make_file};
+pub(crate) use lent::{Lent, block_on, open};
+pub(crate) use loops::{FileSystem, LoopDevice};
+pub(crate) use program::{Mounted, Outcome, Served, event, is_mounted};
+pub(crate) use scene::Scene;
+
+use std::time::Duration;
+
+/// One mebibyte.
+pub(crate) const MIB: u64 = 1 << 20;
+/// How long anything may take that takes no time on an idle machine.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// Waits until `holds`, which must come true by itself.
+///
+/// # Panics
+/// If it does not within `limit`.
+pub(crate) fn wait_until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let end = std::time::Instant::now() + limit;
+    while !holds() {
+        assert!(std::time::Instant::now() < end, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
