@@ -77,7 +77,7 @@ impl Directory {
     pub fn open(path: impl AsRef<Path>, settings: &DirectorySettings) -> Result<Self> {
         let path = path.as_ref();
         if settings.create && !settings.read_only {
-            make_directory(path)?;
+            make_directory(path, settings)?;
         }
         let directory = open_directory(path)?;
         let (geometry, table) = match manifest::read(path)? {
@@ -141,7 +141,10 @@ impl Directory {
     }
 }
 
-fn make_directory(path: &Path) -> Result<()> {
+fn make_directory(path: &Path, settings: &DirectorySettings) -> Result<()> {
+    if settings.size.is_none() && !path.exists() {
+        return Err(refusal(ErrorKind::InvalidInput, path, "does not exist; to make it, say of what size"));
+    }
     let made = match fs::create_dir(path) {
         Ok(()) => sync_directory(parent(path)),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),

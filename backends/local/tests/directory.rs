@@ -185,6 +185,9 @@ fn what_cannot_be_opened_is_refused_in_one_line() {
     assert_says(existing(dir.path()), invalid, "is not a chunk directory");
     let unsized_settings = DirectorySettings { create: true, ..DirectorySettings::default() };
     assert_says(Directory::open(&path, &unsized_settings), invalid, "say of what size");
+    assert!(!path.exists(), "nothing was made");
+    fs::create_dir(&path).unwrap();
+    assert_says(Directory::open(&path, &unsized_settings), invalid, "say of what size");
     let read_only = DirectorySettings { read_only: true, ..settings() };
     assert_says(Directory::open(&path, &read_only), invalid, "is not a chunk directory");
     assert_says(open(&path.join("no/such")), ErrorKind::NotFound, "cannot make the directory");

@@ -72,14 +72,15 @@ struct OpenDirectory;
 impl Open for OpenDirectory {
     async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
         uri.expect(&["size", "chunk"], true)?;
+        let path = uri.path()?;
         let settings = DirectorySettings {
-            size: options.size_for(uri)?,
+            size: if options.create && !path.exists() { Some(options.need_size(uri)?) } else { options.size_for(uri)? },
             chunk_size: options.chunk_for(uri)?,
             create: options.create,
             read_only: options.read_only,
             ..DirectorySettings::default()
         };
-        Ok(Arc::new(Directory::open(uri.path()?, &settings)?))
+        Ok(Arc::new(Directory::open(path, &settings)?))
     }
 
     fn identity(&self, uri: &Uri) -> Option<String> {
