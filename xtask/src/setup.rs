@@ -13,6 +13,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("fio", "/usr/bin/fio"),
     ("fuse3", "/usr/bin/fusermount3"),
     ("mount", "/usr/sbin/losetup"),
+    ("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
     ("sqlite3", "/usr/bin/sqlite3"),
     ("util-linux", "/usr/bin/setpriv"),
 ];

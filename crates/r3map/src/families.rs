@@ -74,7 +74,11 @@ impl Open for OpenDirectory {
         uri.expect(&["size", "chunk"], true)?;
         let path = uri.path()?;
         let settings = DirectorySettings {
-            size: if options.create && !path.exists() { Some(options.need_size(uri)?) } else { options.size_for(uri)? },
+            size: if options.create && !path.exists() {
+                Some(options.need_size(uri)?)
+            } else {
+                options.size_for(uri)?
+            },
             chunk_size: options.chunk_for(uri)?,
             create: options.create,
             read_only: options.read_only,
