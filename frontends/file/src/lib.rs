@@ -33,10 +33,12 @@
 //!
 //! # Loop devices and swap on the file
 //!
-//! Both work. The threads that take requests are marked (`PR_SET_IO_FLUSHER`) so that the kernel does not make them wait
-//! for the very writes that they are to do; the runtime's threads belong to the caller, who may mark them in the same
-//! way. Nothing can be promised for swap: a process whose own pages are swapped out to the file it serves waits for
-//! itself, unless it has locked them (`mlockall`).
+//! Both work. When memory is short, a program that waits for its writes to reach the file must not make the process wait
+//! that is to take them. For that the threads that take requests are marked (`PR_SET_IO_FLUSHER`, which needs
+//! `CAP_SYS_RESOURCE`); the runtime's threads belong to the caller, who may mark them in the same way. Where that is not
+//! allowed, do not run this process in the same memory cgroup as those programs: under a tight limit of version 1 it
+//! was seen to stop for ever. Nothing can be promised for swap: a process whose own pages are swapped out to the file it
+//! serves waits for itself, unless it has locked them (`mlockall`).
 //!
 //! # A process that uses the file it serves
 //!
