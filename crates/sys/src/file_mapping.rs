@@ -18,7 +18,10 @@ pub enum Sharing {
     Private,
 }
 
-/// The first bytes of a file, mapped. Unmapped when dropped.
+/// The first bytes of a file, mapped. Dropping it hands over what was written, and unmaps.
+///
+/// A process must not use shared, writable mappings of a file that it serves itself (through FUSE): while the kernel
+/// waits for such a page, it may keep the process's whole address space locked, and the threads that serve with it.
 #[derive(Debug)]
 pub struct FileMapping {
     base: NonNull<c_void>,
@@ -111,6 +114,9 @@ impl FileMapping {
 
 impl Drop for FileMapping {
     fn drop(&mut self) {
+        // Unmapping dirty pages of a FUSE file writes them while the address space is locked, for all threads. Errors are
+        // for those who ask by `sync`.
+        let _ = self.sync();
         // SAFETY: nothing refers to the pages any more. It fails only for ranges that are no mapping.
         let _ = unsafe { munmap(self.base.as_ptr(), self.len) };
     }

@@ -19,7 +19,8 @@ use crate::settings::{FileSettings, Show};
 ///
 /// A thread of this process that is inside a read, write or fsync of the file when the process is killed waits for an
 /// answer that nobody gives any more, and the process is not gone before its connection in
-/// `/sys/fs/fuse/connections` is aborted (by root, or by a reboot). To be safe from that, let another process use the file.
+/// `/sys/fs/fuse/connections` is aborted (by root, or by a reboot). To be safe from that, let another process use the
+/// file. Above all do not store to shared mappings of it in this process: see [the crate](crate).
 ///
 /// Dropping it flushes and ends it, like [`Self::close`].
 pub struct OpenedFile {

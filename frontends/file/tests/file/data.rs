@@ -7,7 +7,7 @@ use std::thread;
 
 use r3map_core::Backend;
 use r3map_file::{Caching, FileSettings};
-use r3map_local::{Memory, Null};
+use r3map_local::Null;
 use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::faults::Faults;
 use r3map_testkit::random::Random;
@@ -15,6 +15,7 @@ use r3map_testkit::store::Store;
 use r3map_testkit::{conformance, fill, model};
 
 use crate::region::{Region, Way};
+use crate::server::Server;
 use crate::support::{World, content, filled, need_fuse, open, open_direct};
 
 const MIB: u64 = 1 << 20;
@@ -52,7 +53,7 @@ fn every_size_is_read_back_whole() {
 
 fn conforms(way: Way, caching: Caching) {
     let world = World::new();
-    let make = async || Region::new(300_001, way, settings(caching)).await as Arc<dyn Backend>;
+    let make = async || Region::new(300_001, way, caching) as Arc<dyn Backend>;
     world.runtime.block_on(conformance::backend(make));
 }
 
@@ -73,7 +74,7 @@ fn so_is_a_shared_mapping_of_it() {
 
 fn follows_the_model(way: Way, caching: Caching) {
     let world = World::new();
-    let make = async || Region::new(200_003, way, settings(caching)).await as Arc<dyn Backend>;
+    let make = async || Region::new(200_003, way, caching) as Arc<dyn Backend>;
     world.runtime.block_on(model::check(make, model::Settings { runs: 3, ..model::Settings::default() }));
 }
 
@@ -97,16 +98,14 @@ fn random_calls_and_accesses_to_a_mapping_follow_the_model() {
 type Write<'a> = dyn Fn(u64, &[u8]) + Sync + 'a;
 
 /// Four threads, each with its own quarter: two by calls, one by a mapping, one around the kernel's cache. What they
-/// wrote is compared with the backend after unmounting, without any `fsync`.
+/// wrote is compared with what is stored after unmounting, without any `fsync`.
 #[test]
 fn threads_do_not_disturb_one_another() {
     need_fuse!();
     const QUARTER: u64 = 2 * MIB;
-    let world = World::new();
-    let memory = Arc::new(Memory::new(4 * QUARTER + 1).unwrap());
-    let mount = world.mount(memory.clone(), FileSettings::default());
-    let file = open(mount.path());
-    let direct = open_direct(mount.path());
+    let server = Server::start(4 * QUARTER + 1, Caching::Keep);
+    let file = open(&server.path());
+    let direct = open_direct(&server.path());
     let mapping = FileMapping::new(&file, len(4 * QUARTER), Sharing::Shared, true).unwrap();
     let by_calls = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).unwrap();
     let by_mapping = |at: u64, bytes: &[u8]| mapping.write(len(at), bytes).unwrap();
@@ -118,8 +117,7 @@ fn threads_do_not_disturb_one_another() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     drop((mapping, file, direct));
-    world.unmount(&mount);
-    let stored = content(&memory);
+    let stored = server.end();
     for (index, model) in models.iter().enumerate() {
         assert!(stored[index * model.len()..][..model.len()] == model[..], "quarter {index} differs");
     }

@@ -6,4 +6,5 @@ mod foreign;
 mod lifecycle;
 mod region;
 mod semantics;
+mod server;
 mod support;

@@ -10,14 +10,13 @@ use r3map_core::{
     Backend, Capabilities, Error, ErrorKind, Extent, ExtentKind, Extents, Operation, Result, Trim, WriteZeroes,
     check_range,
 };
-use r3map_file::{FileMount, FileSettings};
-use r3map_local::Memory;
+use r3map_file::Caching;
 use r3map_sys::{FileMapping, Sharing};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
-use tempfile::TempDir;
 use tokio::task::block_in_place;
 
+use crate::server::Server;
 use crate::support::open;
 
 /// How a program reaches the bytes.
@@ -31,25 +30,22 @@ pub(crate) enum Way {
     Both,
 }
 
-/// A region in memory, mounted, and reached as a program does. Calls block, so it needs a runtime with threads.
+/// An empty region that another process serves, reached as programs do. Calls block, so it needs a runtime with threads.
 pub(crate) struct Region {
     way: Way,
     size: u64,
-    file: File,
+    // Dropped in this order: nothing is unmounted that is in use.
     mapping: FileMapping,
-    _mount: FileMount,
-    _home: TempDir,
+    file: File,
+    _server: Server,
 }
 
 impl Region {
-    pub(crate) async fn new(size: u64, way: Way, settings: FileSettings) -> Arc<Self> {
-        let home = TempDir::with_prefix("r3map-test-").unwrap();
-        let memory = Arc::new(Memory::new(size).unwrap());
-        let mount = FileMount::open(memory, home.path().join("region"), settings).await.unwrap();
-        let file = block_in_place(|| open(mount.path()));
-        let len = usize::try_from(size).unwrap();
-        let mapping = block_in_place(|| FileMapping::new(&file, len, Sharing::Shared, true)).unwrap();
-        Arc::new(Self { way, size, file, mapping, _mount: mount, _home: home })
+    pub(crate) fn new(size: u64, way: Way, caching: Caching) -> Arc<Self> {
+        let server = block_in_place(|| Server::start(size, caching));
+        let file = open(&server.path());
+        let mapping = FileMapping::new(&file, place(size), Sharing::Shared, true).unwrap();
+        Arc::new(Self { way, size, mapping, file, _server: server })
     }
 
     fn reads_by_mapping(&self, offset: u64) -> bool {

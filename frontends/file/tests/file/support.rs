@@ -46,8 +46,17 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> Self {
+        Self::at(TempDir::with_prefix("r3map-test-").unwrap())
+    }
+
+    /// For a child that is killed: what it cannot remove is removed with the directory that `path` is in.
+    pub(crate) fn beside(path: &str) -> Self {
+        Self::at(TempDir::new_in(Path::new(path).parent().unwrap()).unwrap())
+    }
+
+    fn at(home: TempDir) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        Self { runtime, home: TempDir::with_prefix("r3map-test-").unwrap() }
+        Self { runtime, home }
     }
 
     pub(crate) fn path(&self) -> PathBuf {
