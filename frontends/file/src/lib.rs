@@ -46,8 +46,7 @@
 //! - Do not store to a *shared* mapping of it. While the kernel waits for such pages to be taken (in `munmap`, or at a
 //!   store to a page that is just being written), it keeps the process's address space locked, and as soon as a thread
 //!   that serves needs more memory both wait for ever. `msync` before `munmap` avoids the first. Mappings for reading,
-//!   private mappings, and mappings of other
-//!   processes do no harm. For memory of one's own there is the slice frontend.
+//!   private mappings, and mappings of other processes do no harm. For memory of one's own there is the slice frontend.
 //! - If it is killed while one of its threads waits for the file, or before all stores to such a mapping were handed
 //!   over, the kernel waits for an answer before it lets the process go. Only `umount -f PATH` (or
 //!   `/sys/fs/fuse/connections/N/abort`) ends that.
