@@ -10,7 +10,6 @@ use r3map::{
     Cache, ChunkSize, Error, ErrorKind, ListenOptions, Mount, OpenOptions, Operation, Priority, PullSettings,
     PushSettings, Registry, RetrySettings, Settings, Workers,
 };
-use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::faults::{Faults, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill};
@@ -241,28 +240,4 @@ async fn a_cache_file_notices_another_region_under_the_same_name() {
     }
     let nameless = Mount::managed(remote()).cache(cache).slice().await.unwrap_err();
     assert_eq!(nameless.kind(), ErrorKind::InvalidInput, "{nameless}");
-}
-
-#[tokio::test]
-async fn what_a_mapping_could_not_hand_over_fails_the_close() {
-    if !std::path::Path::new("/dev/fuse").exists() {
-        return r3map_testkit::skip("there is no /dev/fuse");
-    }
-    let faults = Faults::new(remote());
-    let retry = RetrySettings { limit: Some(Duration::from_millis(100)), ..RetrySettings::default() };
-    let settings = Settings { retry, ..Settings::default() };
-    let opened = Mount::direct(faults.clone()).settings(settings).file().await.unwrap();
-    let file = opened.file().try_clone().unwrap();
-    // Both are kept: unmapping and closing would hand the bytes over while the remote still takes them.
-    let kept = app(move || {
-        let len = usize::try_from(SIZE).unwrap();
-        let mapping = FileMapping::new(&file, len, Sharing::Shared, true).unwrap();
-        mapping.write(100, b"stored by nobody").unwrap();
-        (mapping, file)
-    })
-    .await;
-    faults.add(Rule::on(Operation::Write).fail(ErrorKind::Exhausted));
-    let closed = deadline(LIMIT, "closing", opened.close()).await;
-    assert!(closed.is_err(), "the bytes are gone and nobody was told");
-    app(move || drop(kept)).await;
 }
