@@ -22,6 +22,7 @@ fn allowed(place: &str) -> &'static [&'static str] {
             &["crates/core", "crates/pipeline", "crates/migrate", "backends/", "transports/", "frontends/"]
         }
         "backends/tape" => &["crates/core", "crates/pipeline", "crates/sys"],
+        "transports/nbd" => &["crates/core", "crates/pipeline", "crates/sys"],
         "frontends/block" => &["crates/core", "crates/pipeline", "crates/sys", "transports/nbd"],
         "bench" => &["crates/", "backends/", "transports/", "frontends/", "testing/"],
         _ => match place.split('/').next() {

@@ -1,0 +1,1 @@
+//! The NBD protocol's messages, without I/O.
