@@ -1,0 +1,5 @@
+//! The codec: against bytes written by hand from proto.md, there and back, and with bytes that make no sense.
+
+mod decoders;
+mod round_trip;
+mod vectors;
