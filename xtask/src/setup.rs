@@ -12,8 +12,12 @@ const PACKAGES: &[(&str, &str)] = &[
     ("e2fsprogs", "/usr/sbin/e2fsck"),
     ("fio", "/usr/bin/fio"),
     ("fuse3", "/usr/bin/fusermount3"),
+    ("libnbd-bin", "/usr/bin/nbdcopy"),
     ("mount", "/usr/sbin/losetup"),
+    ("nbdkit", "/usr/bin/nbdkit"),
     ("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
+    ("qemu-system-common", "/usr/bin/qemu-storage-daemon"),
+    ("qemu-utils", "/usr/bin/qemu-nbd"),
     ("sqlite3", "/usr/bin/sqlite3"),
     ("util-linux", "/usr/bin/setpriv"),
 ];

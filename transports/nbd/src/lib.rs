@@ -1,5 +1,15 @@
 //! The NBD transport of r3map. It is useful alone: nothing here knows what is served or mapped.
 //!
 //! - [`wire`]: the protocol's messages, without I/O.
+//! - [`Client`]: an export of a server, as a backend; [`NbdUri`] names it.
+//! - [`tls`]: certificates for either side.
 
+mod client;
+mod stream;
+pub mod tls;
+mod uri;
 pub mod wire;
+
+pub use client::{Client, ClientSettings, Export, Listed};
+pub use stream::Duplex;
+pub use uri::{Address, NbdUri, TlsOptions};

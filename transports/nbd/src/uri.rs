@@ -3,8 +3,8 @@
 //! Source: `doc/uri.md` of the NBD project; `tls-certificates` is libnbd's. This file takes URIs apart and writes them;
 //! it opens nothing.
 
-use std::fmt;
 use std::ffi::OsString;
+use std::fmt;
 use std::net::Ipv6Addr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -13,10 +13,7 @@ use std::str::FromStr;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode, utf8_percent_encode};
 use r3map_core::{Error, ErrorKind, Operation, Result};
 
-/// The port that IANA assigned to NBD.
-pub const DEFAULT_PORT: u16 = 10809;
-/// The longest export name in bytes (proto.md, "Conventions").
-const MAX_NAME: usize = 4096;
+use crate::wire::{MAX_STRING, PORT};
 
 /// Where a server is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -107,9 +104,7 @@ impl FromStr for NbdUri {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        parse(text).map_err(|what| {
-            Error::new(ErrorKind::InvalidInput, Operation::Open, format!("{text:?}: {what}"))
-        })
+        parse(text).map_err(|what| Error::new(ErrorKind::InvalidInput, Operation::Open, format!("{text:?}: {what}")))
     }
 }
 
@@ -160,7 +155,7 @@ fn tcp(authority: &str) -> Result<Address, String> {
     let host = decode(host).ok().filter(|host| !host.is_empty() && !host.contains(char::is_whitespace));
     let port = match port {
         // RFC 3986: an empty port is as none.
-        None | Some("") => DEFAULT_PORT,
+        None | Some("") => PORT,
         Some(port) => port.parse().map_err(|_| wrong())?,
     };
     Ok(Address::Tcp { host: host.ok_or_else(wrong)?, port })
@@ -171,8 +166,8 @@ fn export(path: &str) -> Result<String, String> {
     if name.contains('\0') {
         return Err("the export's name holds a NUL".to_owned());
     }
-    if name.len() > MAX_NAME {
-        return Err(format!("the export's name has {} bytes; {MAX_NAME} is the most", name.len()));
+    if name.len() > MAX_STRING {
+        return Err(format!("the export's name has {} bytes; {MAX_STRING} is the most", name.len()));
     }
     Ok(name)
 }

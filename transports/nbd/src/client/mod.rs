@@ -1,0 +1,343 @@
+//! An export of a server, as a backend.
+//!
+//! `Client` cuts requests to what the server takes; `links` has the connections, `link` one of them, `calls` the requests
+//! that are under way on it, `incoming` and `outgoing` its two directions.
+
+mod calls;
+mod changes;
+mod coverage;
+mod driver;
+mod facts;
+mod handshake;
+mod incoming;
+mod link;
+mod links;
+mod outgoing;
+mod unflushed;
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::stream::{self, TryStreamExt};
+use r3map_core::{
+    Backend, Capabilities, Error, ErrorKind, Extent, ExtentKind, Extents, Operation, RangeLock, Result, check_range,
+};
+
+use crate::stream::Duplex;
+use crate::uri::NbdUri;
+use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, StateFlags, TransmissionFlags};
+use calls::{Asked, Failure};
+use links::{Links, Source};
+
+pub use handshake::{Export, Listed};
+
+/// Requests of one call that are under way at once, where the call is too long for one request.
+const PARTS_IN_FLIGHT: usize = 8;
+/// How often a request is made when its connection breaks under it: once more, at once. What is to be tried for longer
+/// is the retry stage's matter.
+const ATTEMPTS: usize = 2;
+
+/// How a [`Client`] connects. Plain data.
+#[derive(Debug, Clone)]
+pub struct ClientSettings {
+    /// How long connecting may take in all: the name, the socket, TLS and the handshake. 10 s.
+    pub connect_timeout: Duration,
+    /// When requests wait and nothing at all was received or sent for so long, the connection is given up and its calls
+    /// fail. 30 s. It must be longer than the server takes for any request; NBD has no other sign of life.
+    pub silence: Duration,
+    /// The most connections, where the server shares its cache between them (`NBD_FLAG_CAN_MULTI_CONN`); otherwise there
+    /// is one. Another one is opened when all are busy. 4. Each costs the server a thread or more.
+    pub connections: NonZeroUsize,
+}
+
+impl Default for ClientSettings {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            silence: Duration::from_secs(30),
+            connections: NonZeroUsize::new(4).expect("4 is not zero"),
+        }
+    }
+}
+
+/// An export of a server. Reads and writes of any length are cut to what the server takes.
+///
+/// It connects again by itself when a call finds no connection. A request whose connection is closed by the server
+/// before it was answered is made once more at once; if that does not work either, or nobody knows what the server still
+/// does, the call fails with `Unavailable`. What a call does is never overtaken: a write that was given up (its future
+/// dropped) goes on in the background, and later writes to the same bytes wait for its end, over a broken connection
+/// until the server's end of it is closed, or for a minute if the server never closes it.
+///
+/// `flush` fails with `Conflict`, once, when a connection broke after it had acknowledged writes that no other connection
+/// makes durable: the server may have restarted, so these may be lost and must be written again.
+///
+/// A server that comes back with another export (size, abilities) is refused with `Conflict`. One that breaks the
+/// protocol's rules is `Corrupt`, and the connection is dropped.
+///
+/// [`Capabilities::trim`] is `NBD_CMD_WRITE_ZEROES`, which may release storage: NBD's own trim leaves bytes undefined.
+/// Where the server has blocks of more than a byte, only whole chunks (of at least 4 KiB) are taken.
+#[derive(Debug)]
+pub struct Client {
+    links: Links,
+    changes: RangeLock,
+}
+
+impl Client {
+    /// Connects to a server and begins with the export that the URI names.
+    ///
+    /// The connections are driven by tasks on the current tokio runtime, now and after they broke; calls may be made
+    /// from any thread. That runtime must never wait for memory that this region fills: if its threads can fault on a
+    /// slice that is mapped from this client, use a runtime of its own.
+    ///
+    /// # Errors
+    /// `Unavailable` if nobody answers (in time); `NotFound` if there is no such export; `Denied` where TLS or the
+    /// server's rules are in the way; `InvalidInput` for what is no NBD server of today, or an export that is no region;
+    /// `Corrupt` for one that breaks the protocol's rules. Each names the server.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn connect(uri: NbdUri, settings: ClientSettings) -> Result<Self> {
+        Self::open(Source::server(uri)?, settings).await
+    }
+
+    /// As [`Self::connect`], over a byte stream of any kind, with one connection that is not made again.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn over(stream: impl Duplex + 'static, export: &str, settings: ClientSettings) -> Result<Self> {
+        Self::open(Source::stream(Box::new(stream), export.to_owned()), settings).await
+    }
+
+    async fn open(source: Source, settings: ClientSettings) -> Result<Self> {
+        Ok(Self { links: Links::open(source, settings).await?, changes: RangeLock::new() })
+    }
+
+    /// Names the exports of a server, with what it says about each. The URI's own export does not matter.
+    ///
+    /// # Errors
+    /// As [`Self::connect`]; `Denied` or `InvalidInput` if the server does not tell.
+    pub async fn list(uri: NbdUri, settings: &ClientSettings) -> Result<Vec<Listed>> {
+        let source = Source::server(uri)?;
+        let listing = async { source.greet().await?.list().await };
+        links::in_time(settings.connect_timeout, &source, listing).await
+    }
+
+    /// What the server says can be done with the export.
+    #[must_use]
+    pub fn flags(&self) -> TransmissionFlags {
+        self.links.facts().flags
+    }
+
+    /// The server's size constraints, if it has any.
+    #[must_use]
+    pub fn block_sizes(&self) -> Option<BlockSizes> {
+        self.links.facts().blocks
+    }
+
+    /// Cuts a range into what fits one request, at multiples of the limit where that is possible.
+    fn parts(&self, range: Range<u64>, limit: u64) -> impl Iterator<Item = Range<u64>> + Send + use<> {
+        let mut at = range.start;
+        std::iter::from_fn(move || {
+            let start = at;
+            at = range.end.min((start + limit) / limit * limit);
+            (start < range.end).then_some(start..at)
+        })
+    }
+
+    fn check(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
+        check_range(operation, self.size(), offset, len)?;
+        // Where the server has blocks, requests are whole chunks.
+        let unit = match self.links.facts().access() {
+            r3map_core::Access::Any => return Ok(()),
+            r3map_core::Access::WholeChunks(chunk) => chunk.bytes(),
+        };
+        let whole = offset.is_multiple_of(unit) && (len.is_multiple_of(unit) || offset + len == self.size());
+        let moves = matches!(operation, Operation::Read | Operation::Write);
+        match whole || !moves || len == 0 {
+            true => Ok(()),
+            false => {
+                let message = format!("{} takes whole chunks of {unit} bytes only", self.links.peer());
+                Err(Error::new(ErrorKind::InvalidInput, operation, message).at(offset, len))
+            }
+        }
+    }
+
+    fn failed(&self, operation: Operation, failure: Failure) -> Error {
+        failure.into_error(operation, self.links.peer())
+    }
+
+    /// Does one read that the server takes.
+    async fn fetch(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut attempt = 1;
+        loop {
+            let link = self.links.any(Operation::Read).await?;
+            match link.read(offset, buf).await {
+                Err(Failure::Closed(_) | Failure::GivenUp(_)) if attempt < ATTEMPTS => attempt += 1,
+                result => return result.map_err(|failure| self.failed(Operation::Read, failure)),
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for Client {
+    fn size(&self) -> u64 {
+        self.links.facts().size
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        let facts = self.links.facts();
+        let zeroes = facts.has(TransmissionFlags::SEND_WRITE_ZEROES);
+        Capabilities {
+            read_only: facts.has(TransmissionFlags::READ_ONLY),
+            access: facts.access(),
+            preferred_chunk: facts.preferred(),
+            trim: zeroes.then_some(self),
+            write_zeroes: zeroes.then_some(self),
+            extents: facts.allocation.is_some().then_some(self),
+            ..Capabilities::default()
+        }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        self.check(Operation::Read, offset, len)?;
+        let limit = self.links.facts().longest();
+        if len <= limit {
+            return if len == 0 {
+                Ok(())
+            } else {
+                self.fetch(offset, buf).await.map_err(|error| error.at(offset, len))
+            };
+        }
+        let mut rest = buf;
+        let parts: Vec<_> = self
+            .parts(offset..offset + len, limit)
+            .map(|part| {
+                let (head, tail) = std::mem::take(&mut rest).split_at_mut(index(part.end - part.start));
+                rest = tail;
+                Ok((part.start, head))
+            })
+            .collect();
+        let reads = stream::iter(parts).try_for_each_concurrent(PARTS_IN_FLIGHT, |(at, part)| self.fetch(at, part));
+        reads.await.map_err(|error| error.at(offset, len))
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.write(offset, buf).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        if self.links.facts().has(TransmissionFlags::READ_ONLY)
+            || !self.links.facts().has(TransmissionFlags::SEND_FLUSH)
+        {
+            // Such a server has no cache that it could flush.
+            return Ok(());
+        }
+        let mark = self.links.unflushed().mark();
+        let shared_cache = self.links.facts().has(TransmissionFlags::CAN_MULTI_CONN);
+        let first = self.links.any(Operation::Flush).await?;
+        let mut open = self.links.open_ones();
+        if !open.iter().any(|link| link.name() == first.name()) {
+            open.push(first);
+        }
+        // The oldest covers most; others are asked for what it does not.
+        let asked: Vec<_> = open
+            .iter()
+            .enumerate()
+            .filter(|(at, link)| *at == 0 || mark.iter().any(|written| written.link == link.name()))
+            .map(|(_, link)| link.clone())
+            .collect();
+        let flushes = stream::iter(asked.iter().map(Ok)).try_for_each_concurrent(None, |link| async move {
+            let asked = Asked { command: Command::Flush, offset: 0, length: 0 };
+            let reply = link.request(asked, CommandFlags::empty(), &[], None).await;
+            reply.map(|_| ()).map_err(|failure| self.failed(Operation::Flush, failure))
+        });
+        flushes.await?;
+        self.links.unflushed().settled(&mark);
+        let covered = mark.iter().all(|written| asked.iter().any(|link| written.covered_by(link.name(), shared_cache)));
+        match covered {
+            true => Ok(()),
+            false => {
+                let message = format!(
+                    "{}: the connection broke since these writes, so the server may have restarted: they may be lost, \
+                     write them again",
+                    self.links.peer()
+                );
+                Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Extents for Client {
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
+        check_range(Operation::Extents, self.size(), offset, len)?;
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        let unit = self.links.facts().minimum();
+        let start = offset / unit * unit;
+        let length = ((offset + len).next_multiple_of(unit) - start).min(self.links.facts().longest_range());
+        let asked = Asked { command: Command::BlockStatus, offset: start, length };
+        let mut attempt = 1;
+        let reply = loop {
+            let link = self.links.any(Operation::Extents).await?;
+            match link.request(asked, CommandFlags::empty(), &[], None).await {
+                Err(Failure::Closed(_) | Failure::GivenUp(_)) if attempt < ATTEMPTS => attempt += 1,
+                result => break result,
+            }
+        };
+        match reply {
+            Ok(reply) => Ok(extents(&reply.extents, start, &(offset..offset + len))),
+            Err(failure) => Err(self.failed(Operation::Extents, failure).at(offset, len)),
+        }
+    }
+}
+
+/// What a server says from `start` on, cut to `range`, which begins less than a block behind that.
+fn extents(said: &[Descriptor], start: u64, range: &Range<u64>) -> Vec<Extent> {
+    let mut at = start;
+    let mut extents: Vec<Extent> = Vec::with_capacity(said.len());
+    for Descriptor { length, flags } in said {
+        let end = at.saturating_add(*length);
+        let cut = at.max(range.start)..end.min(range.end);
+        at = end;
+        // What is only not stored may hold anything; what reads as zeros need not be read.
+        let zero = StateFlags::from_bits_retain(*flags).contains(StateFlags::ZERO);
+        let kind = if zero { ExtentKind::Hole } else { ExtentKind::Data };
+        match extents.last_mut() {
+            _ if cut.is_empty() => {}
+            Some(last) if last.kind == kind => last.range.end = cut.end,
+            _ => extents.push(Extent { range: cut, kind }),
+        }
+    }
+    extents
+}
+
+fn index(length: u64) -> usize {
+    usize::try_from(length).expect("a part of what is in memory fits into memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_cut_and_joined() {
+        let data = |length| Descriptor { length, flags: StateFlags::HOLE.bits() };
+        let zero = |length| Descriptor { length, flags: (StateFlags::HOLE | StateFlags::ZERO).bits() };
+        let extent = |range, kind| Extent { range, kind };
+        assert_eq!(
+            extents(&[data(10), data(5), zero(5), zero(100)], 100, &(103..125)),
+            [extent(103..115, ExtentKind::Data), extent(115..125, ExtentKind::Hole)]
+        );
+        assert_eq!(extents(&[zero(4), data(u64::MAX)], 100, &(104..105)), [extent(104..105, ExtentKind::Data)]);
+    }
+}

@@ -1,0 +1,158 @@
+//! A byte stream to a peer: TCP, a Unix socket, whatever the caller brings, and TLS over each.
+//!
+//! It connects and sets socket options; it knows nothing of the protocol.
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio_rustls::client::TlsStream;
+
+use crate::uri::Address;
+
+/// How long a connection may be idle before TCP asks whether the peer is there.
+const IDLE_BEFORE_PROBE: Duration = Duration::from_secs(15);
+/// How often it asks again, and how many times.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+const PROBES: u32 = 3;
+/// How long sent bytes may go unacknowledged, in milliseconds, before TCP gives the connection up.
+const UNACKNOWLEDGED_MS: u32 = 30_000;
+
+/// Any byte stream.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
+
+/// A connection to a server.
+pub(crate) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+    Other(Box<dyn Duplex>),
+    Tls(Box<TlsStream<Stream>>),
+}
+
+/// The half that is read.
+pub(crate) type Reading = Box<dyn AsyncRead + Send + Unpin>;
+/// The half that is written.
+pub(crate) type Writing = Box<dyn AsyncWrite + Send + Unpin>;
+
+impl Stream {
+    /// Connects, trying each address of a name in turn. Takes as long as the system lets it: limit it from outside.
+    ///
+    /// # Errors
+    /// Names the address. `Unavailable` if nobody answers there now.
+    pub(crate) async fn connect(address: &Address) -> Result<Self> {
+        let result = match address {
+            Address::Tcp { host, port } => connect_any(host, *port).await,
+            Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
+        };
+        result.map_err(|error| unreachable(address, error))
+    }
+
+    pub(crate) fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+
+    /// Both halves, for use from different tasks.
+    pub(crate) fn split(self) -> (Reading, Writing) {
+        match self {
+            Self::Tcp(stream) => {
+                let (reading, writing) = stream.into_split();
+                (Box::new(reading), Box::new(writing))
+            }
+            Self::Unix(stream) => {
+                let (reading, writing) = stream.into_split();
+                (Box::new(reading), Box::new(writing))
+            }
+            other => {
+                let (reading, writing) = tokio::io::split(other);
+                (Box::new(reading), Box::new(writing))
+            }
+        }
+    }
+}
+
+/// A socket that is not there yet may be there later, so unlike a missing file it is worth trying again.
+fn unreachable(address: &Address, error: io::Error) -> Error {
+    let kind = match ErrorKind::from_io(error.kind()) {
+        ErrorKind::NotFound | ErrorKind::Internal => ErrorKind::Unavailable,
+        kind => kind,
+    };
+    Error::new(kind, Operation::Open, format!("cannot connect to {address}")).with_source(error)
+}
+
+async fn connect_any(host: &str, port: u16) -> io::Result<Stream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in lookup_host((host, port)).await?.collect::<Vec<SocketAddr>>() {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return options(stream).map(Stream::Tcp),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Sends at once, and notices a peer that is gone without a word.
+fn options(stream: TcpStream) -> io::Result<TcpStream> {
+    sockopt::set_tcp_nodelay(&stream, true)?;
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, IDLE_BEFORE_PROBE)?;
+    sockopt::set_tcp_keepintvl(&stream, PROBE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(&stream, PROBES)?;
+    sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
+    Ok(stream)
+}
+
+macro_rules! each {
+    ($stream:expr, $inner:ident => $call:expr) => {
+        match $stream.get_mut() {
+            Stream::Tcp($inner) => $call,
+            Stream::Unix($inner) => $call,
+            Stream::Other($inner) => $call,
+            Stream::Tls($inner) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, inner => Pin::new(inner).poll_read(context, buf))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, inner => Pin::new(inner).poll_write(context, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, inner => Pin::new(inner).poll_write_vectored(context, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(inner) => inner.is_write_vectored(),
+            Self::Unix(inner) => inner.is_write_vectored(),
+            Self::Other(inner) => inner.is_write_vectored(),
+            Self::Tls(inner) => inner.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, inner => Pin::new(inner).poll_flush(context))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, inner => Pin::new(inner).poll_shutdown(context))
+    }
+}
