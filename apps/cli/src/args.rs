@@ -35,6 +35,7 @@ pub(crate) enum Command {
     Mount(Mount),
     Info(Info),
     Copy(Copy),
+    Nbd(Nbd),
     Demo(Demo),
     Completions(Completions),
     Man(Man),
@@ -50,7 +51,8 @@ Examples:
   r3map serve file:/data/new.img --create --size 4GiB --listen grpc+unix:///run/r3map.sock
   r3map serve memory: --size 1GiB --listen grpc://[::1]:0")]
 pub(crate) struct Serve {
-    /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337.
+    /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337,
+    /// nbd://host/disk.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
     /// Where to listen: grpc://ADDRESS:PORT or grpc+unix://PATH; may be given several times.
@@ -149,17 +151,48 @@ pub(crate) struct Mount {
 #[command(after_help = "\
 Examples:
   r3map info grpc://host:1337
+  r3map info --map nbd://host/disk                             which parts hold data
   r3map --json info file:/data/disk.img")]
 pub(crate) struct Info {
     /// The region.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
+    /// List the runs of data and the holes too, where the resource knows.
+    #[arg(long)]
+    pub(crate) map: bool,
     /// The region's size, where the resource does not know it.
     #[arg(long, value_parser = parse_size)]
     pub(crate) size: Option<u64>,
     /// The chunk size, where the resource does not know it.
     #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
     pub(crate) chunk_size: Option<ChunkSize>,
+}
+
+/// Talk to NBD servers.
+#[derive(Args, Debug)]
+pub(crate) struct Nbd {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: NbdCommand,
+}
+
+/// What `r3map nbd` does.
+#[derive(Subcommand, Debug)]
+pub(crate) enum NbdCommand {
+    List(NbdList),
+}
+
+/// List the exports of an NBD server, with what it says about each.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map nbd list nbd://host
+  r3map nbd list 'nbds://host?tls-certificates=/etc/pki/nbd'
+  r3map --json nbd list 'nbd+unix:///?socket=/run/nbd.sock'")]
+pub(crate) struct NbdList {
+    /// The server, e.g. nbd://host; an export in it does not matter.
+    #[arg(value_parser = parse_uri)]
+    pub(crate) uri: Uri,
 }
 
 /// Copy one region onto another of the same size.

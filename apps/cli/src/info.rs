@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use r3map::{Access, ExtentKind, OpenOptions, Registry, size};
-use serde_json::json;
+use r3map::{Access, Extent, ExtentKind, OpenOptions, Registry, size};
+use serde_json::{Value, json};
 
 use crate::args;
 use crate::output::Output;
@@ -13,7 +13,8 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
     let options =
         OpenOptions { size: args.size, chunk_size: args.chunk_size, read_only: true, ..OpenOptions::default() };
     let backend = registry.open(&args.uri, &options).await?;
-    let data = data_bytes(&*backend).await?;
+    let extents = extents(&*backend).await?;
+    let data = extents.as_deref().map(data_bytes);
     let able = backend.capabilities();
     let abilities: Vec<&str> = [
         (!able.read_only, "write"),
@@ -47,6 +48,10 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
         line("request", &format!("up to {}", size::format(limit)));
     }
     line("can", &abilities.join(", "));
+    let map = extents.filter(|_| args.map);
+    for extent in map.iter().flatten() {
+        line(kind(extent), &format!("{}-{}", extent.range.start, extent.range.end));
+    }
     output.event(
         "info",
         human.trim_end(),
@@ -59,22 +64,41 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
             "max_request": able.max_request,
             "read_only": able.read_only,
             "abilities": abilities,
+            "extents": map.map(|extents| extents.iter().map(json_of).collect::<Vec<_>>()),
         }),
     );
     Ok(())
 }
 
-/// How much of the region holds data, where it knows.
-async fn data_bytes(backend: &dyn r3map::Backend) -> Result<Option<u64>> {
-    let Some(extents) = backend.capabilities().extents else { return Ok(None) };
-    let (mut at, mut data) = (0, 0);
+/// Which parts of the region hold data, where it knows; neighbours differ.
+async fn extents(backend: &dyn r3map::Backend) -> Result<Option<Vec<Extent>>> {
+    let Some(ability) = backend.capabilities().extents else { return Ok(None) };
+    let (mut at, mut all) = (0, Vec::<Extent>::new());
     while at < backend.size() {
-        for extent in extents.extents(at, backend.size() - at).await? {
-            if extent.kind == ExtentKind::Data {
-                data += extent.range.end - extent.range.start;
-            }
+        for extent in ability.extents(at, backend.size() - at).await? {
             at = extent.range.end;
+            match all.last_mut().filter(|last| last.kind == extent.kind) {
+                Some(last) => last.range.end = at,
+                None => all.push(extent),
+            }
         }
     }
-    Ok(Some(data))
+    Ok(Some(all))
+}
+
+/// How much of the region holds data.
+fn data_bytes(extents: &[Extent]) -> u64 {
+    let data = extents.iter().filter(|extent| extent.kind == ExtentKind::Data);
+    data.map(|extent| extent.range.end - extent.range.start).sum()
+}
+
+fn kind(extent: &Extent) -> &'static str {
+    match extent.kind {
+        ExtentKind::Data => "data",
+        ExtentKind::Hole => "hole",
+    }
+}
+
+fn json_of(extent: &Extent) -> Value {
+    json!({ "offset": extent.range.start, "length": extent.range.end - extent.range.start, "kind": kind(extent) })
 }

@@ -7,6 +7,7 @@ mod copy;
 mod demo;
 mod info;
 mod mount;
+mod nbd;
 mod order;
 mod output;
 mod serve;
@@ -70,6 +71,7 @@ async fn run(command: Command, output: Output) -> Result<()> {
         Command::Mount(args) => mount::run(&registry, args, output).await,
         Command::Info(args) => info::run(&registry, args, output).await,
         Command::Copy(args) => copy::run(&registry, args, output).await,
+        Command::Nbd(args) => nbd::run(args, output).await,
         Command::Demo(args) => demo::run(args, output).await,
         Command::Completions(args) => {
             clap_complete::generate(args.shell, &mut Cli::command(), "r3map", &mut std::io::stdout());

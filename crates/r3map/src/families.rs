@@ -10,6 +10,8 @@ use crate::{Family, Open, OpenOptions, Registry, Uri};
 
 #[cfg(feature = "grpc")]
 mod grpc;
+#[cfg(feature = "nbd")]
+pub(crate) mod nbd;
 
 /// Adds every scheme of this build.
 pub(crate) fn register(registry: &mut Registry) {
@@ -22,6 +24,8 @@ pub(crate) fn register(registry: &mut Registry) {
     local("null", "null:?size=1TiB", "zeros; writes vanish", Arc::new(OpenNull));
     #[cfg(feature = "grpc")]
     grpc::register(registry);
+    #[cfg(feature = "nbd")]
+    nbd::register(registry);
 }
 
 struct OpenMemory;

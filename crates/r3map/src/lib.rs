@@ -17,14 +17,18 @@ pub mod size;
 mod uri;
 
 pub use copy::{CopyProgress, CopySettings, copy};
+#[cfg(feature = "nbd")]
+pub use families::nbd::nbd_list;
 #[cfg(feature = "slice")]
 pub use mount::SliceMount;
 #[cfg(feature = "file")]
 pub use mount::{FileMount, PathMount};
 pub use mount::{Mount, Region};
 pub use r3map_core::{
-    Access, Backend, Capabilities, ChunkSize, Error, ErrorKind, ExtentKind, Geometry, Operation, Result,
+    Access, Backend, Capabilities, ChunkSize, Error, ErrorKind, Extent, ExtentKind, Geometry, Operation, Result,
 };
+#[cfg(feature = "nbd")]
+pub use r3map_nbd::{Export as NbdExport, Listed as NbdListed};
 pub use r3map_pipeline::{
     Backoff, Durability, Outage, Phase, Priority, Progress, PullSettings, PushSettings, RetrySettings, Workers,
 };

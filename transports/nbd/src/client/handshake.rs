@@ -66,6 +66,28 @@ pub struct Export {
     pub contexts: Vec<String>,
 }
 
+impl Export {
+    /// What can be done with it, in words: `write`, `flush`, `fua`, `rotational`, `trim`, `write-zeroes`, `df`,
+    /// `multi-conn`, `cache`, `fast-zero`, in this order.
+    #[must_use]
+    pub fn abilities(&self) -> Vec<&'static str> {
+        let has = |flag| self.flags.contains(flag);
+        let all = [
+            (!has(TransmissionFlags::READ_ONLY), "write"),
+            (has(TransmissionFlags::SEND_FLUSH), "flush"),
+            (has(TransmissionFlags::SEND_FUA), "fua"),
+            (has(TransmissionFlags::ROTATIONAL), "rotational"),
+            (has(TransmissionFlags::SEND_TRIM), "trim"),
+            (has(TransmissionFlags::SEND_WRITE_ZEROES), "write-zeroes"),
+            (has(TransmissionFlags::SEND_DF), "df"),
+            (has(TransmissionFlags::CAN_MULTI_CONN), "multi-conn"),
+            (has(TransmissionFlags::SEND_CACHE), "cache"),
+            (has(TransmissionFlags::SEND_FAST_ZERO), "fast-zero"),
+        ];
+        all.into_iter().filter_map(|(can, what)| can.then_some(what)).collect()
+    }
+}
+
 /// A connection on which options are haggled over.
 pub(crate) struct Handshake<'a> {
     stream: Stream,

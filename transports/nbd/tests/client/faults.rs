@@ -1,0 +1,179 @@
+//! Servers that die, freeze, and come back, also as somebody else.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use r3map_core::{Backend, ErrorKind};
+use r3map_nbd::{Client, ClientSettings};
+use r3map_testkit::fill;
+use r3map_testkit::process::Process;
+use tempfile::TempDir;
+
+use crate::support::{nbdkit, read, socket_in, unix_uri};
+
+const SIZE: usize = 4 << 20;
+
+/// A place where servers come and go, and a client of it.
+struct Place {
+    directory: TempDir,
+    server: Process,
+    client: Arc<Client>,
+}
+
+impl Place {
+    async fn new(text: &str, settings: ClientSettings) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::File::create(directory.path().join("disk")).unwrap().set_len(SIZE as u64).unwrap();
+        let server = start(directory.path(), text);
+        let uri = unix_uri(&socket_in(directory.path()), "");
+        let client = Arc::new(Client::connect(uri, settings).await.unwrap());
+        Self { directory, server, client }
+    }
+
+    fn restart(&mut self, text: &str) {
+        self.server.kill();
+        std::fs::remove_file(socket_in(self.directory.path())).unwrap();
+        self.server = start(self.directory.path(), text);
+    }
+}
+
+/// Starts nbdkit; `DISK` in its arguments is a file.
+fn start(directory: &Path, text: &str) -> Process {
+    let disk = directory.join("disk");
+    nbdkit(&socket_in(directory), &text.replace("DISK", disk.to_str().unwrap()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_and_started_again() {
+    let mut place = Place::new("file DISK", ClientSettings::default()).await;
+    let client = place.client.clone();
+    client.write_at(0, &fill::bytes(0, SIZE, 1)).await.unwrap();
+    client.flush().await.unwrap();
+    place.server.kill();
+    let mut buf = vec![0; 100_000];
+    let error = client.read_at(0, &mut buf).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(!error.to_string().contains('\n'));
+    place.restart("file DISK");
+    fill::check(&read(&*client, 0, SIZE).await, 0, 1).unwrap();
+    client.flush().await.expect("everything was flushed before the restart");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_under_way_when_the_server_dies_fail_or_are_made_again() {
+    let mut place = Place::new("--filter=delay file DISK rdelay=300ms wdelay=300ms", ClientSettings::default()).await;
+    let calls = (0..32u64).map(|n| {
+        let client = place.client.clone();
+        tokio::spawn(async move {
+            let offset = n * 100_000;
+            match n % 2 {
+                0 => client.write_at(offset, &fill::bytes(offset, 100_000, 1)).await,
+                _ => client.read_at(offset, &mut vec![0; 100_000]).await,
+            }
+        })
+    });
+    let calls: Vec<_> = calls.collect();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    place.restart("file DISK");
+    for call in calls {
+        if let Err(error) = call.await.unwrap() {
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        }
+    }
+    place.client.write_at(0, &fill::bytes(0, SIZE, 2)).await.unwrap();
+    fill::check(&read(&*place.client, 0, SIZE).await, 0, 2).unwrap();
+}
+
+/// The writes that a dead server had acknowledged and not flushed are gone: no flush says otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_does_not_promise_what_a_dead_server_has_lost() {
+    for connections in [1, 4] {
+        let settings =
+            ClientSettings { connections: connections.try_into().unwrap(), ..ClientSettings::default() };
+        let mut place = Place::new("memory 4M", settings).await;
+        let client = place.client.clone();
+        let writes = (0..16u64).map(|n| {
+            let client = client.clone();
+            tokio::spawn(async move { client.write_at(n * 100_000, &fill::bytes(n * 100_000, 100_000, 1)).await })
+        });
+        for write in writes.collect::<Vec<_>>() {
+            write.await.unwrap().unwrap();
+        }
+        place.restart("memory 4M");
+        // Whatever is done in between, and on however many connections.
+        let reads = (0..16u64).map(|n| {
+            let client = client.clone();
+            tokio::spawn(async move { client.read_at(n * 100_000, &mut [0; 100_000]).await })
+        });
+        for read in reads.collect::<Vec<_>>() {
+            read.await.unwrap().unwrap();
+        }
+        let error = client.flush().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        assert!(error.message().contains("write them again"), "{error}");
+        client.write_at(0, &fill::bytes(0, 1_600_000, 1)).await.unwrap();
+        client.flush().await.expect("once reported, and written again");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_region_in_the_same_place_is_refused() {
+    let mut place = Place::new("memory 4M", ClientSettings::default()).await;
+    for (text, reason) in [
+        ("memory 8M", "has 8388608 bytes where it had 4194304"),
+        ("--readonly memory 4M", "is read-only where it was writable"),
+        ("--no-sr memory 4M", "can do other things"),
+    ] {
+        place.restart(text);
+        let error = place.client.read_at(0, &mut [0; 10]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict, "{text}: {error}");
+        assert!(error.message().contains(reason), "{error}");
+    }
+    place.restart("memory 4M");
+    read(&*place.client, 0, 10).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_server_is_given_up_in_time() {
+    let settings = ClientSettings { silence: Duration::from_millis(300), ..ClientSettings::default() };
+    let settings = ClientSettings { connect_timeout: Duration::from_millis(300), ..settings };
+    let place = Place::new("pattern size=4M", settings).await;
+    place.server.freeze();
+    let start = Instant::now();
+    let error = place.client.read_at(0, &mut [0; 10]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    place.server.thaw();
+    assert_eq!(read(&*place.client, 8, 8).await, 8u64.to_be_bytes());
+    // An idle connection is no silent one.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(read(&*place.client, 16, 8).await, 16u64.to_be_bytes());
+}
+
+/// A write that was given up reached the frozen server; it must not land after a later one has returned.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_was_given_up_never_lands_late() {
+    for silence in [Duration::from_secs(30), Duration::from_millis(200)] {
+        let settings = ClientSettings { silence, connect_timeout: Duration::from_secs(20), ..ClientSettings::default() };
+        let place = Place::new("memory 4M", settings).await;
+        let client = place.client.clone();
+        place.server.freeze();
+        let (first, second) = (fill::bytes(0, 50_000, 1), fill::bytes(0, 50_000, 2));
+        let given_up = tokio::time::timeout(Duration::from_millis(500), client.write_at(0, &first)).await;
+        assert!(given_up.is_err() || given_up.unwrap().is_err());
+        let later = {
+            let client = client.clone();
+            tokio::spawn(async move { client.write_at(0, &second).await })
+        };
+        // Elsewhere nothing waits for it, once there is a connection.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!later.is_finished(), "nobody knows yet what becomes of the first");
+        place.server.thaw();
+        tokio::time::timeout(Duration::from_secs(20), later).await.expect("it is let go").unwrap().unwrap();
+        for _ in 0..20 {
+            fill::check(&read(&*client, 0, 50_000).await, 0, 2).unwrap();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! What a server sends wrong is an error, never other bytes than it has: cuts at every byte, bits that flip, chunks that
+//! contradict what was asked for.
+
+use std::time::Duration;
+
+use r3map_core::{Backend, ErrorKind, Extents};
+use r3map_nbd::wire::{Chunk, Command, Descriptor, Errno, Framing, ReplyFlags, Request, SimpleReply, Text};
+use r3map_nbd::{Client, ClientSettings};
+use r3map_testkit::random::Random;
+use tokio::io::AsyncWriteExt;
+
+use crate::liar::{CONTEXT, Liar, bytes, chunk, holey, honest};
+
+const LEN: usize = 9_001;
+
+/// A read from a liar; the bytes must be the right ones if there are any.
+async fn read(liar: &Liar, offset: u64, len: usize) -> r3map_core::Result<()> {
+    let client = liar.client().await?;
+    let mut buf = vec![0xa5; len];
+    let limit = Duration::from_secs(20);
+    let result = tokio::time::timeout(limit, client.read_at(offset, &mut buf)).await.expect("nothing hangs");
+    if result.is_ok() {
+        assert!(buf == holey(offset, len as u64), "wrong bytes were taken for good ones");
+    }
+    result
+}
+
+#[tokio::test]
+async fn an_honest_server_is_believed() {
+    for framing in [Framing::Simple, Framing::Structured, Framing::Extended] {
+        for (offset, len) in [(5, LEN), (0, 3), (4096, 500_000), (1, 1_000_000)] {
+            read(&Liar::new(framing, honest(framing)), offset, len).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_conversation_that_is_cut_at_any_byte_is_an_outage() {
+    for framing in [Framing::Simple, Framing::Structured, Framing::Extended] {
+        let liar = Liar::new(framing, honest(framing));
+        let mut cut = 0;
+        // Every byte of the handshake and of the headers, and some of the data.
+        loop {
+            match read(&liar.clone().cut(cut).once(), 5, LEN).await {
+                Ok(()) => break,
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::Unavailable, "{framing:?} cut at {cut}: {error}");
+                    assert!(!error.to_string().contains('\n'));
+                }
+            }
+            cut += if cut > 700 && cut % 1000 > 40 { 37 } else { 1 };
+        }
+        assert!(cut > LEN / 2, "{framing:?}: {cut} bytes were enough");
+    }
+}
+
+/// Where headers are in what an honest server answers: of the data itself nobody can tell.
+fn headers(framing: Framing) -> Vec<usize> {
+    let header = if framing == Framing::Extended { 32 } else { 20 };
+    let (third, last) = (LEN / 3, LEN - LEN / 3 * 2);
+    let second = header + 8 + last;
+    let third_chunk = second + header + 12;
+    let end = third_chunk + header + 8 + third;
+    let within = |at: usize| at < header + 8 || (second..third_chunk + header + 8).contains(&at);
+    (0..end).filter(|at| within(*at)).collect()
+}
+
+#[tokio::test]
+async fn a_bit_that_flips_in_a_header_is_noticed() {
+    for framing in [Framing::Structured, Framing::Extended] {
+        let (mut harmless, mut noticed) = (0, 0);
+        for byte in headers(framing) {
+            for bit in 0..8 {
+                let liar = Liar::new(framing, honest(framing)).flip(byte, bit).once();
+                match read(&liar, 5, LEN).await {
+                    // A reply flag that nobody knows means nothing.
+                    Ok(()) => harmless += 1,
+                    Err(error) => {
+                        noticed += 1;
+                        let expected = [ErrorKind::Corrupt, ErrorKind::Unavailable, ErrorKind::InvalidInput];
+                        let refused = error.message().contains("the server answered") || expected.contains(&error.kind());
+                        assert!(refused, "{framing:?}, byte {byte}, bit {bit}: {error}");
+                    }
+                }
+            }
+        }
+        assert!(harmless <= 3 * 16 && noticed > 400, "{harmless} harmless, {noticed} noticed");
+    }
+}
+
+/// What a server must not answer to a read of `LEN` bytes at 5, and a word of what is said then.
+fn lies() -> Vec<(&'static str, Box<dyn Fn(&Request) -> Vec<u8> + Send + Sync>)> {
+    const S: Framing = Framing::Structured;
+    let data = |request: &Request, last, at: u64, len| chunk(S, request, last, &Chunk::Data { offset: at, bytes: &bytes(at, len) });
+    let len = LEN as u64;
+    let with_cookie = |cookie| move |request: &Request| Request { cookie, ..*request };
+    vec![
+        ("less than was asked", Box::new(move |r| data(r, true, 5, len - 1))),
+        ("less than was asked", Box::new(move |r| chunk(S, r, true, &Chunk::None))),
+        ("where 5..9006 was asked", Box::new(move |r| data(r, true, 5, len + 1))),
+        ("where 5..9006 was asked", Box::new(move |r| data(r, true, 4, 1))),
+        ("sent before", Box::new(move |r| [data(r, false, 5, 100), data(r, true, 104, len - 99)].concat())),
+        ("not made", Box::new(move |r| data(&with_cookie(999)(r), true, 5, len))),
+        ("not made", Box::new(move |r| [data(r, true, 5, len), data(r, true, 5, len)].concat().repeat(2))),
+        (
+            "a simple reply to a read",
+            Box::new(|r| {
+                let mut out = Vec::new();
+                SimpleReply { error: None, cookie: r.cookie }.encode(&mut out);
+                out
+            }),
+        ),
+        ("extents", Box::new(|r| {
+            let extents = vec![Descriptor { length: 1, flags: 0 }];
+            chunk(S, r, true, &Chunk::BlockStatus { context: CONTEXT, extents })
+        })),
+        ("no reply", Box::new(|_| b"HTTP/1.1 400 Bad Request\r\n\r\nmore bytes than a header".to_vec())),
+        ("impossible length", Box::new(|r| {
+            let mut out = chunk(S, r, true, &Chunk::Hole { offset: 5, length: 1 });
+            out[7] = 1;
+            out[16..20].fill(0xff);
+            out
+        })),
+        ("wrong length", Box::new(|r| {
+            let message = Text::cut("x");
+            let mut out = chunk(S, r, true, &Chunk::Error { error: Errno::Io, message, offset: None });
+            out[25] = 200;
+            out
+        })),
+    ]
+}
+
+#[tokio::test]
+async fn a_lie_is_corrupt_and_ends_the_connection() {
+    for (reason, lie) in lies() {
+        let liar = Liar::new(Framing::Structured, lie);
+        let client = liar.client().await.unwrap();
+        let mut buf = vec![0xa5; LEN];
+        let first = client.read_at(5, &mut buf).await;
+        // One lie comes only after a good reply.
+        let error = match first {
+            Err(error) => error,
+            Ok(()) => {
+                assert_eq!(reason, "not made");
+                client.read_at(5, &mut buf).await.expect_err(reason)
+            }
+        };
+        assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unavailable), "{reason}: {error}");
+        if error.kind() == ErrorKind::Corrupt {
+            assert!(error.message().contains(reason), "{reason}: {error}");
+        }
+        let next = client.read_at(5, &mut buf).await.expect_err("the connection is gone");
+        assert_eq!(next.kind(), ErrorKind::Unavailable, "{reason}: {next}");
+    }
+}
+
+#[tokio::test]
+async fn an_error_of_the_server_leaves_the_connection_alone() {
+    let liar = Liar::new(Framing::Structured, |request| match request.offset {
+        0 => {
+            let message = Text::cut("two\nlines");
+            chunk(Framing::Structured, request, true, &Chunk::Error { error: Errno::NoMem, message, offset: Some(3) })
+        }
+        _ => honest(Framing::Structured)(request),
+    });
+    let client = liar.client().await.unwrap();
+    let mut buf = vec![0; 1000];
+    let error = client.read_at(0, &mut buf).await.unwrap_err();
+    assert_eq!((error.kind(), error.range()), (ErrorKind::Exhausted, Some((0, 1000))));
+    assert_eq!(error.message(), "the server: out of memory: two lines");
+    client.read_at(1, &mut buf).await.unwrap();
+    assert!(buf == holey(1, 1000));
+}
+
+#[tokio::test]
+async fn extents_in_either_framing_and_lies_about_them() {
+    for framing in [Framing::Structured, Framing::Extended] {
+        let extents = |lengths: &'static [u64], context, twice| {
+            Liar::new(framing, move |request: &Request| {
+                assert_eq!(request.command, Command::BlockStatus);
+                let list = lengths.iter().zip(0..).map(|(length, n)| Descriptor { length: *length, flags: n % 2 * 3 });
+                let status = Chunk::BlockStatus { context, extents: list.collect() };
+                let first = chunk(framing, request, !twice, &status);
+                if twice { [first, chunk(framing, request, true, &status)].concat() } else { first }
+            })
+        };
+        let good = extents(&[1000, 2000, 1 << 19], CONTEXT, false).client().await.unwrap();
+        let found = good.extents(10, 5000).await.unwrap();
+        let ranges: Vec<_> = found.iter().map(|extent| extent.range.clone()).collect();
+        assert_eq!(ranges, [10..1010, 1010..3010, 3010..5010], "{framing:?}");
+        for liar in [
+            extents(&[1000], CONTEXT + 1, false),
+            extents(&[1000], CONTEXT, true),
+            extents(&[5000, 1], CONTEXT, false),
+            Liar::new(framing, move |request| chunk(framing, request, true, &Chunk::None)),
+        ] {
+            let error = liar.client().await.unwrap().extents(10, 5000).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_nbd_server_is_told_so() {
+    for (said, kind, reason) in [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n".as_slice(), ErrorKind::InvalidInput, "no NBD server"),
+        (b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53........", ErrorKind::InvalidInput, "old-style"),
+        (b"NBDMAGICIHAVEOPT\x00\x00", ErrorKind::InvalidInput, "too old"),
+        (b"NBDMAGIC", ErrorKind::Unavailable, "closed the connection during the handshake"),
+        (b"NBDMAGICIHAVEOPT\x00\x03and then nonsense of some length", ErrorKind::Corrupt, "magic number"),
+    ] {
+        let (here, mut there) = tokio::io::duplex(1 << 16);
+        there.write_all(said).await.unwrap();
+        there.shutdown().await.unwrap();
+        let error = Client::over(here, "", ClientSettings::default()).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.message().contains(reason), "{error}");
+    }
+}
+
+/// Nothing that a server sends makes the client panic, hang, or allocate without bound.
+#[tokio::test]
+async fn nonsense_after_the_handshake() {
+    let seed = r3map_testkit::random::fresh_seed();
+    let mut random = Random::new(seed);
+    for _ in 0..300 {
+        let nonsense: Vec<u8> = (0..random.below(200)).map(|_| u8::try_from(random.below(256)).unwrap()).collect();
+        let magic = [[0x67, 0x44, 0x66, 0x98], [0x66, 0x8e, 0x33, 0xef]][usize::try_from(random.below(2)).unwrap()];
+        let liar = Liar::new(Framing::Structured, move |request| {
+            let mut out = magic.to_vec();
+            out.extend(u32::from(ReplyFlags::DONE.bits()).to_be_bytes());
+            out.extend(request.cookie.to_be_bytes());
+            out.extend(&nonsense);
+            out
+        });
+        let error = read(&liar.once(), 5, LEN).await.expect_err("that is no reply");
+        assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unavailable), "seed {seed}: {error}");
+    }
+}
