@@ -5,6 +5,7 @@
 mod hygiene;
 mod setup;
 mod test;
+mod vm;
 
 use std::process::{Command, ExitCode};
 
@@ -26,6 +27,8 @@ enum Task {
         /// Only test binaries whose package or name contains this; lints and documentation are left out then.
         filter: Option<String>,
     },
+    /// Tests that need a kernel with NBD, ublk and netem: all cargo test targets named `vm`, in a virtual machine.
+    Vm(vm::Options),
     /// Installs what tests need from Debian (as root); elsewhere says what to install.
     Setup,
     /// Formatting, clippy, documentation, layering, licences and sources of dependencies.
@@ -50,6 +53,7 @@ fn run(task: Task) -> Result<()> {
         Task::Setup => setup::run(),
         Task::Lint => lint(),
         Task::Model => model(),
+        Task::Vm(options) => vm::run(&options),
         Task::Test { filter: Some(filter) } => test::run(Some(&filter)),
         Task::Test { filter: None } => {
             setup::run()?;

@@ -9,8 +9,16 @@ use crate::{cargo, step};
 
 /// A package, and a file that is there once it is installed.
 const PACKAGES: &[(&str, &str)] = &[
+    ("binutils", "/usr/bin/strip"),
+    ("busybox-static", "/usr/bin/busybox"),
     ("e2fsprogs", "/usr/sbin/e2fsck"),
     ("fio", "/usr/bin/fio"),
+    ("iproute2", "/usr/bin/ip"),
+    ("kmod", "/usr/sbin/depmod"),
+    ("nbd-client", "/usr/sbin/nbd-client"),
+    ("nbdkit", "/usr/bin/nbdkit"),
+    ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
+    ("qemu-utils", "/usr/bin/qemu-nbd"),
     ("fuse3", "/usr/bin/fusermount3"),
     ("libnbd-bin", "/usr/bin/nbdcopy"),
     ("mount", "/usr/sbin/losetup"),

@@ -1,4 +1,5 @@
-//! Runs every test binary with a deadline, says where a stuck one is, and counts.
+//! Runs every test binary with a deadline, says where a stuck one is, and counts. Test targets named `vm` go into the
+//! virtual machine instead.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use cargo_metadata::Message;
 
-use crate::{cargo, step};
+use crate::{cargo, step, vm};
 
 /// How long one test binary may run. The longest takes a small part of it on a two-core machine.
 const DEADLINE: Duration = Duration::from_secs(900);
@@ -21,10 +22,12 @@ struct Counts {
     ignored: u64,
 }
 
-struct Binary {
-    name: String,
-    path: PathBuf,
-    directory: PathBuf,
+pub(crate) struct Binary {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) directory: PathBuf,
+    /// The name of the target alone.
+    pub(crate) target: String,
 }
 
 /// Builds and runs all tests, or those whose name contains `filter`.
@@ -32,17 +35,26 @@ pub(crate) fn run(filter: Option<&str>) -> Result<()> {
     // Tests start the command itself, so it must be there, and up to date.
     step("build", cargo(&["build", "--workspace", "--bins", "--examples"]))?;
     println!("== tests");
-    let binaries = build()?;
+    let mut binaries = build(&["--workspace"])?;
+    binaries.retain(|binary| filter.is_none_or(|part| binary.name.contains(part)));
+    let (guests, hosts): (Vec<_>, Vec<_>) = binaries.into_iter().partition(|binary| binary.target == vm::TARGET);
     let mut total = Counts::default();
     let mut bad = Vec::new();
-    for binary in binaries.iter().filter(|binary| filter.is_none_or(|part| binary.name.contains(part))) {
+    for binary in &hosts {
         let (counts, fine) = run_one(binary)?;
         total.passed += counts.passed;
         total.failed += counts.failed;
         total.ignored += counts.ignored;
         if !fine {
-            bad.push(binary.name.as_str());
+            bad.push(binary.name.clone());
         }
+    }
+    if !guests.is_empty() {
+        let report = vm::run_tests(&guests, None)?;
+        total.passed += report.passed;
+        total.ignored += report.skipped;
+        total.failed += report.failed.len() as u64;
+        bad.extend(report.failed);
     }
     if filter.is_none() {
         step("documentation tests", cargo(&["test", "--workspace", "--doc", "--quiet"]))?;
@@ -57,8 +69,10 @@ pub(crate) fn run(filter: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn build() -> Result<Vec<Binary>> {
-    let mut command = cargo(&["test", "--workspace", "--no-run", "--message-format=json-render-diagnostics"]);
+/// Compiles tests, those that cargo chooses by `which`, and says where they are.
+pub(crate) fn build(which: &[&str]) -> Result<Vec<Binary>> {
+    let mut command = cargo(&["test", "--no-run", "--message-format=json-render-diagnostics"]);
+    command.args(which);
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
     let output = BufReader::new(child.stdout.take().context("cargo has no output")?);
     let mut binaries = Vec::new();
@@ -73,6 +87,7 @@ fn build() -> Result<Vec<Binary>> {
                     artifact.package_id.repr.rsplit('/').next().unwrap_or(""),
                     artifact.target.name
                 ),
+                target: artifact.target.name,
                 path: path.into(),
                 directory: package.into(),
             });

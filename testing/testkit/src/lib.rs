@@ -21,4 +21,4 @@ pub mod proxy;
 pub mod random;
 pub mod store;
 
-pub use limits::{deadline, skip, skip_allowed};
+pub use limits::{deadline, in_vm, skip, skip_allowed};

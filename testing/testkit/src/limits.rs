@@ -29,6 +29,17 @@ pub fn skip_allowed(reason: &str) {
     skip_unless(false, reason);
 }
 
+/// Whether this is the virtual machine of `cargo xtask vm`, which has what test targets named `vm` need. Says that the
+/// calling test is skipped if not: CI runs it there, and not here.
+#[must_use]
+pub fn in_vm() -> bool {
+    let inside = std::env::var_os("R3MAP_VM").is_some();
+    if !inside {
+        skip_allowed("it runs in the virtual machine, by cargo xtask vm");
+    }
+    inside
+}
+
 fn is_ci() -> bool {
     std::env::var_os("CI").is_some_and(|value| value == "true")
 }

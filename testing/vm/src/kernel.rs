@@ -1,0 +1,117 @@
+//! A stock kernel from Debian: downloaded and unpacked once, never installed.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// An unpacked kernel.
+pub(crate) struct Kernel {
+    /// Its image.
+    pub(crate) image: PathBuf,
+    /// The folder that `modules.dep` and its paths are relative to.
+    pub(crate) modules: PathBuf,
+}
+
+impl Kernel {
+    /// The kernel in `package`, from `cache` if it is there, otherwise from Debian.
+    pub(crate) fn obtain(package: &str, cache: &Path) -> Result<Self> {
+        let folder = cache.join(package);
+        if !folder.exists() {
+            download(package, cache, &folder).with_context(|| format!("cannot get {package} from Debian"))?;
+        }
+        Self::unpacked(&folder).with_context(|| format!("{} is damaged; remove it", folder.display()))
+    }
+
+    fn unpacked(folder: &Path) -> Result<Self> {
+        let modules = only_entry(&folder.join("lib/modules"), "")?;
+        Ok(Self { image: only_entry(&folder.join("boot"), "vmlinuz-")?, modules })
+    }
+}
+
+/// Unpacks beside `folder` and renames, so that half a download is never taken for a kernel.
+fn download(package: &str, cache: &Path, folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(cache)?;
+    let work = tempfile::tempdir_in(cache)?;
+    let real = match real_package(package) {
+        Ok(real) => real,
+        // Perhaps this machine has never asked what Debian has.
+        Err(_) => {
+            output(Command::new("apt-get").args(["-qq", "update"]))?;
+            real_package(package)?
+        }
+    };
+    output(Command::new("apt-get").args(["-qq", "download", &real]).current_dir(&work))?;
+    let archive = only_entry(work.path(), &real)?;
+    let root = work.path().join("root");
+    output(Command::new("dpkg").arg("-x").args([&archive, &root]))?;
+    let release = only_entry(&root.join("lib/modules"), "")?;
+    let release = release.file_name().context("it has a name")?;
+    let depmod = if Path::new("/usr/sbin/depmod").exists() { "/usr/sbin/depmod" } else { "/sbin/depmod" };
+    output(Command::new(depmod).arg("-b").arg(&root).arg(release))?;
+    match std::fs::rename(&root, folder) {
+        Err(_) if folder.exists() => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// The package that holds the kernel: `package` itself, or what it depends on.
+fn real_package(package: &str) -> Result<String> {
+    Ok(parse_depends(package, &output(Command::new("apt-cache").args(["depends", "--important", package]))?))
+}
+
+fn parse_depends(package: &str, text: &str) -> String {
+    let depends = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    depends.map(str::trim).find(|name| name.starts_with("linux-image-")).unwrap_or(package).to_owned()
+}
+
+/// Runs a program, and gives back what it printed.
+fn output(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().with_context(|| format!("cannot start {name}"))?;
+    if !output.status.success() {
+        bail!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn only_entry(folder: &Path, prefix: &str) -> Result<PathBuf> {
+    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
+        .collect();
+    match found.len() {
+        1 => Ok(found.remove(0)),
+        count => bail!("{count} files {}/{prefix}*, where one was expected", folder.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_of_packages_is_followed() {
+        let text = "linux-image-6.12-cloud-amd64\n  Depends: linux-image-6.12.1+x-cloud-amd64\n";
+        assert_eq!(parse_depends("linux-image-6.12-cloud-amd64", text), "linux-image-6.12.1+x-cloud-amd64");
+        let text = "linux-image-6.12.1\n  Depends: kmod\n  Depends: linux-base\n";
+        assert_eq!(parse_depends("linux-image-6.12.1", text), "linux-image-6.12.1");
+    }
+
+    #[test]
+    fn one_entry_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(only_entry(folder.path(), "a").is_err());
+        std::fs::write(folder.path().join("a1"), "").unwrap();
+        std::fs::write(folder.path().join("b1"), "").unwrap();
+        assert_eq!(only_entry(folder.path(), "a").unwrap(), folder.path().join("a1"));
+        assert!(only_entry(folder.path(), "").unwrap_err().to_string().starts_with("2 files"));
+    }
+
+    #[test]
+    fn a_failed_program_says_why() {
+        let error = output(Command::new("sh").args(["-c", "echo no such thing >&2; exit 3"])).unwrap_err();
+        assert!(error.to_string().contains("no such thing"), "{error}");
+    }
+}
