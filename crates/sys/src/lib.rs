@@ -13,6 +13,7 @@ pub mod apart;
 mod event;
 mod file_mapping;
 mod mapping;
+pub mod nbd;
 mod pagemap;
 mod pager;
 mod span;
