@@ -126,7 +126,8 @@ impl Machine {
         stream.set_nonblocking(false)?;
         self.messages = listen(stream);
         loop {
-            if let Some(Message::Ready { kernel }) = self.next(POLL)? {
+            // The end of the connection says less than how QEMU ended.
+            if let Ok(Some(Message::Ready { kernel })) = self.next(POLL) {
                 self.kernel = kernel;
                 return Ok(());
             }

@@ -2,9 +2,11 @@
 //!
 //! - [`wire`]: the protocol's messages, without I/O.
 //! - [`Client`]: an export of a server, as a backend; [`NbdUri`] names it.
+//! - [`kernel`]: a connection as a block device, through the kernel's own client.
 //! - [`tls`]: certificates for either side.
 
 mod client;
+pub mod kernel;
 mod stream;
 pub mod tls;
 mod uri;

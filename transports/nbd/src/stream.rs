@@ -4,6 +4,7 @@
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -53,6 +54,18 @@ impl Stream {
             Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
         };
         result.map_err(|error| unreachable(address, error))
+    }
+
+    /// The socket itself, for somebody else to go on with; nothing if bytes go through this process (TLS).
+    ///
+    /// # Errors
+    /// When the runtime does not let go of it.
+    pub(crate) fn into_socket(self) -> io::Result<Option<OwnedFd>> {
+        match self {
+            Self::Tcp(stream) => Ok(Some(stream.into_std()?.into())),
+            Self::Unix(stream) => Ok(Some(stream.into_std()?.into())),
+            Self::Other(_) | Self::Tls(_) => Ok(None),
+        }
     }
 
     pub(crate) fn is_tls(&self) -> bool {

@@ -25,7 +25,7 @@ fn programs_start() {
     if !in_vm() {
         return;
     }
-    for program in PROGRAMS.iter().chain(&["r3map"]) {
+    for program in PROGRAMS {
         let output = Command::new(program).arg("--version").output();
         let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
         let text = [output.stdout, output.stderr].concat();

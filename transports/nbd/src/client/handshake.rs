@@ -150,8 +150,16 @@ impl<'a> Handshake<'a> {
     /// # Errors
     /// `NotFound` for an export that is not there, `Denied` where the server says so; otherwise as [`Self::begin`].
     pub(crate) async fn go(mut self, export: &str) -> Result<(Stream, Facts)> {
-        let name = self.text(export)?;
         self.negotiate_framing().await?;
+        self.go_plainly(export).await
+    }
+
+    /// As [`Self::go`], but with simple replies if no other framing was negotiated: what the kernel's client speaks.
+    ///
+    /// # Errors
+    /// As [`Self::go`].
+    pub(crate) async fn go_plainly(mut self, export: &str) -> Result<(Stream, Facts)> {
+        let name = self.text(export)?;
         let allocation = self.select_allocation(&name).await?;
         let request = InfoRequest { name: name.clone(), wanted: vec![InfoType::BlockSize] };
         let mut told = Told::default();

@@ -90,7 +90,7 @@ impl Source {
         Self::Stream(Mutex::new(Some(stream)), export)
     }
 
-    fn export(&self) -> &str {
+    pub(crate) fn export(&self) -> &str {
         match self {
             Self::Server(uri, _) => &uri.export,
             Self::Stream(_, export) => export,

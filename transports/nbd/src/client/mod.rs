@@ -7,11 +7,11 @@ mod calls;
 mod changes;
 mod coverage;
 mod driver;
-mod facts;
+pub(crate) mod facts;
 mod handshake;
 mod incoming;
 mod link;
-mod links;
+pub(crate) mod links;
 mod outgoing;
 mod unflushed;
 

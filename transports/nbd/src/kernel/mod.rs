@@ -1,6 +1,6 @@
 //! The kernel's own NBD client: a connected socket becomes a block device, `/dev/nbdN`.
 //!
-//! The handshake has been done by then: the kernel speaks only the transmission phase, with simple replies and without
+//! [`connect`] does the handshake before, and [`crate::Server::serve_export`] does without: the kernel speaks only the transmission phase, with simple replies and without
 //! TLS. By generic netlink the kernel owns the device, which lives on when the process ends, and can be given new
 //! sockets; by ioctl a thread of this process serves it, and it ends with the process.
 //!
@@ -19,6 +19,7 @@
 //! Calls block, for a bounded time; in async code call them on a thread for blocking.
 
 mod attributes;
+mod connect;
 mod ioctl;
 mod netlink;
 mod ready;
@@ -37,6 +38,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::wire::TransmissionFlags;
+pub use connect::connect;
 use ioctl::Serving;
 pub use netlink::DeadLinks;
 use netlink::{Control, Request};
@@ -405,7 +407,9 @@ fn explain(device: Option<u32>, io: io::Error) -> Error {
             error(ErrorKind::Denied, format!("{name}: this needs root (CAP_SYS_ADMIN)"))
         }
         Some(Errno::BUSY) if device.is_some() => error(ErrorKind::Conflict, format!("{name} is in use")),
-        Some(Errno::BUSY) => error(ErrorKind::Conflict, "all NBD devices are in use; modprobe nbd nbds_max=… makes more"),
+        Some(Errno::BUSY) => {
+            error(ErrorKind::Conflict, "all NBD devices are in use; modprobe nbd nbds_max=… makes more")
+        }
         _ if io.kind() == io::ErrorKind::TimedOut => error(ErrorKind::Unavailable, name).with_source(io),
         _ => Error::from_io(Operation::Mount, name, io),
     }

@@ -2,8 +2,8 @@
 //!
 //! A device that is attached this way needs no process: the kernel owns the sockets. Calls block, for a bounded time.
 
-use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use r3map_sys::nbd::join_netlink_group;

@@ -51,7 +51,16 @@ mod tests {
     #[test]
     fn names_are_read_strictly() {
         assert_eq!(index_of(&node(12)), Some(12));
-        for wrong in ["/dev/nbd", "/dev/nbd0p1", "/dev/nbd+1", "/dev/nbd01", "nbd1", "/dev/sda", "/tmp/nbd1", "/dev/nbd99999999999"] {
+        for wrong in [
+            "/dev/nbd",
+            "/dev/nbd0p1",
+            "/dev/nbd+1",
+            "/dev/nbd01",
+            "nbd1",
+            "/dev/sda",
+            "/tmp/nbd1",
+            "/dev/nbd99999999999",
+        ] {
             assert_eq!(index_of(Path::new(wrong)), None, "{wrong}");
         }
     }
