@@ -112,7 +112,7 @@ async fn connect_any(host: &str, port: u16) -> io::Result<Stream> {
 }
 
 /// Sends at once, and notices a peer that is gone without a word.
-fn options(stream: TcpStream) -> io::Result<TcpStream> {
+pub(crate) fn options(stream: TcpStream) -> io::Result<TcpStream> {
     sockopt::set_tcp_nodelay(&stream, true)?;
     sockopt::set_socket_keepalive(&stream, true)?;
     sockopt::set_tcp_keepidle(&stream, IDLE_BEFORE_PROBE)?;

@@ -1,0 +1,228 @@
+//! The two ends of a connection's byte stream: what has arrived and is not used yet, and what is to be sent.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::server::buffers::Buffer;
+
+/// How much is received at once where it is not a large payload.
+const INPUT: usize = 32 << 10;
+/// Replies without data are gathered into segments of this size.
+const GATHERED: usize = 4 << 10;
+/// The most segments that are sent by one call.
+const VECTORS: usize = 64;
+
+/// Bytes that have arrived.
+#[derive(Debug)]
+pub(super) struct Input {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Input {
+    pub(super) fn new() -> Self {
+        Self { bytes: vec![0; INPUT].into(), start: 0, end: 0 }
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
+    pub(super) fn consume(&mut self, count: usize) {
+        self.start += count;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Moves as much as there is to `target`, and says how much that was.
+    pub(super) fn move_to(&mut self, target: &mut [u8]) -> usize {
+        let count = target.len().min(self.end - self.start);
+        target[..count].copy_from_slice(&self.bytes()[..count]);
+        self.consume(count);
+        count
+    }
+
+    /// Receives more; how much that was.
+    pub(super) fn poll_fill<S: AsyncRead + Unpin>(
+        &mut self,
+        stream: &mut S,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let count = ready!(poll_read(stream, context, &mut self.bytes[self.end..]))?;
+        self.end += count;
+        Poll::Ready(Ok(count))
+    }
+}
+
+/// Receives into `buf`; how much that was.
+pub(super) fn poll_read<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    context: &mut Context<'_>,
+    buf: &mut [u8],
+) -> Poll<io::Result<usize>> {
+    let mut buf = ReadBuf::new(buf);
+    ready!(Pin::new(stream).poll_read(context, &mut buf))?;
+    Poll::Ready(Ok(buf.filled().len()))
+}
+
+#[derive(Debug)]
+enum Segment {
+    Gathered(Vec<u8>),
+    Reply(Buffer),
+}
+
+impl Segment {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Gathered(bytes) => bytes,
+            Self::Reply(buffer) => buffer.used(),
+        }
+    }
+}
+
+/// Bytes that are to be sent.
+#[derive(Debug, Default)]
+pub(super) struct Output {
+    segments: VecDeque<Segment>,
+    /// How much of the first segment has been sent.
+    sent: usize,
+    /// Whether what was given to the stream may still be in it.
+    unflushed: bool,
+    /// A segment to be used again.
+    spare: Vec<u8>,
+}
+
+impl Output {
+    pub(super) fn len(&self) -> usize {
+        self.segments.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.segments.is_empty() && !self.unflushed
+    }
+
+    /// Adds a whole reply.
+    pub(super) fn push(&mut self, reply: Buffer) {
+        self.segments.push_back(Segment::Reply(reply));
+    }
+
+    /// Where bytes of a small reply go.
+    pub(super) fn gathered(&mut self) -> &mut Vec<u8> {
+        let room = matches!(self.segments.back(), Some(Segment::Gathered(bytes)) if bytes.len() < GATHERED);
+        if !room {
+            self.segments.push_back(Segment::Gathered(std::mem::take(&mut self.spare)));
+        }
+        match self.segments.back_mut() {
+            Some(Segment::Gathered(bytes)) => bytes,
+            _ => unreachable!("it was just made sure of"),
+        }
+    }
+
+    /// Sends as much as the stream takes; how much that was, and none if there is nothing.
+    pub(super) fn poll_send<S: AsyncWrite + Unpin>(
+        &mut self,
+        stream: &mut S,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        if self.segments.is_empty() {
+            if self.unflushed {
+                ready!(Pin::new(stream).poll_flush(context))?;
+                self.unflushed = false;
+            }
+            return Poll::Ready(Ok(0));
+        }
+        let mut slices = [IoSlice::new(&[]); VECTORS];
+        let count = self.segments.len().min(VECTORS);
+        for (slice, segment) in slices.iter_mut().zip(&self.segments) {
+            *slice = IoSlice::new(segment.bytes());
+        }
+        slices[0] = IoSlice::new(&self.segments[0].bytes()[self.sent..]);
+        let sent = ready!(Pin::new(stream).poll_write_vectored(context, &slices[..count]))?;
+        if sent == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        self.unflushed = true;
+        self.advance(sent);
+        Poll::Ready(Ok(sent))
+    }
+
+    fn advance(&mut self, mut sent: usize) {
+        while let Some(first) = self.segments.front() {
+            let left = first.bytes().len() - self.sent;
+            if sent < left {
+                self.sent += sent;
+                return;
+            }
+            sent -= left;
+            self.sent = 0;
+            if let Some(Segment::Gathered(mut bytes)) = self.segments.pop_front() {
+                bytes.clear();
+                self.spare = bytes;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+    use crate::server::buffers::Pool;
+
+    #[test]
+    fn input_keeps_what_is_not_used_and_makes_place() {
+        let (mut context, mut input) = (Context::from_waker(Waker::noop()), Input::new());
+        let mut stream: &[u8] = &[7; INPUT + 10];
+        assert!(matches!(input.poll_fill(&mut stream, &mut context), Poll::Ready(Ok(INPUT))));
+        input.consume(INPUT - 2);
+        assert!(matches!(input.poll_fill(&mut stream, &mut context), Poll::Ready(Ok(10))));
+        let mut target = [0; 20];
+        assert_eq!((input.bytes().len(), input.move_to(&mut target), input.bytes().len()), (12, 12, 0));
+        assert!(matches!(input.poll_fill(&mut stream, &mut context), Poll::Ready(Ok(0))));
+    }
+
+    #[tokio::test]
+    async fn output_is_sent_in_order_however_little_the_stream_takes() {
+        let pool = Pool::new(1 << 20);
+        let mut room = pool.room(1 << 20);
+        for takes in [1, 3, 1000] {
+            let (mut near, mut far) = tokio::io::duplex(takes);
+            let mut output = Output::default();
+            let mut expected = Vec::new();
+            for part in 0..100_u8 {
+                if part % 3 == 0 {
+                    let Poll::Ready(share) = room.poll_share(&mut Context::from_waker(Waker::noop()), 1) else {
+                        panic!()
+                    };
+                    let mut buffer = share.buffer(10);
+                    buffer.push(&[part; 10]);
+                    output.push(buffer);
+                    expected.extend_from_slice(&[part; 10]);
+                } else {
+                    output.gathered().extend_from_slice(&[part; 2]);
+                    expected.extend_from_slice(&[part; 2]);
+                }
+            }
+            let sending = async move {
+                while !output.is_empty() {
+                    std::future::poll_fn(|context| output.poll_send(&mut near, context)).await.unwrap();
+                }
+            };
+            let mut received = Vec::new();
+            let receiving = tokio::io::AsyncReadExt::read_to_end(&mut far, &mut received);
+            let ((), received_len) = tokio::join!(sending, receiving);
+            assert_eq!((received_len.unwrap(), received), (expected.len(), expected), "{takes}");
+        }
+    }
+}

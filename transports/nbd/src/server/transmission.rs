@@ -1,0 +1,407 @@
+//! The transmission phase of one connection: requests in, answers out, many at once.
+//!
+//! Everything is done by the connection's one task. A request is begun where it stands: a backend that can answer at
+//! once costs no task and no wake-up. One that cannot waits among the running ones while the next requests are taken,
+//! and is answered whenever it is done. Answers are gathered and sent by one call before more is received.
+//!
+//! ```text
+//!          ┌────────────── begin, done at once ─────────────┐
+//! input ──► Header ──► Room ──► Payload ──► running ──► output
+//!             │                                            ▲
+//!             └── refused ──► Skip (its payload) ──────────┘
+//! ```
+
+use std::future::Future;
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+use crate::server::answer::{Answer, Link, Payload, room};
+use crate::server::buffers::{Buffer, Room};
+use crate::server::check::{Refusal, check};
+use crate::server::io::{Input, Output, poll_read};
+use crate::wire::{Command, DEFAULT_MAX_PAYLOAD, Errno, Framing, Malformed, Request};
+
+/// The most segments that wait to be sent while more requests are taken.
+const BACKLOG: usize = 256;
+/// Payloads with more than this missing are received in place rather than through the input.
+const LARGE: usize = 8 << 10;
+/// How often a time-out is looked at before it is over.
+const TICKS: u32 = 4;
+
+/// Why a connection was given up.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// The client said something that cannot be.
+    Malformed(Malformed),
+    /// The client went away in the middle of something.
+    Cut,
+    /// The client neither sends what it began to send nor receives what it asked for.
+    Stalled,
+    /// The client asks for nothing.
+    Idle,
+    /// The stream broke.
+    Stream(io::Error),
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Malformed(malformed) => write!(f, "{malformed}"),
+            Self::Cut => f.write_str("the client went away in the middle of a request"),
+            Self::Stalled => f.write_str("the client neither sends nor receives"),
+            Self::Idle => f.write_str("the client has been idle for too long"),
+            Self::Stream(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+/// What a connection may take, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) requests: usize,
+    pub(super) stall: Duration,
+    pub(super) idle: Option<Duration>,
+}
+
+type Running = Pin<Box<dyn Future<Output = (Request, Answer)> + Send>>;
+
+/// What is being received.
+#[derive(Debug)]
+enum Stage {
+    Header,
+    /// A request that waits for room.
+    Room(Request),
+    Payload(Request, Buffer),
+    /// So many bytes of a payload that nobody wants, and what to answer then.
+    Skip(u64, Request, Refusal),
+    /// Nothing any more.
+    Closed,
+}
+
+/// A connection.
+pub(super) struct Transmission<S> {
+    stream: S,
+    link: Arc<Link>,
+    limits: Limits,
+    room: Room,
+    input: Input,
+    stage: Stage,
+    running: FuturesUnordered<Running>,
+    output: Output,
+    /// The server is being shut down: no more is received, and what has arrived is refused.
+    closing: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    clock: Clock,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
+    pub(super) fn new(
+        stream: S,
+        link: Link,
+        limits: Limits,
+        room: Room,
+        closing: WaitForCancellationFutureOwned,
+    ) -> Self {
+        Self {
+            stream,
+            link: Arc::new(link),
+            limits,
+            room,
+            input: Input::new(),
+            stage: Stage::Header,
+            running: FuturesUnordered::new(),
+            output: Output::default(),
+            closing: Some(Box::pin(closing)),
+            clock: Clock::new(limits),
+        }
+    }
+
+    /// Serves requests until the client disconnects, or the server is closing and everything is answered. Gives the
+    /// stream back. What runs when this is dropped is given up.
+    ///
+    /// # Errors
+    /// Why the connection cannot go on.
+    pub(super) async fn run(mut self) -> Result<S, Fault> {
+        std::future::poll_fn(|context| self.poll(context)).await?;
+        Ok(self.stream)
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        if self.closing.as_mut().is_some_and(|closing| closing.as_mut().poll(context).is_ready()) {
+            self.closing = None;
+        }
+        loop {
+            let mut moved = self.finish(context);
+            moved |= self.take(context)?;
+            moved |= self.send(context)?;
+            moved |= self.receive(context)?;
+            if self.is_over() {
+                return Poll::Ready(Ok(()));
+            }
+            self.clock.moved |= moved;
+            if !moved {
+                break;
+            }
+        }
+        let (waits, idles) = (self.waits_for_client(), self.is_idle());
+        self.clock.poll(context, waits, idles).map(Err)
+    }
+
+    /// Whether everything was said.
+    fn is_over(&self) -> bool {
+        let no_more = matches!(self.stage, Stage::Closed) || self.closing.is_none();
+        no_more && self.running.is_empty() && self.output.is_empty()
+    }
+
+    /// Whether the client is to send or to receive something that was begun.
+    fn waits_for_client(&self) -> bool {
+        let receives = match self.stage {
+            Stage::Header => !self.input.bytes().is_empty() && self.may_begin(),
+            Stage::Payload(..) | Stage::Skip(..) => true,
+            Stage::Room(_) | Stage::Closed => false,
+        };
+        receives || !self.output.is_empty()
+    }
+
+    fn is_idle(&self) -> bool {
+        matches!(self.stage, Stage::Header) && self.input.bytes().is_empty() && self.running.is_empty()
+    }
+
+    /// Whether there is place for one more request.
+    fn may_begin(&self) -> bool {
+        self.running.len() < self.limits.requests && self.output.len() < BACKLOG
+    }
+
+    /// Answers requests that are done.
+    fn finish(&mut self, context: &mut Context<'_>) -> bool {
+        let mut moved = false;
+        while let Poll::Ready(Some((request, answer))) = self.running.poll_next_unpin(context) {
+            self.say(&request, answer);
+            moved = true;
+        }
+        moved
+    }
+
+    fn say(&mut self, request: &Request, answer: Answer) {
+        match answer {
+            Answer::Reply(reply) => self.output.push(reply),
+            answer => answer.encode(self.link.terms.framing, request, self.output.gathered()),
+        }
+    }
+
+    /// Takes requests from the input, as far as it and the limits go.
+    fn take(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        let mut moved = false;
+        while self.step(context)? {
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// One step of the chart above; whether there was one to take.
+    fn step(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        match std::mem::replace(&mut self.stage, Stage::Header) {
+            Stage::Header if !self.may_begin() => Ok(false),
+            Stage::Header => self.take_header(),
+            Stage::Room(request) => Ok(self.take_room(context, request)),
+            Stage::Payload(request, buffer) => Ok(self.take_payload(context, request, buffer)),
+            Stage::Skip(left, request, refusal) => Ok(self.skip(left, request, refusal)),
+            Stage::Closed => {
+                self.stage = Stage::Closed;
+                Ok(false)
+            }
+        }
+    }
+
+    fn take_header(&mut self) -> Result<bool, Fault> {
+        let framing = self.link.terms.framing;
+        let Some(request) = Request::decode(framing, self.input.bytes()).map_err(Fault::Malformed)? else {
+            return Ok(false);
+        };
+        self.input.consume(Request::len(framing));
+        if request.command == Command::Disconnect {
+            self.stage = Stage::Closed;
+            return Ok(true);
+        }
+        let payload = request.payload_len(framing);
+        let longest = self.link.export.sizes.maximum.max(DEFAULT_MAX_PAYLOAD);
+        if framing == Framing::Extended && payload > u64::from(longest) {
+            return Err(Fault::Malformed(Malformed::found("a payload is too long to be skipped", payload)));
+        }
+        let checked = match self.closing {
+            Some(_) => check(&request, &self.link.export, &self.link.terms),
+            None => Err(Refusal::new(Errno::Shutdown, "the server is being shut down")),
+        };
+        self.stage = match checked {
+            Ok(()) => Stage::Room(request),
+            Err(refusal) => Stage::Skip(payload, request, refusal),
+        };
+        Ok(true)
+    }
+
+    fn take_room(&mut self, context: &mut Context<'_>, request: Request) -> bool {
+        let framing = self.link.terms.framing;
+        let Poll::Ready(share) = self.room.poll_share(context, room(&request, framing)) else {
+            self.stage = Stage::Room(request);
+            return false;
+        };
+        match length(request.payload_len(framing)) {
+            0 => self.begin(context, request, Payload::Room(share)),
+            length => self.stage = Stage::Payload(request, share.buffer(length)),
+        }
+        true
+    }
+
+    fn take_payload(&mut self, context: &mut Context<'_>, request: Request, mut buffer: Buffer) -> bool {
+        let length = length(request.payload_len(self.link.terms.framing));
+        let count = self.input.move_to(buffer.missing(length));
+        buffer.more(count);
+        if buffer.used().len() == length {
+            self.begin(context, request, Payload::Data(buffer));
+            return true;
+        }
+        self.stage = Stage::Payload(request, buffer);
+        count > 0
+    }
+
+    fn skip(&mut self, left: u64, request: Request, refusal: Refusal) -> bool {
+        let count = length(left).min(self.input.bytes().len());
+        self.input.consume(count);
+        if left == count as u64 {
+            self.say(&request, Answer::Failed(refusal));
+            return true;
+        }
+        self.stage = Stage::Skip(left - count as u64, request, refusal);
+        count > 0
+    }
+
+    /// Begins a request, and answers it if it is done at once.
+    fn begin(&mut self, context: &mut Context<'_>, request: Request, payload: Payload) {
+        let link = self.link.clone();
+        let answering = async move { link.answer(request, payload).await };
+        // A backend that panics must not take the other requests with it.
+        let answering = AssertUnwindSafe(answering)
+            .catch_unwind()
+            .map(move |answer| (request, answer.unwrap_or_else(|_| broken())));
+        let mut running: Running = Box::pin(answering);
+        match running.as_mut().poll(context) {
+            Poll::Ready((request, answer)) => self.say(&request, answer),
+            Poll::Pending => self.running.push(running),
+        }
+    }
+
+    fn send(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        let mut moved = false;
+        while !self.output.is_empty() {
+            match self.output.poll_send(&mut self.stream, context).map_err(Fault::Stream)? {
+                Poll::Ready(_) => moved = true,
+                Poll::Pending => break,
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Receives what the stage waits for, once.
+    fn receive(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
+        if self.closing.is_none() || !self.wants_more() {
+            return Ok(false);
+        }
+        let framing = self.link.terms.framing;
+        let count = match &mut self.stage {
+            Stage::Payload(request, buffer) if missing(request, buffer, framing) > LARGE => {
+                let length = length(request.payload_len(framing));
+                let count = poll_read(&mut self.stream, context, buffer.missing(length));
+                if let Poll::Ready(Ok(count)) = count {
+                    buffer.more(count);
+                }
+                count
+            }
+            _ => self.input.poll_fill(&mut self.stream, context),
+        };
+        match count.map_err(Fault::Stream)? {
+            Poll::Pending => Ok(false),
+            Poll::Ready(0) => self.end_of_stream(),
+            Poll::Ready(_) => Ok(true),
+        }
+    }
+
+    fn wants_more(&self) -> bool {
+        match self.stage {
+            Stage::Header => self.may_begin(),
+            Stage::Payload(..) | Stage::Skip(..) => true,
+            Stage::Room(_) | Stage::Closed => false,
+        }
+    }
+
+    /// A client that only shuts its sending side down still gets its answers.
+    fn end_of_stream(&mut self) -> Result<bool, Fault> {
+        if !matches!(self.stage, Stage::Header) || !self.input.bytes().is_empty() {
+            return Err(Fault::Cut);
+        }
+        self.stage = Stage::Closed;
+        Ok(true)
+    }
+}
+
+fn broken() -> Answer {
+    tracing::error!("the backend panicked; its request is answered with EIO");
+    Answer::Failed(Refusal::new(Errno::Io, "the backend panicked"))
+}
+
+fn missing(request: &Request, buffer: &Buffer, framing: Framing) -> usize {
+    length(request.payload_len(framing)) - buffer.used().len()
+}
+
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// Notices a client that has stopped. Looked at a few times per time-out, so that it costs nothing per request.
+struct Clock {
+    limits: Limits,
+    period: Duration,
+    tick: Pin<Box<Sleep>>,
+    /// Whether anything happened since the last tick.
+    moved: bool,
+    /// For how many ticks nothing happened while the client was to send or receive.
+    stalled: u32,
+    /// Since when nothing was asked for.
+    idle_since: Instant,
+}
+
+impl Clock {
+    fn new(limits: Limits) -> Self {
+        let period = limits.idle.unwrap_or(limits.stall).min(limits.stall) / TICKS;
+        let idle_since = Instant::now();
+        Self { limits, period, tick: Box::pin(sleep(period)), moved: false, stalled: 0, idle_since }
+    }
+
+    /// Ready with what is wrong, if the client has stopped for too long.
+    fn poll(&mut self, context: &mut Context<'_>, waits: bool, idles: bool) -> Poll<Fault> {
+        while self.tick.as_mut().poll(context).is_ready() {
+            let now = Instant::now();
+            self.tick.as_mut().reset(now + self.period);
+            self.stalled = if waits && !self.moved { self.stalled + 1 } else { 0 };
+            if !idles || self.moved {
+                self.idle_since = now;
+            }
+            self.moved = false;
+            if self.period * self.stalled >= self.limits.stall {
+                return Poll::Ready(Fault::Stalled);
+            }
+            if self.limits.idle.is_some_and(|limit| now - self.idle_since >= limit) {
+                return Poll::Ready(Fault::Idle);
+            }
+        }
+        Poll::Pending
+    }
+}
