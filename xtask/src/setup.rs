@@ -24,6 +24,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mount", "/usr/sbin/losetup"),
     ("nbdkit", "/usr/bin/nbdkit"),
     ("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
+    ("python3-libnbd", "/usr/lib/python3/dist-packages/nbd.py"),
     ("qemu-system-common", "/usr/bin/qemu-storage-daemon"),
     ("qemu-utils", "/usr/bin/qemu-nbd"),
     ("sqlite3", "/usr/bin/sqlite3"),
