@@ -356,11 +356,15 @@ impl<'a> Handshake<'a> {
         if tells {
             return tls::explain(self.peer, &self.tls_name, error);
         }
-        let what = match (error.kind(), self.stream.is_tls()) {
-            (io::ErrorKind::UnexpectedEof, true) => {
-                "the server closed the connection during the handshake; does it ask for a client certificate?"
+        let closed = matches!(
+            error.kind(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+        );
+        let what = match (closed, self.stream.is_tls()) {
+            (true, true) => {
+                "the server closed the connection after the TLS handshake; does it ask for a client certificate?"
             }
-            (io::ErrorKind::UnexpectedEof, false) => "the server closed the connection during the handshake",
+            (true, false) => "the server closed the connection during the handshake",
             _ => return Error::from_io(Operation::Open, format!("{}: the connection is lost", self.peer), error),
         };
         self.error(ErrorKind::Unavailable, what)

@@ -89,8 +89,7 @@ async fn calls_under_way_when_the_server_dies_fail_or_are_made_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flush_does_not_promise_what_a_dead_server_has_lost() {
     for connections in [1, 4] {
-        let settings =
-            ClientSettings { connections: connections.try_into().unwrap(), ..ClientSettings::default() };
+        let settings = ClientSettings { connections: connections.try_into().unwrap(), ..ClientSettings::default() };
         let mut place = Place::new("memory 4M", settings).await;
         let client = place.client.clone();
         let writes = (0..16u64).map(|n| {
@@ -155,7 +154,8 @@ async fn a_frozen_server_is_given_up_in_time() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_that_was_given_up_never_lands_late() {
     for silence in [Duration::from_secs(30), Duration::from_millis(200)] {
-        let settings = ClientSettings { silence, connect_timeout: Duration::from_secs(20), ..ClientSettings::default() };
+        let settings =
+            ClientSettings { silence, connect_timeout: Duration::from_secs(20), ..ClientSettings::default() };
         let place = Place::new("memory 4M", settings).await;
         let client = place.client.clone();
         place.server.freeze();

@@ -78,7 +78,8 @@ async fn a_bit_that_flips_in_a_header_is_noticed() {
                     Err(error) => {
                         noticed += 1;
                         let expected = [ErrorKind::Corrupt, ErrorKind::Unavailable, ErrorKind::InvalidInput];
-                        let refused = error.message().contains("the server answered") || expected.contains(&error.kind());
+                        let refused =
+                            error.message().contains("the server answered") || expected.contains(&error.kind());
                         assert!(refused, "{framing:?}, byte {byte}, bit {bit}: {error}");
                     }
                 }
@@ -91,7 +92,9 @@ async fn a_bit_that_flips_in_a_header_is_noticed() {
 /// What a server must not answer to a read of `LEN` bytes at 5, and a word of what is said then.
 fn lies() -> Vec<(&'static str, Box<dyn Fn(&Request) -> Vec<u8> + Send + Sync>)> {
     const S: Framing = Framing::Structured;
-    let data = |request: &Request, last, at: u64, len| chunk(S, request, last, &Chunk::Data { offset: at, bytes: &bytes(at, len) });
+    let data = |request: &Request, last, at: u64, len| {
+        chunk(S, request, last, &Chunk::Data { offset: at, bytes: &bytes(at, len) })
+    };
     let len = LEN as u64;
     let with_cookie = |cookie| move |request: &Request| Request { cookie, ..*request };
     vec![
@@ -110,23 +113,32 @@ fn lies() -> Vec<(&'static str, Box<dyn Fn(&Request) -> Vec<u8> + Send + Sync>)>
                 out
             }),
         ),
-        ("extents", Box::new(|r| {
-            let extents = vec![Descriptor { length: 1, flags: 0 }];
-            chunk(S, r, true, &Chunk::BlockStatus { context: CONTEXT, extents })
-        })),
+        (
+            "extents",
+            Box::new(|r| {
+                let extents = vec![Descriptor { length: 1, flags: 0 }];
+                chunk(S, r, true, &Chunk::BlockStatus { context: CONTEXT, extents })
+            }),
+        ),
         ("no reply", Box::new(|_| b"HTTP/1.1 400 Bad Request\r\n\r\nmore bytes than a header".to_vec())),
-        ("impossible length", Box::new(|r| {
-            let mut out = chunk(S, r, true, &Chunk::Hole { offset: 5, length: 1 });
-            out[7] = 1;
-            out[16..20].fill(0xff);
-            out
-        })),
-        ("wrong length", Box::new(|r| {
-            let message = Text::cut("x");
-            let mut out = chunk(S, r, true, &Chunk::Error { error: Errno::Io, message, offset: None });
-            out[25] = 200;
-            out
-        })),
+        (
+            "impossible length",
+            Box::new(|r| {
+                let mut out = chunk(S, r, true, &Chunk::Hole { offset: 5, length: 1 });
+                out[7] = 1;
+                out[16..20].fill(0xff);
+                out
+            }),
+        ),
+        (
+            "wrong length",
+            Box::new(|r| {
+                let message = Text::cut("x");
+                let mut out = chunk(S, r, true, &Chunk::Error { error: Errno::Io, message, offset: None });
+                out[25] = 200;
+                out
+            }),
+        ),
     ]
 }
 
@@ -175,7 +187,7 @@ async fn an_error_of_the_server_leaves_the_connection_alone() {
 #[tokio::test]
 async fn extents_in_either_framing_and_lies_about_them() {
     for framing in [Framing::Structured, Framing::Extended] {
-        let extents = |lengths: &'static [u64], context, twice| {
+        let extents = |lengths: &'static [u64], context, twice: bool| {
             Liar::new(framing, move |request: &Request| {
                 assert_eq!(request.command, Command::BlockStatus);
                 let list = lengths.iter().zip(0..).map(|(length, n)| Descriptor { length: *length, flags: n % 2 * 3 });

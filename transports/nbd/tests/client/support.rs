@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use r3map_core::Backend;
+use r3map_core::{Backend, ErrorKind};
 use r3map_nbd::{Client, ClientSettings, NbdUri};
 use r3map_testkit::process::Process;
 use tempfile::TempDir;
@@ -35,6 +35,18 @@ impl Foreign {
         command.arg("--socket").arg(socket_in(directory.path())).args(["--persistent", "--format=raw"]);
         let process = Process::start(command.args(arguments).arg(&disk));
         Self { _process: process, directory }.ready()
+    }
+
+    /// Starts qemu-storage-daemon with an export `disk` of `size` bytes.
+    pub(crate) fn qemu_storage_daemon(size: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (disk, socket) = (directory.path().join("disk"), socket_in(directory.path()));
+        std::fs::File::create(&disk).unwrap().set_len(size).unwrap();
+        let mut command = Command::new("qemu-storage-daemon");
+        command.arg(format!("--blockdev=driver=file,filename={},node-name=disk,discard=unmap", disk.display()));
+        command.arg(format!("--nbd-server=addr.type=unix,addr.path={},max-connections=0", socket.display()));
+        command.arg("--export=type=nbd,id=export,node-name=disk,name=disk,writable=on");
+        Self { _process: Process::start(&mut command), directory }.ready()
     }
 
     fn ready(self) -> Self {
@@ -88,4 +100,19 @@ pub(crate) async fn connect(uri: &NbdUri) -> Client {
 /// Connects for a test that wants a backend.
 pub(crate) async fn backend(uri: NbdUri) -> Arc<dyn Backend> {
     Arc::new(connect(&uri).await)
+}
+
+/// Connects in vain, and gives the error's kind and text, which is one line.
+pub(crate) async fn refused(uri: &NbdUri) -> (ErrorKind, String) {
+    let settings = ClientSettings { connect_timeout: Duration::from_secs(5), ..ClientSettings::default() };
+    let error = Client::connect(uri.clone(), settings).await.expect_err("this cannot be connected to");
+    let text = error.to_string();
+    assert!(!text.contains('\n'), "{text:?}");
+    (error.kind(), text)
+}
+
+pub(crate) async fn read(backend: &dyn Backend, offset: u64, len: usize) -> Vec<u8> {
+    let mut buf = vec![0xa5; len];
+    backend.read_at(offset, &mut buf).await.unwrap_or_else(|error| panic!("{error}"));
+    buf
 }
