@@ -89,8 +89,10 @@ async fn a_bit_that_flips_in_a_header_is_noticed() {
     }
 }
 
+type Lie = Box<dyn Fn(&Request) -> Vec<u8> + Send + Sync>;
+
 /// What a server must not answer to a read of `LEN` bytes at 5, and a word of what is said then.
-fn lies() -> Vec<(&'static str, Box<dyn Fn(&Request) -> Vec<u8> + Send + Sync>)> {
+fn lies() -> Vec<(&'static str, Lie)> {
     const S: Framing = Framing::Structured;
     let data = |request: &Request, last, at: u64, len| {
         chunk(S, request, last, &Chunk::Data { offset: at, bytes: &bytes(at, len) })
