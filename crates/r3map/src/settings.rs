@@ -1,8 +1,12 @@
 //! What can be chosen about a mount: plain data, apart from the components that it is made of.
 
+#[cfg(feature = "block")]
+use std::num::NonZeroU16;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
+#[cfg(feature = "block")]
+use r3map_block::{Kind, Meanwhile};
 use r3map_core::ChunkSize;
 use r3map_pipeline::{Durability, PullSettings, PushSettings, RetrySettings};
 
@@ -38,6 +42,9 @@ pub struct Settings {
     pub durability: Durability,
     /// What is special about mounts on a path and as an opened file.
     pub file: FileOptions,
+    /// What is special about mounts as a block device.
+    #[cfg(feature = "block")]
+    pub block: BlockOptions,
 }
 
 /// What is special about a mount that is shown as a file.
@@ -49,6 +56,33 @@ pub struct FileOptions {
     pub allow_other: bool,
     /// What `mount` names as the source, for people. `r3map` by default.
     pub source: Option<String>,
+}
+
+/// What is special about a mount that is shown as a block device.
+#[cfg(feature = "block")]
+#[derive(Debug, Clone, Default)]
+pub struct BlockOptions {
+    /// Which kind of device. The best that works here by default.
+    pub kind: Option<Kind>,
+    /// The logical block size in bytes, 512 to 4096; the region's size must be a multiple of it. 512 by default.
+    pub logical_block_size: Option<u32>,
+    /// How many queues, where the kind has several. One per processor and at most four by default.
+    pub queues: Option<NonZeroU16>,
+    /// How many requests each queue may have under way. 128 by default.
+    pub depth: Option<NonZeroU16>,
+    /// Keep the device when this process dies, so that the next one takes it over (ublk). Needs the region's name
+    /// ([`Mount::identity`](crate::Mount::identity)). By default the device goes with the process.
+    pub keep: Option<Kept>,
+}
+
+/// A device that outlives the process that serves it.
+#[cfg(feature = "block")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    /// The number in `/dev/ublkbN`.
+    pub id: u32,
+    /// What happens to requests while nobody serves it.
+    pub meanwhile: Meanwhile,
 }
 
 impl Settings {

@@ -61,6 +61,15 @@ fn apart(kept: Option<&File>, work: impl FnOnce() -> io::Result<()> + Send) -> i
     })
 }
 
+/// Does `work` on such a thread, which goes on by itself. What `work` owns must have no descriptor: it is not in that
+/// thread's table.
+pub(crate) fn start(work: impl FnOnce() + Send + 'static) -> io::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new().name("r3map-apart".into()).spawn(move || {
+        leave_table(None);
+        work();
+    })
+}
+
 /// Gives the calling thread its own copy of the table of descriptors, and closes in it all but the standard streams and
 /// `kept`.
 fn leave_table(kept: Option<c_uint>) {

@@ -2,7 +2,8 @@
 //!
 //! Here is memory whose missing pages this process fills itself: [`Mapping`] is the application's side of it (views as
 //! ordinary slices), [`Pager`] is the side that fills pages, tracks writes and gives bytes out. What to fill pages
-//! with, and when, is decided elsewhere. A [`FileMapping`] is a mapped file, for seeing what other programs see.
+//! with, and when, is decided elsewhere. A [`FileMapping`] is a mapped file, for seeing what other programs see. Block
+//! devices are made through [`ublk`] and [`Loop`].
 //!
 //! Facts about the kernel that this crate relies on are each a test in `tests/`.
 
@@ -12,15 +13,18 @@ mod abi;
 pub mod apart;
 mod event;
 mod file_mapping;
+mod loop_device;
 mod mapping;
 pub mod nbd;
 mod pagemap;
 mod pager;
 mod span;
+pub mod ublk;
 mod userfault;
 
 pub use event::Event;
 pub use file_mapping::{FileMapping, Sharing};
+pub use loop_device::{Loop, LoopSpec};
 pub use mapping::{Mapping, Protection};
 pub use pager::{Fault, Install, Pager, Woken};
 pub use userfault::{FaultScope, ScopeWanted};

@@ -1,15 +1,20 @@
-//! Showing a region to an application: as a slice of memory, as a file on a path, or as an opened file; going to the
+//! Showing a region to an application: as a slice of memory, as a file on a path, as an opened file, or
+//! as a block device; going to the
 //! remote with every access, or keeping a local copy in step.
 //!
 //! This is where the parts are put together: which stages lie between a frontend and a remote is decided here and
 //! nowhere else. All of them run on the [engine](crate::engine).
 
+#[cfg(feature = "block")]
+mod block;
 #[cfg(feature = "file")]
 mod file;
 mod region;
 #[cfg(feature = "slice")]
 mod slice;
 
+#[cfg(feature = "block")]
+pub use block::{BlockMount, Refused, remove_device};
 #[cfg(feature = "file")]
 pub use file::{FileMount, PathMount};
 #[cfg(feature = "slice")]
@@ -26,8 +31,8 @@ use r3map_pipeline::{Hooks, Priority};
 
 use crate::{Cache, Settings};
 
-/// A mount that is being described: choose, then show it with [`slice`](Self::slice), [`path`](Self::path) or
-/// [`file`](Self::file).
+/// A mount that is being described: choose, then show it with [`slice`](Self::slice), [`path`](Self::path),
+/// [`file`](Self::file) or [`block`](Self::block).
 ///
 /// ```
 /// # fn main() -> r3map::Result<()> {

@@ -1,0 +1,262 @@
+//! A block device from making to detaching, whatever kind it is.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
+use r3map_sys::FileMapping;
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+use crate::blocking::{off_runtime, spawn, within};
+use crate::kind::Kind;
+use crate::loop_device::LoopDevice;
+use crate::node::Node;
+use crate::service::Service;
+use crate::settings::BlockSettings;
+use crate::ublk::Ublk;
+
+/// A region that is a block device.
+///
+/// Dropping it detaches it as [`Self::detach`] does and waits until that is done, except inside a single-threaded
+/// runtime, which the backend may need; there it happens in the background.
+pub struct BlockDevice {
+    attached: Arc<Attached>,
+}
+
+/// What a thread needs to detach.
+struct Attached {
+    node: Node,
+    limit: Duration,
+    by: By,
+}
+
+/// Who answers the kernel.
+enum By {
+    Ublk { device: Ublk, service: Arc<Service> },
+    Loop(LoopDevice),
+}
+
+impl BlockDevice {
+    /// Shows `backend` as a device of a kind that serves backends: ublk. Requests for which the backend must wait run on
+    /// the tokio runtime that this is called in.
+    ///
+    /// Devices that killed processes left behind are removed. Dropping the future may leave the device for a moment; it is
+    /// then detached in the background.
+    ///
+    /// # Errors
+    /// `InvalidInput` for bad settings and for a region that cannot be a device (see [`BlockSettings::fit`]); `NotFound`
+    /// where the kernel has no such devices, `Denied` for ordinary users, `Conflict` for a kept device that is another
+    /// region's or is being served; `Unavailable` if the kernel does not come to an end in time.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub async fn open(backend: Arc<dyn Backend>, settings: BlockSettings) -> Result<Self> {
+        let settings = settings.fit(&*backend)?;
+        let runtime = Handle::current();
+        off_runtime(move || {
+            let (device, node, service) = Ublk::start(backend, &settings, runtime)?;
+            Ok(Self::from(Attached { node, limit: settings.detach_limit, by: By::Ublk { device, service } }))
+        })
+        .await
+    }
+
+    /// Shows a file as a loop device. The file may be one that this process serves.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; and if the file does not answer.
+    pub async fn over_file(file: impl AsRef<Path>, settings: BlockSettings) -> Result<Self> {
+        let file = file.as_ref().to_owned();
+        off_runtime(move || {
+            let (device, node) = LoopDevice::attach(&file, &settings)?;
+            Ok(Self::from(Attached { node, limit: settings.detach_limit, by: By::Loop(device) }))
+        })
+        .await
+    }
+
+    /// The device's node, for instance `/dev/ublkb0`.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.attached.node.path()
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match &self.attached.by {
+            By::Ublk { .. } => Kind::Ublk,
+            By::Loop(_) => Kind::Loop,
+        }
+    }
+
+    /// The size in bytes: the region's.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.attached.node.size()
+    }
+
+    /// Whether writes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.attached.node.is_read_only()
+    }
+
+    /// Opens the device. While it is open the device cannot go away entirely, also after detaching.
+    ///
+    /// # Errors
+    /// If the kernel does not let us.
+    pub async fn open_file(&self) -> Result<File> {
+        self.on_node(Node::open).await
+    }
+
+    /// Maps the whole device into memory, shared with everybody who uses it. [`FileMapping::sync`] hands what was
+    /// written to the backend and flushes it. Read and write it off the runtime.
+    ///
+    /// # Errors
+    /// As `mmap(2)`.
+    pub async fn map(&self) -> Result<FileMapping> {
+        self.on_node(Node::map).await
+    }
+
+    /// Writes what the kernel has cached of it, and makes it durable: `fsync`.
+    ///
+    /// # Errors
+    /// What could not be stored.
+    pub async fn sync(&self) -> Result<()> {
+        self.on_node(Node::sync).await
+    }
+
+    async fn on_node<T: Send + 'static>(&self, work: fn(&Node) -> Result<T>) -> Result<T> {
+        let attached = self.attached.clone();
+        off_runtime(move || work(&attached.node)).await
+    }
+
+    /// Returns when nobody serves the device any more, because somebody else has removed it. Of a loop device it is not
+    /// known: it never returns.
+    pub async fn gone(&self) {
+        match &self.attached.by {
+            By::Ublk { device, .. } => device.ended().await,
+            By::Loop(_) => std::future::pending().await,
+        }
+    }
+
+    /// Writes what the kernel has cached, flushes the backend, and removes the device if it is not in use (mounted, or
+    /// claimed in another way). Who merely has it open gets errors from then on; a loop device stays until they have
+    /// closed it. Does nothing if it is gone already, apart from the flush.
+    ///
+    /// Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// `Conflict` if it is in use; `Unavailable` if the backend does not take what is left within
+    /// [`BlockSettings::detach_limit`], and what the backend answers to the writes and the flush: it is still there then,
+    /// and works as before, unless only the last flush failed.
+    pub async fn unmount(&self) -> Result<()> {
+        let attached = self.attached.clone();
+        off_runtime(move || attached.leave(false)).await
+    }
+
+    /// The same, but removes it in any case: whoever still uses it gets errors from then on.
+    ///
+    /// # Errors
+    /// As [`Self::unmount`], but it is removed all the same, and the error says that something may not have been stored.
+    pub async fn detach(&self) -> Result<()> {
+        let attached = self.attached.clone();
+        off_runtime(move || attached.leave(true)).await
+    }
+
+    /// Removes it without storing anything more: what the kernel still writes is refused.
+    pub async fn abandon(&self) {
+        if let By::Ublk { service, .. } = &self.attached.by {
+            service.close();
+        }
+        // Its error is that nothing was stored, which is what was asked for.
+        let _ = self.detach().await;
+    }
+}
+
+impl From<Attached> for BlockDevice {
+    fn from(attached: Attached) -> Self {
+        Self { attached: Arc::new(attached) }
+    }
+}
+
+impl Drop for BlockDevice {
+    fn drop(&mut self) {
+        let attached = self.attached.clone();
+        let leaving = spawn(move || {
+            if let Err(error) = attached.leave(true) {
+                tracing::error!(%error, "detaching failed");
+            }
+        });
+        match (leaving, Handle::try_current().map(|handle| handle.runtime_flavor())) {
+            (Ok(leaving), Err(_)) => drop(leaving.join()),
+            (Ok(leaving), Ok(RuntimeFlavor::MultiThread)) => {
+                tokio::task::block_in_place(|| drop(leaving.join()));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Attached {
+    /// Flushes and removes; `anyway` also if that fails or it is in use. Blocks, not for ever.
+    fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
+        match &self.by {
+            By::Ublk { device, service } => self.leave_ublk(device, service, anyway),
+            By::Loop(device) => self.leave_loop(device, anyway),
+        }
+    }
+
+    fn leave_ublk(self: &Arc<Self>, device: &Ublk, service: &Arc<Service>, anyway: bool) -> Result<()> {
+        // Held until it is stopped: nobody can mount it in between.
+        let claimed = self.claim(anyway)?;
+        let synced = if claimed.is_some() && service.backend().is_some() { self.sync() } else { Ok(()) };
+        if synced.is_err() && !anyway {
+            return synced;
+        }
+        let stopped = device.stop(self.limit);
+        drop(claimed);
+        let flushed = self.settle(service);
+        synced.and(stopped).and(device.delete()).and(flushed)
+    }
+
+    /// Claims the device; nothing if it is gone, or in use and to be detached anyway.
+    fn claim(self: &Arc<Self>, anyway: bool) -> Result<Option<File>> {
+        if !self.node.exists() {
+            return Ok(None);
+        }
+        match self.node.claim() {
+            Err(_) if anyway => self.node.open().map(Some).or(Ok(None)),
+            claimed => claimed.map(Some),
+        }
+    }
+
+    fn sync(self: &Arc<Self>) -> Result<()> {
+        let attached = self.clone();
+        within(self.limit, "writing what the kernel holds", move || attached.node.sync())
+    }
+
+    /// After the last request: waits for those that were given up, and flushes the backend.
+    fn settle(&self, service: &Arc<Service>) -> Result<()> {
+        let Some(backend) = service.backend() else { return Ok(()) };
+        service.close();
+        let (service, read_only) = (service.clone(), self.node.is_read_only());
+        within(self.limit, "the backend's flush", move || {
+            let runtime = service.runtime().clone();
+            runtime.block_on(async move {
+                service.drained().await;
+                if read_only { Ok(()) } else { backend.flush().await }
+            })
+        })
+    }
+
+    fn leave_loop(&self, device: &LoopDevice, anyway: bool) -> Result<()> {
+        let detached = device.detach(&self.node, self.limit);
+        if detached.is_err() || LoopDevice::is_detached(&self.node) || anyway {
+            return detached;
+        }
+        let message = format!("{} is still open elsewhere", self.node.path().display());
+        Err(Error::new(ErrorKind::Conflict, Operation::Close, message))
+    }
+}

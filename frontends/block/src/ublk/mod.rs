@@ -1,0 +1,317 @@
+//! ublk devices, from making to removing: who may have one, taking one over from a daemon that died, and clearing away
+//! what killed daemons left behind.
+
+mod mark;
+mod queue;
+mod requests;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
+use r3map_sys::ublk::{Channel, Control, DeviceInfo, DeviceSpec, DeviceState, Features, Limits};
+use tokio::runtime::Handle;
+
+use self::mark::Mark;
+use self::queue::Queues;
+use crate::node::{Node, until};
+use crate::service::Service;
+use crate::settings::{BlockSettings, Keep, Meanwhile, SECTOR};
+
+/// How long a command may take that only looks.
+const LOOK_LIMIT: Duration = Duration::from_secs(5);
+/// How long the daemon of a device that is to be taken over may still be alive: it was killed just now.
+const DYING_LIMIT: Duration = Duration::from_secs(2);
+/// How long the last step of removing a device may take. It waits for those who still have the device open, but happens
+/// all the same when they close it.
+const DELETE_LIMIT: Duration = Duration::from_secs(2);
+/// The longest discard or write of zeros.
+const MAX_CLEAR: u64 = 1 << 30;
+/// What discards come in multiples of: what is tracked.
+const GRANULE: u32 = 4096;
+/// What every device is made with.
+const NEEDED: Features = Features::USER_COPY;
+
+/// A device that is served.
+pub(crate) struct Ublk {
+    control: Control,
+    id: u32,
+    /// None once it has ended.
+    queues: Mutex<Option<Queues>>,
+}
+
+/// Says why ublk cannot be used here, if so.
+pub(crate) fn check() -> Result<()> {
+    open_control(LOOK_LIMIT).map(drop)
+}
+
+/// Removes the device of a daemon that is gone.
+pub(crate) fn remove(id: u32) -> Result<()> {
+    let control = open_control(DELETE_LIMIT)?.0;
+    let cannot = |error| Error::from_io(Operation::Close, format!("/dev/ublkb{id} cannot be removed"), error);
+    let info = control.info(id).map_err(cannot)?;
+    if Mark::of(&info).is_none() {
+        let message = format!("/dev/ublkb{id} is not a device of r3map");
+        return Err(Error::new(ErrorKind::Denied, Operation::Close, message));
+    }
+    if info.state() == DeviceState::Live && is_alive(info.server) {
+        return Err(served(id, &info));
+    }
+    control.delete(id).map_err(cannot)
+}
+
+impl Ublk {
+    /// Makes a device, or takes over a kept one, and serves it. Blocks, for some times `settings.start_limit` at most.
+    pub(crate) fn start(
+        backend: Arc<dyn Backend>,
+        settings: &BlockSettings,
+        runtime: Handle,
+    ) -> Result<(Self, Node, Arc<Service>)> {
+        let (control, able) = open_control(settings.start_limit)?;
+        let limits = limits(&*backend, settings);
+        sweep(&control);
+        let service = Arc::new(Service::new(backend, runtime, settings.max_request, keep_buffers(settings)));
+        let plan = Plan { control: &control, settings, limits };
+        let (info, queues) = match &settings.keep {
+            None => plan.make(None, NEEDED, Mark::default(), &service)?,
+            Some(keep) => plan.keep(keep, able, &service)?,
+        };
+        let node = Node::wait(name(info.id), limits.sectors * SECTOR, limits.read_only, settings.start_limit)?;
+        tune(&node, settings);
+        Ok((Self { control, id: info.id, queues: Mutex::new(Some(queues)) }, node, service))
+    }
+
+    /// Waits until it is not served any more.
+    pub(crate) async fn ended(&self) {
+        let ended = self.lock().as_ref().map(Queues::ended);
+        if let Some(ended) = ended {
+            ended.await;
+        }
+    }
+
+    /// Stops it: the kernel writes what it has cached, and its users get errors from then on. Blocks.
+    pub(crate) fn stop(&self, limit: Duration) -> Result<()> {
+        let Some(queues) = self.lock().take() else { return Ok(()) };
+        let stopped = self.control.stop(self.id).map_err(|error| self.cannot("stopped", error));
+        let ended = stopped.is_ok() && queues.wait(limit);
+        // Where the kernel does not let go in time, the threads do.
+        drop(queues);
+        if ended { Ok(()) } else { stopped.and(Err(self.cannot("stopped", io::ErrorKind::TimedOut.into()))) }
+    }
+
+    /// Removes it, after it was stopped and all requests are answered. Blocks.
+    pub(crate) fn delete(&self) -> Result<()> {
+        let control = Control::open(DELETE_LIMIT).map_err(|error| self.cannot("removed", error))?;
+        match control.delete(self.id) {
+            Err(error) if !is_gone(&error) && error.kind() != io::ErrorKind::TimedOut => {
+                Err(self.cannot("removed", error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn cannot(&self, what: &str, error: io::Error) -> Error {
+        Error::from_io(Operation::Close, format!("/dev/{} cannot be {what}", name(self.id)), error)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Queues>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn name(id: u32) -> String {
+    format!("ublkb{id}")
+}
+
+fn keep_buffers(settings: &BlockSettings) -> usize {
+    usize::from(settings.queue_count()) * 2
+}
+
+fn open_control(limit: Duration) -> Result<(Control, Features)> {
+    let control = Control::open(limit).map_err(|error| {
+        let message = match error.kind() {
+            io::ErrorKind::NotFound => "this kernel has no ublk; load it: modprobe ublk_drv",
+            io::ErrorKind::PermissionDenied => "ublk devices are made by root",
+            _ => "ublk's control device cannot be opened",
+        };
+        Error::from_io(Operation::Mount, message, error)
+    })?;
+    let able = control.features().map_err(|error| {
+        let message = "this kernel's ublk is too old (Linux 6.5 is needed), or io_uring is forbidden here";
+        Error::from_io(Operation::Mount, message, error)
+    })?;
+    if able.contains(NEEDED | Features::IOCTL_ENCODE) {
+        return Ok((control, able));
+    }
+    let message = "this kernel's ublk cannot copy requests by calls (UBLK_F_USER_COPY, Linux 6.5)";
+    Err(Error::new(ErrorKind::NotFound, Operation::Mount, message))
+}
+
+/// What the kernel tells programs about the device of a backend.
+fn limits(backend: &dyn Backend, settings: &BlockSettings) -> Limits {
+    let can = backend.capabilities();
+    let clear = |able: bool| match able && !settings.read_only {
+        true => u32::try_from(MAX_CLEAR / SECTOR).unwrap_or(u32::MAX),
+        false => 0,
+    };
+    let shift = |bytes: u32| u8::try_from(bytes.trailing_zeros()).unwrap_or(u8::MAX);
+    Limits {
+        sectors: backend.size() / SECTOR,
+        logical_shift: shift(settings.logical_block_size),
+        physical_shift: shift(GRANULE),
+        max_sectors: settings.max_request >> SECTOR.trailing_zeros(),
+        read_only: settings.read_only,
+        max_discard_sectors: clear(can.trim.is_some()),
+        max_write_zeroes_sectors: clear(can.write_zeroes.is_some()),
+        discard_granularity: GRANULE,
+    }
+}
+
+fn tune(node: &Node, settings: &BlockSettings) {
+    node.set("queue/io_timeout", settings.lost_limit.as_millis());
+    node.set("queue/read_ahead_kb", settings.read_ahead >> 10);
+    // The backend orders by itself; sorting costs time on each request.
+    node.set("queue/scheduler", "none");
+}
+
+/// How a device comes to be served.
+struct Plan<'a> {
+    control: &'a Control,
+    settings: &'a BlockSettings,
+    limits: Limits,
+}
+
+impl Plan<'_> {
+    /// Makes a new device and starts it.
+    fn make(&self, id: Option<u32>, features: Features, mark: Mark, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
+        let BlockSettings { depth, max_request, .. } = *self.settings;
+        let queues = self.settings.queue_count();
+        let spec = DeviceSpec { id, queues, depth: depth.get(), max_request, features, mark: mark.number() };
+        let info = self.control.add(&spec).map_err(|error| cannot_make("a ublk device cannot be made", error))?;
+        let started = self.serve(&info, service, || {
+            self.control.set_limits(info.id, &self.limits)?;
+            self.control.start(info.id)
+        });
+        match started {
+            Ok(queues) => Ok((info, queues)),
+            Err(error) => {
+                // Nothing of a failed attempt stays behind.
+                let _ = self.control.delete(info.id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Serves the queues of a device, and lets it begin.
+    fn serve(
+        &self,
+        info: &DeviceInfo,
+        service: &Arc<Service>,
+        begin: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Queues> {
+        let channel = self.channel(info.id)?;
+        let queues = Queues::start(&channel, info.queues, info.depth, service, self.settings.start_limit)?;
+        begin().map_err(|error| cannot_make("the ublk device does not start", error))?;
+        Ok(queues)
+    }
+
+    /// The channel of a device, whose node may take a moment to appear.
+    fn channel(&self, id: u32) -> Result<Channel> {
+        let mut opened = Err(io::ErrorKind::NotFound.into());
+        until(self.settings.start_limit, || {
+            opened = Channel::open(id);
+            !opened.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        });
+        opened.map_err(|error| cannot_make(&format!("/dev/ublkc{id} cannot be opened"), error))
+    }
+
+    /// Makes a device that is to be kept, or takes over the one that was.
+    fn keep(&self, keep: &Keep, able: Features, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
+        let features = NEEDED | features_of(keep.meanwhile);
+        if !able.contains(features) {
+            let message = "this kernel can keep a device only while its requests wait (to let them fail needs Linux \
+                           6.13): choose to wait, or do not keep it";
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+        }
+        let mark = Mark::new(&keep.region);
+        match self.control.info(keep.id) {
+            Err(error) if is_gone(&error) => self.make(Some(keep.id), features, mark, service),
+            Err(error) => Err(cannot_make("the kept ublk device cannot be looked at", error)),
+            Ok(info) if Mark::of(&info) != Some(mark) => {
+                let message = format!("/dev/ublkb{} is another region's device; choose another number", keep.id);
+                Err(Error::new(ErrorKind::Conflict, Operation::Mount, message))
+            }
+            Ok(info) => self.take_over(&info, service),
+        }
+    }
+
+    fn take_over(&self, info: &DeviceInfo, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
+        let had = self.control.limits(info.id).map_err(|error| cannot_make("the kept device has no limits", error))?;
+        if had.sectors != self.limits.sectors || had.logical_shift != self.limits.logical_shift {
+            let message = format!("/dev/ublkb{} was made for another size; remove it first", info.id);
+            return Err(Error::new(ErrorKind::Conflict, Operation::Mount, message));
+        }
+        self.begin_recovery(info)?;
+        let queues = self.serve(info, service, || self.control.end_recovery(info.id))?;
+        Ok((*info, queues))
+    }
+
+    /// Begins to take over, as soon as the kernel is done with the daemon that died.
+    fn begin_recovery(&self, info: &DeviceInfo) -> Result<()> {
+        let start = Instant::now();
+        let mut begun = Err(io::ErrorKind::TimedOut.into());
+        until(self.settings.start_limit, || {
+            begun = self.control.start_recovery(info.id);
+            let busy = begun.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy);
+            !busy || is_alive(info.server) && start.elapsed() > DYING_LIMIT
+        });
+        match begun {
+            Err(_) if is_alive(info.server) => Err(served(info.id, info)),
+            begun => begun.map_err(|error| cannot_make("the kept ublk device cannot be taken over", error)),
+        }
+    }
+}
+
+fn features_of(meanwhile: Meanwhile) -> Features {
+    Features::RECOVERY
+        | match meanwhile {
+            Meanwhile::Fail => Features::RECOVERY_FAIL_IO,
+            Meanwhile::Wait => Features::RECOVERY_REISSUE,
+        }
+}
+
+fn cannot_make(message: &str, error: io::Error) -> Error {
+    Error::from_io(Operation::Mount, message, error)
+}
+
+fn served(id: u32, info: &DeviceInfo) -> Error {
+    let message = format!("/dev/ublkb{id} is served by process {}", info.server);
+    Error::new(ErrorKind::Conflict, Operation::Mount, message)
+}
+
+/// `ENODEV`: there is no such device.
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
+}
+
+fn is_alive(process: i32) -> bool {
+    process > 0 && Path::new("/proc").join(process.to_string()).exists()
+}
+
+/// Removes what killed daemons left behind: devices of ours that were stopped by the kernel, and that nobody serves.
+fn sweep(control: &Control) {
+    let Ok(channels) = std::fs::read_dir("/sys/class/ublk-char") else { return };
+    let numbers = channels.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkc")?.parse().ok());
+    for id in numbers {
+        if control.info(id).is_ok_and(|info| is_left_over(&info)) && Channel::open(id).is_ok() {
+            let _ = control.delete(id);
+        }
+    }
+}
+
+fn is_left_over(info: &DeviceInfo) -> bool {
+    Mark::of(info) == Some(Mark::default()) && info.state() == DeviceState::Dead && !is_alive(info.server)
+}
