@@ -26,6 +26,7 @@ Examples:
   r3map demo                                                   see it work, with nothing to set up
   r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337 lend a file
   r3map mount grpc://host:1337 ./region                        use it elsewhere as ./region
+  r3map mount grpc://host:1337 --as block                      use it elsewhere as a disk
   r3map copy grpc://host:1337 file:./disk.img                  fetch all of it";
 
 /// What the command does.
@@ -33,6 +34,7 @@ Examples:
 pub(crate) enum Command {
     Serve(Serve),
     Mount(Mount),
+    Remove(Remove),
     Info(Info),
     Copy(Copy),
     Nbd(Nbd),
@@ -82,23 +84,39 @@ pub(crate) struct Open {
     pub(crate) create: bool,
 }
 
-/// Show a region as a file on this host.
+/// Show a region as a file or a block device on this host.
 ///
-/// Runs in the foreground and prints a `ready` line once PATH is usable. Ctrl-C or SIGTERM pushes what is left and
-/// unmounts; a second one gives up and says what was lost.
+/// Runs in the foreground and prints a `ready` line once it is usable. Ctrl-C or SIGTERM pushes what is left and
+/// unmounts; a second one gives up and says what was lost. Block devices need root, and a region of whole sectors.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   r3map mount grpc://host:1337 ./region
   r3map mount grpc://host:1337 ./region --cache /var/cache/region.cache --push-interval 5s
-  r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only")]
+  r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only
+  r3map mount grpc://host:1337 --as block                      the best kind of device that works here
+  r3map mount grpc://host:1337 --as ublk /run/disk             a symbolic link to the device
+  r3map mount grpc://host:1337 --as ublk --keep 7              /dev/ublkb7 outlives this process: start it again the same way")]
 pub(crate) struct Mount {
     /// The region, e.g. grpc://host:1337.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
-    /// The file to show it as: one that does not exist yet, or an empty one.
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub(crate) path: PathBuf,
+    /// The file to show it as: one that does not exist yet, or an empty one. For a block device it can be left out, and is
+    /// a symbolic link to the device otherwise.
+    #[arg(value_hint = ValueHint::FilePath, required_if_eq("as", "file"))]
+    pub(crate) path: Option<PathBuf>,
+    /// What to show it as.
+    #[arg(long, value_enum, default_value_t = As::File)]
+    pub(crate) r#as: As,
+    /// Keep the device /dev/ublkbN when this process dies: the next one takes it over (needs --as ublk).
+    #[arg(long, value_name = "N")]
+    pub(crate) keep: Option<u32>,
+    /// What users of a kept device get while nobody serves it.
+    #[arg(long, value_enum, default_value_t = Meanwhile::Fail, requires = "keep")]
+    pub(crate) meanwhile: Meanwhile,
+    /// The logical block size of a block device, 512 to 4096.
+    #[arg(long, value_parser = parse_block, value_name = "SIZE", default_value = "512")]
+    pub(crate) block_size: u32,
     /// Keep a local copy in step in the background, or go to the remote with every access.
     #[arg(long, value_enum, default_value_t = Mode::Managed)]
     pub(crate) mode: Mode,
@@ -144,6 +162,19 @@ pub(crate) struct Mount {
     /// The unit of transfer, a power of two from 4KiB to 64MiB; the remote's own, or 64KiB, by default.
     #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
     pub(crate) chunk_size: Option<ChunkSize>,
+}
+
+/// Remove a block device that was kept when its `r3map mount` died.
+///
+/// Whatever waits for it gets errors. To go on using it instead, start the same `r3map mount` again.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map remove /dev/ublkb7")]
+pub(crate) struct Remove {
+    /// The device.
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) device: PathBuf,
 }
 
 /// Say what a region is: size, chunk size, what it can do.
@@ -274,6 +305,52 @@ pub(crate) enum Mode {
     Direct,
 }
 
+/// What a region is shown as.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum As {
+    /// A file on a path.
+    File,
+    /// A block device of the best kind that works here (`auto` is the same).
+    #[value(alias = "auto")]
+    Block,
+    /// A block device through ublk.
+    Ublk,
+    /// A block device through the kernel's NBD client.
+    Nbd,
+    /// A loop device.
+    Loop,
+}
+
+impl As {
+    /// The kind of device, if one was asked for.
+    pub(crate) fn kind(self) -> Option<r3map::Kind> {
+        match self {
+            Self::File | Self::Block => None,
+            Self::Ublk => Some(r3map::Kind::Ublk),
+            Self::Nbd => Some(r3map::Kind::Nbd),
+            Self::Loop => Some(r3map::Kind::Loop),
+        }
+    }
+}
+
+/// What users of a kept device get while nobody serves it.
+#[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Meanwhile {
+    /// Errors (needs Linux 6.13).
+    Fail,
+    /// They wait, and cannot be killed until it is taken over or removed.
+    Wait,
+}
+
+impl From<Meanwhile> for r3map::Meanwhile {
+    fn from(meanwhile: Meanwhile) -> Self {
+        match meanwhile {
+            Meanwhile::Fail => Self::Fail,
+            Meanwhile::Wait => Self::Wait,
+        }
+    }
+}
+
 /// What fsync waits for.
 #[derive(ValueEnum, Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fsync {
@@ -367,6 +444,10 @@ fn parse_chunk(text: &str) -> Result<ChunkSize, String> {
     ChunkSize::new(parse_size(text)?).map_err(|error| error.message().to_owned())
 }
 
+fn parse_block(text: &str) -> Result<u32, String> {
+    u32::try_from(parse_size(text)?).map_err(|_| "a logical block has 512, 1024, 2048 or 4096 bytes".to_owned())
+}
+
 /// A time with a unit, e.g. 20ms, 1.5s, 2m.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|_| format!("{text:?} is not a time; write it like 20ms, 5s or 2m"))
@@ -393,5 +474,18 @@ mod tests {
         assert_eq!(mount.dirty_budget, 256 << 20);
         assert_eq!(mount.cache, Cache::Memory);
         assert_eq!(mount.retry, Patience::For(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_device_needs_no_path_and_a_file_does() {
+        let read = |line: &str| Cli::try_parse_from(line.split(' '));
+        for (word, kind) in [("block", As::Block), ("auto", As::Block), ("nbd", As::Nbd), ("loop", As::Loop)] {
+            let cli = read(&format!("r3map mount memory: --as {word}")).unwrap();
+            let Command::Mount(mount) = cli.command else { panic!("that is a mount") };
+            assert_eq!((mount.r#as, mount.path), (kind, None));
+        }
+        for wrong in ["", " --as file", " --as nbd --meanwhile wait", " --as tape"] {
+            assert!(read(&format!("r3map mount memory:{wrong}")).is_err(), "{wrong}");
+        }
     }
 }

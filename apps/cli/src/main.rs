@@ -10,7 +10,9 @@ mod mount;
 mod nbd;
 mod order;
 mod output;
+mod remove;
 mod serve;
+mod shown;
 mod signals;
 
 use std::process::ExitCode;
@@ -69,6 +71,7 @@ async fn run(command: Command, output: Output) -> Result<()> {
     match command {
         Command::Serve(args) => serve::run(&registry, args, output).await,
         Command::Mount(args) => mount::run(&registry, args, output).await,
+        Command::Remove(args) => remove::run(args, output).await,
         Command::Info(args) => info::run(&registry, args, output).await,
         Command::Copy(args) => copy::run(&registry, args, output).await,
         Command::Nbd(args) => nbd::run(args, output).await,

@@ -1,4 +1,4 @@
-//! `r3map mount`: shows a region as a file until it is told to stop.
+//! `r3map mount`: shows a region as a file or a block device until it is told to stop.
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use r3map::{
-    Durability, FileOptions, OpenOptions, PathMount, Priority, Progress, PullSettings, PushSettings, Region, Registry,
+    BlockOptions, Durability, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings, PushSettings, Region, Registry,
     RetrySettings, Settings, Workers, size,
 };
 use serde_json::json;
@@ -15,6 +15,7 @@ use serde_json::json;
 use crate::args::{self, Cache, Fsync, Mode};
 use crate::order;
 use crate::output::{Bar, Output};
+use crate::shown::Shown;
 use crate::signals::Signals;
 
 /// How often the bars move and the remote is looked at.
@@ -31,13 +32,17 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
     let region = mount.region();
     let path = mount.path().display();
     let mode = if args.mode == Mode::Managed { "managed" } else { "direct" };
-    let human = format!("ready: {} ({}, {mode}) at {path}", args.uri, size::format(region.size()));
+    let word = mount.word();
+    let what = if word == "file" { mode.to_owned() } else { format!("{mode}, {word}") };
+    let human = format!("ready: {} ({}, {what}) at {path}", args.uri, size::format(region.size()));
     output.event(
         "ready",
         &human,
         json!({
             "region": args.uri.to_string(),
             "path": path.to_string(),
+            "as": word,
+            "link": mount.link().map(|link| link.display().to_string()),
             "size": region.size(),
             "mode": mode,
             "read_only": region.is_read_only(),
@@ -45,13 +50,13 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
     );
     tokio::select! {
         () = watch(region, output) => {}
-        () = mount.unmounted() => output.note("unmounted", "the file was unmounted; storing what is left"),
+        () = mount.gone() => output.note("unmounted", "somebody else unmounted it; storing what is left"),
         () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
     }
     drain(&mount, &mut signals, output).await
 }
 
-async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result<PathMount> {
+async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result<Shown> {
     let options =
         OpenOptions { size: args.size, chunk_size: args.chunk_size, read_only: args.read_only, create: false };
     let remote = registry.open(&args.uri, &options).await?;
@@ -71,14 +76,14 @@ async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result
         counter.fetch_add(chunk.bytes(), Ordering::Relaxed);
     });
     let bar = args.pull_first.then(|| output.bar("pulling", size));
-    let mut shown = std::pin::pin!(mount.path(&args.path));
+    let mut shown = std::pin::pin!(Shown::open(mount, args.r#as, args.path.clone(), output));
     loop {
         tokio::select! {
             shown = &mut shown => {
                 if let Some(bar) = bar {
                     bar.finish();
                 }
-                return Ok(shown?);
+                return shown;
             }
             () = tokio::time::sleep(TICK) => {
                 if let Some(bar) = &bar {
@@ -123,6 +128,12 @@ fn settings(args: &args::Mount) -> Result<Settings> {
             allow_other: args.allow_other,
             source: Some(args.uri.to_string()),
         },
+        block: BlockOptions {
+            kind: args.r#as.kind(),
+            logical_block_size: Some(args.block_size),
+            keep: args.keep.map(|id| Kept { id, meanwhile: args.meanwhile.into() }),
+            ..BlockOptions::default()
+        },
     })
 }
 
@@ -136,6 +147,12 @@ fn check_modes(args: &args::Mount) -> Result<()> {
     }
     if args.pull_first && args.pull_workers == args::Workers::Off {
         bail!("--pull-first pulls everything, --pull-workers 0 pulls nothing: leave out one of them");
+    }
+    if args.keep.is_some() && args.r#as != args::As::Ublk {
+        bail!("only ublk devices can be kept: add --as ublk, or leave out --keep");
+    }
+    if args.r#as != args::As::File && (args.direct_io || args.allow_other) {
+        bail!("--direct-io and --allow-other are for files: leave them out, or add --as file");
     }
     if args.push_interval.is_zero() {
         bail!("--push-interval must be longer than zero, e.g. 1s");
@@ -186,7 +203,7 @@ fn tell_waiting(region: &Region, silent: &mut bool, output: Output) {
 }
 
 /// Unmounts and stores what is left; a second signal gives up.
-async fn drain(mount: &PathMount, signals: &mut Signals, output: Output) -> Result<()> {
+async fn drain(mount: &Shown, signals: &mut Signals, output: Output) -> Result<()> {
     let bar = mount.region().progress().map(|progress| {
         let dirty = progress.borrow().dirty_bytes;
         (output.bar("storing", dirty), dirty)
@@ -210,10 +227,10 @@ async fn drain(mount: &PathMount, signals: &mut Signals, output: Output) -> Resu
 }
 
 /// Closes, and waits for those who still use the file.
-async fn close(mount: &PathMount, busy: &mut bool, output: Output) -> r3map::Result<()> {
+async fn close(mount: &Shown, busy: &mut bool, output: Output) -> r3map::Result<()> {
     loop {
         match mount.close().await {
-            Err(error) if PathMount::is_busy(&error) => {
+            Err(error) if mount.is_busy(&error) => {
                 if !*busy {
                     output.note("busy", &format!("{error}; waiting until it is closed, Ctrl-C gives up"));
                     *busy = true;
@@ -225,7 +242,7 @@ async fn close(mount: &PathMount, busy: &mut bool, output: Output) -> r3map::Res
     }
 }
 
-async fn show_left(mount: &PathMount, bar: Option<&(Bar, u64)>) {
+async fn show_left(mount: &Shown, bar: Option<&(Bar, u64)>) {
     loop {
         tokio::time::sleep(TICK).await;
         if let (Some((bar, dirty)), Some(progress)) = (bar, mount.region().progress()) {
@@ -235,7 +252,7 @@ async fn show_left(mount: &PathMount, bar: Option<&(Bar, u64)>) {
     }
 }
 
-async fn give_up(mount: &PathMount, why: &str) -> Result<()> {
+async fn give_up(mount: &Shown, why: &str) -> Result<()> {
     let left = mount.region().progress().map_or(0, |progress| progress.borrow().dirty_bytes);
     // A remote that is gone must not keep the process; what is left of the mount the next one takes over.
     let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;

@@ -12,9 +12,10 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use crate::blocking::{off_runtime, spawn, within};
 use crate::kind::Kind;
 use crate::loop_device::LoopDevice;
+use crate::nbd::Nbd;
 use crate::node::Node;
 use crate::service::Service;
-use crate::settings::BlockSettings;
+use crate::settings::{BlockSettings, invalid};
 use crate::ublk::Ublk;
 
 /// A region that is a block device.
@@ -35,29 +36,30 @@ struct Attached {
 /// Who answers the kernel.
 enum By {
     Ublk { device: Ublk, service: Arc<Service> },
+    Nbd(Nbd),
     Loop(LoopDevice),
 }
 
 impl BlockDevice {
-    /// Shows `backend` as a device of a kind that serves backends: ublk. Requests for which the backend must wait run on
+    /// Shows `backend` as a device of a kind that serves backends: ublk or NBD. Requests for which the backend must wait run on
     /// the tokio runtime that this is called in.
     ///
     /// Devices that killed processes left behind are removed. Dropping the future may leave the device for a moment; it is
     /// then detached in the background.
     ///
     /// # Errors
-    /// `InvalidInput` for bad settings and for a region that cannot be a device (see [`BlockSettings::fit`]); `NotFound`
+    /// `InvalidInput` for bad settings, for a loop device (see [`Self::over_file`]), and for a region that cannot be a device (see [`BlockSettings::fit`]); `NotFound`
     /// where the kernel has no such devices, `Denied` for ordinary users, `Conflict` for a kept device that is another
     /// region's or is being served; `Unavailable` if the kernel does not come to an end in time.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub async fn open(backend: Arc<dyn Backend>, settings: BlockSettings) -> Result<Self> {
+    pub async fn open(kind: Kind, backend: Arc<dyn Backend>, settings: BlockSettings) -> Result<Self> {
         let settings = settings.fit(&*backend)?;
         let runtime = Handle::current();
         off_runtime(move || {
-            let (device, node, service) = Ublk::start(backend, &settings, runtime)?;
-            Ok(Self::from(Attached { node, limit: settings.detach_limit, by: By::Ublk { device, service } }))
+            let (by, node) = By::start(kind, backend, &settings, runtime)?;
+            Ok(Self::from(Attached { node, limit: settings.detach_limit, by }))
         })
         .await
     }
@@ -86,6 +88,7 @@ impl BlockDevice {
     pub fn kind(&self) -> Kind {
         match &self.attached.by {
             By::Ublk { .. } => Kind::Ublk,
+            By::Nbd(_) => Kind::Nbd,
             By::Loop(_) => Kind::Loop,
         }
     }
@@ -137,6 +140,7 @@ impl BlockDevice {
     pub async fn gone(&self) {
         match &self.attached.by {
             By::Ublk { device, .. } => device.ended().await,
+            By::Nbd(device) => device.ended().await,
             By::Loop(_) => std::future::pending().await,
         }
     }
@@ -167,11 +171,31 @@ impl BlockDevice {
 
     /// Removes it without storing anything more: what the kernel still writes is refused.
     pub async fn abandon(&self) {
-        if let By::Ublk { service, .. } = &self.attached.by {
-            service.close();
+        match &self.attached.by {
+            By::Ublk { service, .. } => service.close(),
+            By::Nbd(device) => device.close(),
+            By::Loop(_) => {}
         }
         // Its error is that nothing was stored, which is what was asked for.
         let _ = self.detach().await;
+    }
+}
+
+impl By {
+    fn start(
+        kind: Kind,
+        backend: Arc<dyn Backend>,
+        settings: &BlockSettings,
+        runtime: Handle,
+    ) -> Result<(Self, Node)> {
+        match kind {
+            Kind::Ublk => {
+                let (device, node, service) = Ublk::start(backend, settings, runtime)?;
+                Ok((Self::Ublk { device, service }, node))
+            }
+            Kind::Nbd => Nbd::start(backend, settings, runtime).map(|(device, node)| (Self::Nbd(device), node)),
+            Kind::Loop => Err(invalid("a loop device is made over a file, not over a backend")),
+        }
     }
 }
 
@@ -204,6 +228,7 @@ impl Attached {
     fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
         match &self.by {
             By::Ublk { device, service } => self.leave_ublk(device, service, anyway),
+            By::Nbd(_) => self.leave_nbd(anyway),
             By::Loop(device) => self.leave_loop(device, anyway),
         }
     }
@@ -249,6 +274,19 @@ impl Attached {
                 if read_only { Ok(()) } else { backend.flush().await }
             })
         })
+    }
+
+    fn leave_nbd(self: &Arc<Self>, anyway: bool) -> Result<()> {
+        let attached = self.clone();
+        let detached = within(self.limit, "flushing and detaching the device", move || match &attached.by {
+            By::Nbd(device) => device.detach(anyway),
+            By::Ublk { .. } | By::Loop(_) => Ok(()),
+        });
+        if detached.is_err() && !anyway {
+            return detached;
+        }
+        let By::Nbd(device) = &self.by else { return detached };
+        detached.and(device.settle(self.node.is_read_only(), self.limit))
     }
 
     fn leave_loop(&self, device: &LoopDevice, anyway: bool) -> Result<()> {

@@ -5,26 +5,29 @@ use std::path::Path;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 
-use crate::{loop_device, ublk};
+use crate::{loop_device, nbd, ublk};
 
 /// Through what the kernel asks for a device's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// ublk: io_uring commands. The fastest; Linux 6.5 with `ublk_drv`.
     Ublk,
+    /// The kernel's NBD client over socket pairs. Every Linux with `nbd`.
+    Nbd,
     /// A loop device over a file. On every Linux; slower, and the file has to be shown first.
     Loop,
 }
 
 impl Kind {
     /// All of them, the best first.
-    pub const ALL: [Self; 2] = [Self::Ublk, Self::Loop];
+    pub const ALL: [Self; 3] = [Self::Ublk, Self::Nbd, Self::Loop];
 }
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ublk => "ublk",
+            Self::Nbd => "nbd",
             Self::Loop => "loop",
         })
     }
@@ -37,6 +40,7 @@ impl fmt::Display for Kind {
 pub fn check(kind: Kind) -> Result<()> {
     match kind {
         Kind::Ublk => ublk::check(),
+        Kind::Nbd => nbd::check(),
         Kind::Loop => loop_device::check(),
     }
 }

@@ -1,7 +1,7 @@
 //! The block frontend: a [`Backend`](r3map_core::Backend) as a block device, a node in `/dev` that file systems, virtual
 //! machines and databases use as they use a disk.
 //!
-//! [`BlockDevice::open`] makes one through ublk (Linux 6.5), [`BlockDevice::over_file`] makes a loop device of a file, for
+//! [`BlockDevice::open`] makes one through ublk (Linux 6.5) or the kernel's NBD client, [`BlockDevice::over_file`] makes a loop device of a file, for
 //! instance of one that the file frontend shows. [`check`] says whether and why not a kind works here. Pulling, pushing
 //! and retries are not done here: the backend does them, or a stage around it. All kinds need root.
 //!
@@ -22,7 +22,7 @@
 //!
 //! # How it runs
 //!
-//! One thread for each queue takes requests from the kernel and asks the backend at once; a request for which the
+//! For ublk one thread for each queue takes requests from the kernel and asks the backend at once; a request for which the
 //! backend has to wait goes on as a task of the runtime, so that any number wait at the same time. Bytes that the backend
 //! lends go to the kernel without a copy in between. Blocking calls on the device must not stop the runtime that the
 //! backend needs.
@@ -32,6 +32,7 @@ mod buffers;
 mod device;
 mod kind;
 mod loop_device;
+mod nbd;
 mod node;
 mod service;
 mod settings;

@@ -115,7 +115,7 @@ impl Shown {
     async fn open(kind: Kind, backend: Arc<dyn Backend>, settings: &BlockSettings) -> Result<Self> {
         match kind {
             Kind::Loop => Self::over_file(backend, settings).await,
-            Kind::Ublk => Ok(Self::new(BlockDevice::open(backend, settings.clone()).await?)),
+            Kind::Ublk | Kind::Nbd => Ok(Self::new(BlockDevice::open(kind, backend, settings.clone()).await?)),
         }
     }
 

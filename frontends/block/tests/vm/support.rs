@@ -29,7 +29,7 @@ pub(crate) async fn device(backend: Arc<dyn Backend>) -> BlockDevice {
 
 /// A device over `backend`, with these settings.
 pub(crate) async fn device_with(backend: Arc<dyn Backend>, settings: BlockSettings) -> BlockDevice {
-    r3map_testkit::deadline(SOON, "making a device", BlockDevice::open(backend, settings)).await.unwrap()
+    r3map_testkit::deadline(SOON, "making a device", BlockDevice::open(Kind::Ublk, backend, settings)).await.unwrap()
 }
 
 /// Runs a program to its good end.

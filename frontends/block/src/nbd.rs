@@ -1,0 +1,135 @@
+//! Devices of the kernel's NBD client, over socket pairs to a server in this process: the way for kernels without ublk.
+//!
+//! They are attached by ioctl, and not by netlink: a thread of this process then keeps the device, so that it ends with
+//! the process, and what is under way fails at once, however the process ends.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
+use r3map_nbd::kernel::{self, Device, Disk, Interface};
+use r3map_nbd::{Server, ServerExport, ServerSettings};
+use tokio::runtime::Handle;
+
+use crate::node::Node;
+use crate::settings::BlockSettings;
+
+/// How often it is looked whether the device is still there.
+const TICK: Duration = Duration::from_millis(200);
+
+/// A device that is served.
+pub(crate) struct Nbd {
+    device: Mutex<Option<Device>>,
+    server: Mutex<Option<Server>>,
+    backend: Arc<dyn Backend>,
+    runtime: Handle,
+}
+
+/// Says why the kernel's NBD client cannot be used here, if so.
+pub(crate) fn check() -> Result<()> {
+    if !Path::new("/sys/module/nbd").exists() && !Path::new("/sys/block/nbd0").exists() {
+        let message = "this kernel has no NBD client; load it: modprobe nbd";
+        return Err(Error::new(ErrorKind::NotFound, Operation::Mount, message));
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::new(ErrorKind::Denied, Operation::Mount, "NBD devices are made by root"));
+    }
+    Ok(())
+}
+
+impl Nbd {
+    /// Makes a device and serves it. Blocks, for some times `settings.start_limit` at most.
+    pub(crate) fn start(backend: Arc<dyn Backend>, settings: &BlockSettings, runtime: Handle) -> Result<(Self, Node)> {
+        let _sockets_and_tasks = runtime.enter();
+        let export = ServerExport { read_only: settings.read_only, ..ServerExport::new("", backend.clone()) };
+        let server = Server::new(vec![export], ServerSettings::default())?;
+        let (sockets, disk) = connect(&server, backend.size(), settings)?;
+        let how = kernel::Settings {
+            interface: Interface::Ioctl,
+            request_timeout: None,
+            ready_limit: settings.start_limit,
+            ..kernel::Settings::default()
+        };
+        let device = kernel::attach(sockets, disk, &how)?;
+        let name = format!("nbd{}", device.index());
+        let node = Node::wait(name, backend.size(), settings.read_only, settings.start_limit)?;
+        node.set("queue/read_ahead_kb", settings.read_ahead >> 10);
+        node.set("queue/max_sectors_kb", settings.max_request >> 10);
+        let (device, server) = (Mutex::new(Some(device)), Mutex::new(Some(server)));
+        Ok((Self { device, server, backend, runtime: runtime.clone() }, node))
+    }
+
+    /// Waits until the kernel has let go of it.
+    pub(crate) async fn ended(&self) {
+        while self.is_alive() {
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        match self.device.try_lock() {
+            Ok(device) => device.as_ref().is_some_and(Device::is_alive),
+            // It is being detached, which may take as long as the backend does.
+            Err(_) => true,
+        }
+    }
+
+    /// Flushes and detaches it; `anyway` also if it is in use. Blocks, perhaps as long as the backend takes.
+    pub(crate) fn detach(&self, anyway: bool) -> Result<()> {
+        let mut held = lock(&self.device);
+        match held.take() {
+            None => Ok(()),
+            // Flushes too, and tells nobody how that went.
+            Some(device) if anyway => {
+                drop(device);
+                Ok(())
+            }
+            Some(device) => device.detach().map_err(|(error, back)| {
+                *held = back;
+                error
+            }),
+        }
+    }
+
+    /// Ends the service: what is under way or comes gets errors.
+    pub(crate) fn close(&self) {
+        drop(lock(&self.server).take());
+    }
+
+    /// After the last request: ends the service, and flushes the backend. Blocks, for two times `limit` at most.
+    pub(crate) fn settle(&self, read_only: bool, limit: Duration) -> Result<()> {
+        let Some(server) = lock(&self.server).take() else { return Ok(()) };
+        let backend = self.backend.clone();
+        self.runtime.block_on(async move {
+            server.close(limit).await?;
+            if read_only {
+                return Ok(());
+            }
+            let late = |_| Error::new(ErrorKind::Unavailable, Operation::Flush, "the backend's flush did not end in time");
+            tokio::time::timeout(limit, backend.flush()).await.map_err(late)?
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The kernel's ends of connections to the server: as many as there are to be queues.
+fn connect(server: &Server, size: u64, settings: &BlockSettings) -> Result<(Vec<OwnedFd>, Disk)> {
+    let failed = |error| Error::from_io(Operation::Mount, "no connection for the kernel can be made", error);
+    let mut sockets = Vec::new();
+    let mut disk = None;
+    for _ in 0..settings.queue_count() {
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        let (facts, _task) = server.serve_export(tokio::net::UnixStream::from_std(ours).map_err(failed)?, "")?;
+        disk = Some(Disk { size, block_size: settings.logical_block_size, flags: facts.flags });
+        sockets.push(theirs.into());
+    }
+    let disk = disk.ok_or_else(|| Error::new(ErrorKind::InvalidInput, Operation::Mount, "no queues were asked for"))?;
+    Ok((sockets, disk))
+}
