@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use r3map::{
-    BlockOptions, Durability, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings, PushSettings, Region, Registry,
-    RetrySettings, Settings, Workers, size,
+    BlockOptions, Durability, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings, PushSettings, Region,
+    Registry, RetrySettings, Settings, Workers, size,
 };
 use serde_json::json;
 

@@ -131,7 +131,9 @@ impl Drop for Link {
 /// Whether a link leads to a device as we make them.
 fn is_ours(target: &Path) -> bool {
     let name = target.strip_prefix("/dev").ok().and_then(Path::to_str).unwrap_or_default();
-    ["ublkb", "nbd", "loop"].iter().any(|kind| name.strip_prefix(kind).is_some_and(|number| number.parse::<u32>().is_ok()))
+    ["ublkb", "nbd", "loop"]
+        .iter()
+        .any(|kind| name.strip_prefix(kind).is_some_and(|number| number.parse::<u32>().is_ok()))
 }
 
 #[cfg(test)]
@@ -156,7 +158,8 @@ mod tests {
 
     #[test]
     fn devices_of_ours_are_known() {
-        for (target, ours) in [("/dev/ublkb0", true), ("/dev/nbd15", true), ("/dev/sda", false), ("/dev/loopx", false)] {
+        for (target, ours) in [("/dev/ublkb0", true), ("/dev/nbd15", true), ("/dev/sda", false), ("/dev/loopx", false)]
+        {
             assert_eq!(is_ours(Path::new(target)), ours, "{target}");
         }
     }

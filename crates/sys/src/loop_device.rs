@@ -200,7 +200,8 @@ mod tests {
         match Loop::attach(path, spec, LIMIT) {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
                 assert!(std::env::var_os("CI").is_none_or(|value| value != "true"), "CI must have loop devices");
-                let _ = io::Write::write_all(&mut io::stderr(), format!("skipped: no loop devices: {error}\n").as_bytes());
+                let _ =
+                    io::Write::write_all(&mut io::stderr(), format!("skipped: no loop devices: {error}\n").as_bytes());
                 None
             }
             made => Some(made.expect("a loop device can be made")),

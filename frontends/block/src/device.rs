@@ -182,12 +182,7 @@ impl BlockDevice {
 }
 
 impl By {
-    fn start(
-        kind: Kind,
-        backend: Arc<dyn Backend>,
-        settings: &BlockSettings,
-        runtime: Handle,
-    ) -> Result<(Self, Node)> {
+    fn start(kind: Kind, backend: Arc<dyn Backend>, settings: &BlockSettings, runtime: Handle) -> Result<(Self, Node)> {
         match kind {
             Kind::Ublk => {
                 let (device, node, service) = Ublk::start(backend, settings, runtime)?;

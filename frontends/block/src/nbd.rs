@@ -108,7 +108,8 @@ impl Nbd {
             if read_only {
                 return Ok(());
             }
-            let late = |_| Error::new(ErrorKind::Unavailable, Operation::Flush, "the backend's flush did not end in time");
+            let late =
+                |_| Error::new(ErrorKind::Unavailable, Operation::Flush, "the backend's flush did not end in time");
             tokio::time::timeout(limit, backend.flush()).await.map_err(late)?
         })
     }

@@ -66,7 +66,8 @@ fn none_works(refused: &[Refused]) -> Error {
     if let [only] = refused {
         return only.error.clone();
     }
-    let reasons: Vec<_> = refused.iter().map(|Refused { kind, error }| format!("{kind}: {}", error.message())).collect();
+    let reasons: Vec<_> =
+        refused.iter().map(|Refused { kind, error }| format!("{kind}: {}", error.message())).collect();
     let message = format!("no kind of block device works here: {}", reasons.join("; "));
     Error::new(refused.first().map_or(ErrorKind::NotFound, |first| first.error.kind()), Operation::Mount, message)
 }
@@ -129,7 +130,8 @@ impl Shown {
 
     #[cfg(feature = "file")]
     async fn over_file(backend: Arc<dyn Backend>, settings: &BlockSettings) -> Result<Self> {
-        let cannot = |error| Error::from_io(Operation::Mount, "there is no folder for the file under the device", error);
+        let cannot =
+            |error| Error::from_io(Operation::Mount, "there is no folder for the file under the device", error);
         let folder = tempfile::Builder::new().prefix("r3map-").tempdir().map_err(cannot)?;
         let file_settings = r3map_file::FileSettings { read_only: settings.read_only, ..Default::default() };
         let file = Fuse::open(backend, folder.path().join("region"), file_settings).await?;

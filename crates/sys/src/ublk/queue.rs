@@ -285,7 +285,8 @@ impl Descriptors {
     fn map(channel: &Channel, queue: u16, depth: u16) -> io::Result<Self> {
         let (len, position) = (abi::descriptors_size(depth), abi::descriptors_position(queue));
         // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
-        let base = unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, &*channel.0, position) }?;
+        let base =
+            unsafe { mmap(std::ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, &*channel.0, position) }?;
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap answered with a null address"))?;
         Ok(Self { base, depth })
     }

@@ -14,9 +14,9 @@ impl Mark {
     /// That of a region, by its name.
     pub(super) fn new(region: &str) -> Self {
         // FNV-1a, which is the same in every build: two regions of one host get one number once in 2^48 pairs.
-        let hash = region.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = region
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         Self((hash >> (u64::BITS - REGION_BITS)).max(1))
     }
 

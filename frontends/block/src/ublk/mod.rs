@@ -186,7 +186,13 @@ struct Plan<'a> {
 
 impl Plan<'_> {
     /// Makes a new device and starts it.
-    fn make(&self, id: Option<u32>, features: Features, mark: Mark, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
+    fn make(
+        &self,
+        id: Option<u32>,
+        features: Features,
+        mark: Mark,
+        service: &Arc<Service>,
+    ) -> Result<(DeviceInfo, Queues)> {
         let BlockSettings { depth, max_request, .. } = *self.settings;
         let queues = self.settings.queue_count();
         let spec = DeviceSpec { id, queues, depth: depth.get(), max_request, features, mark: mark.number() };
@@ -304,7 +310,8 @@ fn is_alive(process: i32) -> bool {
 /// Removes what killed daemons left behind: devices of ours that were stopped by the kernel, and that nobody serves.
 fn sweep(control: &Control) {
     let Ok(channels) = std::fs::read_dir("/sys/class/ublk-char") else { return };
-    let numbers = channels.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkc")?.parse().ok());
+    let numbers =
+        channels.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkc")?.parse().ok());
     for id in numbers {
         if control.info(id).is_ok_and(|info| is_left_over(&info)) && Channel::open(id).is_ok() {
             let _ = control.delete(id);

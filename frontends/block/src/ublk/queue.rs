@@ -35,7 +35,13 @@ struct Server {
 
 impl Queues {
     /// Starts to serve `count` queues; returns when all of them fetch. Blocks, at most for `limit`.
-    pub(super) fn start(channel: &Channel, count: u16, depth: u16, service: &Arc<Service>, limit: Duration) -> Result<Self> {
+    pub(super) fn start(
+        channel: &Channel,
+        count: u16,
+        depth: u16,
+        service: &Arc<Service>,
+        limit: Duration,
+    ) -> Result<Self> {
         let (left, serving) = watch::channel(usize::from(count));
         let left = Arc::new(left);
         let mut queues = Self { bells: Vec::new(), stop: Arc::default(), threads: Vec::new(), serving };

@@ -52,7 +52,20 @@ async fn a_file_system_is_sound() {
         run("mkfs.ext4", &["-q", "-F", &path]);
         run("mount", &["-t", "ext4", "-o", "discard", &path, at]);
         let file = format!("--filename={at}/file");
-        run("fio", &["--name=verify", &file, "--size=16M", "--rw=randwrite", "--bs=4k", "--verify=crc32c", "--iodepth=8", "--ioengine=psync", "--end_fsync=1"]);
+        run(
+            "fio",
+            &[
+                "--name=verify",
+                &file,
+                "--size=16M",
+                "--rw=randwrite",
+                "--bs=4k",
+                "--verify=crc32c",
+                "--iodepth=8",
+                "--ioengine=psync",
+                "--end_fsync=1",
+            ],
+        );
         run("umount", &[at]);
         run("e2fsck", &["-fn", &path]);
     })

@@ -36,7 +36,12 @@ pub(crate) async fn device_with(backend: Arc<dyn Backend>, settings: BlockSettin
 pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let mut process = Process::start(Command::new(program).args(arguments));
     let status = process.wait(SOON);
-    assert!(status.success(), "{program} {arguments:?}: {status}\n{}\n{}", process.stdout().join("\n"), process.stderr().join("\n"));
+    assert!(
+        status.success(),
+        "{program} {arguments:?}: {status}\n{}\n{}",
+        process.stdout().join("\n"),
+        process.stderr().join("\n")
+    );
     process.stdout().join("\n")
 }
 
