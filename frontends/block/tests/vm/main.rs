@@ -1,7 +1,11 @@
-//! Devices of the kernel, as programs use them. They need ublk, which is there in the virtual machine of
-//! `cargo xtask vm`; elsewhere these tests say that they are skipped.
+//! Devices of the kernel, as programs use them: through ublk and through the kernel's NBD client. They run in the virtual
+//! machine of `cargo xtask vm`; elsewhere these tests say that they are skipped.
 
 #![cfg(target_os = "linux")]
 
-mod basics;
+mod data;
+mod file_systems;
+mod keeping;
+mod killed;
+mod lifecycle;
 mod support;

@@ -1,0 +1,117 @@
+//! Making, detaching, and doing so at the wrong time.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use r3map_block::{BlockSettings, Kind};
+use r3map_core::{ErrorKind, Operation};
+use r3map_testkit::faults::{Faults, Rule};
+use r3map_testkit::in_vm;
+use r3map_testkit::store::Store;
+
+use crate::support::{KINDS, Mounted, SOON, app, device, name, run, try_device, unmount};
+
+const SIZE: u64 = 16 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn detaching_stores_what_the_kernel_has_cached() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let store = Arc::new(Store::new(SIZE).volatile_cache());
+        let device = device(kind, store.clone()).await;
+        let path = device.path().to_owned();
+        // Written to the kernel's cache only, and closed; the last close may write it, but makes nothing durable.
+        app(move || std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[3; 8192], 4096).unwrap())
+            .await;
+        unmount(device).await;
+        store.lose_unflushed();
+        assert!(store.snapshot()[4096..12_288] == [3; 8192], "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mounted_device_is_not_detached_unless_that_is_forced() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let device = device(kind, Arc::new(Store::new(SIZE))).await;
+        let path = device.path().to_owned();
+        let mounted = app(move || {
+            run("mkfs.ext4", &["-q", "-F", &name(&path)]);
+            Mounted::new(&path)
+        })
+        .await;
+        let error = device.unmount().await.unwrap_err();
+        assert_eq!((error.kind(), error.operation()), (ErrorKind::Conflict, Operation::Close), "{kind}: {error}");
+        let file = mounted.path("file");
+        app(move || std::fs::write(file, "it works as before").unwrap()).await;
+        // What is mounted sees errors from then on; nothing hangs.
+        let _ = r3map_testkit::deadline(SOON, "forcing", device.detach()).await;
+        let file = mounted.path("file");
+        app(move || {
+            let written = std::fs::write(&file, vec![1; 1 << 20]);
+            let synced = written.and_then(|()| std::fs::File::open(&file)?.sync_all());
+            assert!(synced.is_err(), "there is nothing below any more");
+            drop(mounted);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let faults = Faults::new(Arc::new(Store::new(SIZE).plain()));
+        let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
+        let device = try_device(kind, faults.clone(), settings).await.unwrap();
+        faults.add(Rule::on(Operation::Write).hang());
+        let path = device.path().to_owned();
+        app(move || std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[3; 4096], 0)).await.ok();
+        let start = Instant::now();
+        device.detach().await.expect_err("something was not stored");
+        assert!(start.elapsed() < Duration::from_secs(30), "{kind}");
+        drop(device);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_somebody_removes_is_noticed() {
+    if !in_vm() {
+        return;
+    }
+    let device = device(Kind::Ublk, Arc::new(Store::new(SIZE))).await;
+    let error = r3map_block::remove(device.path()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}: it is being served");
+    let id = name(device.path())["/dev/ublkb".len()..].parse().unwrap();
+    app(move || r3map_sys::ublk::Control::open(SOON).unwrap().stop(id).unwrap()).await;
+    r3map_testkit::deadline(SOON, "noticing", device.gone()).await;
+    unmount(device).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_devices_at_once() {
+    if !in_vm() {
+        return;
+    }
+    let mut devices = Vec::new();
+    for number in 0..3u8 {
+        for kind in KINDS {
+            let store = Arc::new(Store::new(SIZE));
+            let device = device(kind, store.clone()).await;
+            let path = device.path().to_owned();
+            app(move || std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[number; 512], 0).unwrap()).await;
+            devices.push((number, store, device));
+        }
+    }
+    for (number, store, device) in devices {
+        unmount(device).await;
+        assert_eq!(store.snapshot()[..512], [number; 512]);
+    }
+}
