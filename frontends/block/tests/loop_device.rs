@@ -57,7 +57,9 @@ async fn a_device_in_use_stays() {
     let device = over(file.path(), BlockSettings::default()).await.unwrap();
     let claim = || {
         let flags = OFlags::EXCL.bits().cast_signed();
-        std::os::unix::fs::OpenOptionsExt::custom_flags(OpenOptions::new().read(true), flags).open(device.path()).unwrap()
+        std::os::unix::fs::OpenOptionsExt::custom_flags(OpenOptions::new().read(true), flags)
+            .open(device.path())
+            .unwrap()
     };
     let user = claim();
     let error = device.unmount().await.unwrap_err();
@@ -80,7 +82,9 @@ async fn sizes_and_block_sizes_are_honest() {
     assert!(error.message().contains("leave 512 over; choose a logical block size of 512"), "{error}");
     let device = over(file.path(), BlockSettings { read_only: true, ..BlockSettings::default() }).await.unwrap();
     assert_eq!((device.size(), device.is_read_only()), (4608, true));
-    assert!(OpenOptions::new().write(true).open(device.path()).is_err());
+    // Where it can be opened for writing, writing fails.
+    let opened = OpenOptions::new().write(true).open(device.path());
+    assert!(opened.and_then(|file| file.write_all_at(&[0; 512], 0)).is_err());
     device.unmount().await.unwrap();
     file.as_file().set_len(4096 + 100).unwrap();
     let error = over(file.path(), BlockSettings::default()).await.err().unwrap();

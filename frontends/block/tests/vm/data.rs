@@ -95,7 +95,10 @@ async fn what_was_synced_or_written_through_survives_the_remotes_crash() {
         assert!(faults.count(Operation::Flush) >= 2, "{kind}");
         store.lose_unflushed();
         let kept = store.snapshot();
-        assert!(kept[..4096] == [7; 4096] && kept[4096..8192] == [8; 4096] && kept[8192..12_288] == [0; 4096], "{kind}");
+        assert!(
+            kept[..4096] == [7; 4096] && kept[4096..8192] == [8; 4096] && kept[8192..12_288] == [0; 4096],
+            "{kind}"
+        );
         unmount(device).await;
     }
 }

@@ -25,7 +25,8 @@ async fn ext4_is_sound_and_trims_reach_the_backend() {
             run("mkfs.ext4", &["-q", "-F", &name(&path)]);
             let mounted = Mounted::new(&path);
             let file = format!("--filename={}", name(&mounted.path("file")));
-            let job = ["--name=v", &file, "--size=4M", "--rw=randwrite", "--bs=16k", "--verify=crc32c", "--end_fsync=1"];
+            let job =
+                ["--name=v", &file, "--size=4M", "--rw=randwrite", "--bs=16k", "--verify=crc32c", "--end_fsync=1"];
             run("fio", &[&job[..], &["--ioengine=libaio", "--iodepth=16", "--direct=1"]].concat());
             let before = trimmed.bytes(Operation::Trim);
             std::fs::remove_file(mounted.path("file")).unwrap();

@@ -24,8 +24,10 @@ async fn detaching_stores_what_the_kernel_has_cached() {
         let device = device(kind, store.clone()).await;
         let path = device.path().to_owned();
         // Written to the kernel's cache only, and closed; the last close may write it, but makes nothing durable.
-        app(move || std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[3; 8192], 4096).unwrap())
-            .await;
+        app(move || {
+            std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[3; 8192], 4096).unwrap()
+        })
+        .await;
         unmount(device).await;
         store.lose_unflushed();
         assert!(store.snapshot()[4096..12_288] == [3; 8192], "{kind}");
@@ -106,7 +108,10 @@ async fn many_devices_at_once() {
             let store = Arc::new(Store::new(SIZE));
             let device = device(kind, store.clone()).await;
             let path = device.path().to_owned();
-            app(move || std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[number; 512], 0).unwrap()).await;
+            app(move || {
+                std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[number; 512], 0).unwrap()
+            })
+            .await;
             devices.push((number, store, device));
         }
     }
