@@ -24,7 +24,6 @@ fn allowed(place: &str) -> &'static [&'static str] {
         }
         "transports/nbd" => &["crates/core", "crates/pipeline", "crates/sys"],
         "backends/tape" => &["crates/core", "crates/pipeline", "crates/sys"],
-        "transports/nbd" => &["crates/core", "crates/pipeline", "crates/sys"],
         "frontends/block" => &["crates/core", "crates/pipeline", "crates/sys", "transports/nbd"],
         "bench" => &["crates/", "backends/", "transports/", "frontends/", "testing/"],
         _ => match place.split('/').next() {
