@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use super::queue::{Delay, Item, Queue};
+use super::queue::{Item, Pace, Queue};
 use super::socket::Socket;
 
 /// Its sockets close when the last of its threads has ended.
@@ -24,8 +24,8 @@ enum Direction {
 }
 
 impl Connection {
-    pub(super) fn new(client: Socket, server: Socket, delay: &Arc<Delay>) -> Arc<Self> {
-        let (up, down) = (Queue::new(delay.clone()), Queue::new(delay.clone()));
+    pub(super) fn new(client: Socket, server: Socket, pace: &Arc<Pace>) -> Arc<Self> {
+        let (up, down) = (Queue::new(pace.clone()), Queue::new(pace.clone()));
         Arc::new(Self { client, server, up, down })
     }
 
@@ -70,7 +70,7 @@ impl Connection {
         let (from, queue, _) = self.ends(direction);
         let mut buffer = queue.buffer();
         loop {
-            match from.read(&mut buffer) {
+            match from.read(&mut buffer[..queue.gulp()]) {
                 Ok(0) => return queue.finish(Item::End),
                 Ok(len) => match queue.push(buffer, len) {
                     Some(next) => buffer = next,

@@ -1,5 +1,5 @@
 //! A proxy that puts a round trip between two programs: each direction is delayed by half of it, and no bandwidth is
-//! lost. It can be cut, stalled, healed and pointed elsewhere while connections run.
+//! lost, unless it is asked to let through only so many bytes a second. It can be cut, stalled, healed and pointed elsewhere while connections run.
 //!
 //! The kernel's own tool for this, netem, is missing on many machines. What differs from a real long line: the kernel at
 //! each side sees a near neighbour, so TCP's own slow start and connection set-up cost no round trips.
@@ -13,12 +13,13 @@ mod socket;
 
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use connection::Connection;
-use queue::Delay;
+use queue::Pace;
 use socket::{Listener, Socket};
 
 /// Where a stream socket is.
@@ -53,7 +54,7 @@ pub struct DelayProxy {
 
 #[derive(Debug)]
 struct Shared {
-    delay: Arc<Delay>,
+    pace: Arc<Pace>,
     line: Mutex<Line>,
 }
 
@@ -92,9 +93,9 @@ impl DelayProxy {
     fn listen(on: &Address, target: Address, rtt: Duration) -> io::Result<Self> {
         let listener = Arc::new(Listener::bind(on)?);
         let address = listener.address(on)?;
-        let delay = Arc::new(Delay::new(rtt / 2));
+        let pace = Arc::new(Pace::new(rtt / 2));
         let line = Mutex::new(Line { target, state: State::Whole, connections: Vec::new() });
-        let shared = Arc::new(Shared { delay, line });
+        let shared = Arc::new(Shared { pace, line });
         let acceptor = {
             let (shared, listener) = (shared.clone(), listener.clone());
             std::thread::Builder::new().name("proxy".into()).spawn(move || shared.accept(&listener))?
@@ -122,7 +123,13 @@ impl DelayProxy {
 
     /// Changes the delay, for bytes that arrive from now on.
     pub fn set_rtt(&self, rtt: Duration) {
-        self.shared.delay.set(rtt / 2);
+        self.shared.pace.set_delay(rtt / 2);
+    }
+
+    /// Lets each connection have so many bytes a second in each direction, from now on; `None` is as many as there are.
+    /// Little is held on the way then: who sends more is held back, as by a full line.
+    pub fn set_rate(&self, bytes_per_second: Option<NonZeroU64>) {
+        self.shared.pace.set_rate(bytes_per_second);
     }
 
     /// Passes new connections on to another target.
@@ -200,7 +207,7 @@ impl Shared {
 
     fn pass(&self, client: Socket, server: Socket) {
         let mut line = self.line();
-        let connection = Connection::new(client, server, &self.delay);
+        let connection = Connection::new(client, server, &self.pace);
         connection.stall(line.state == State::Stalled);
         if line.state == State::Cut {
             connection.reset();

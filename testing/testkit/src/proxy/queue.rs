@@ -1,6 +1,7 @@
 //! Bytes under way in one direction: stamped when they arrive, handed out when they are due.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,23 +16,58 @@ const SMALL: usize = 32 << 10;
 /// How many unused buffers are kept.
 const SPARE: usize = 256;
 
-/// A delay that can be changed while it is used.
-#[derive(Debug)]
-pub(super) struct Delay(AtomicU64);
+/// On a line with a rate: how long the bytes take that fit into it beside those that are on their way, as in the buffer of
+/// a router.
+const ROUTER: Duration = Duration::from_millis(50);
+/// On a line with a rate: how long the bytes take that go into it at once.
+const GULP: Duration = Duration::from_millis(10);
+/// What goes into a line at once, and fits into it, at least.
+const PACKET: usize = 1460;
 
-impl Delay {
+/// A delay and a rate that can be changed while they are used.
+#[derive(Debug)]
+pub(super) struct Pace {
+    delay: AtomicU64,
+    /// Bytes a second; zero stands for as many as there are.
+    rate: AtomicU64,
+}
+
+impl Pace {
     pub(super) fn new(delay: Duration) -> Self {
-        let this = Self(AtomicU64::new(0));
-        this.set(delay);
+        let this = Self { delay: AtomicU64::new(0), rate: AtomicU64::new(0) };
+        this.set_delay(delay);
         this
     }
 
-    pub(super) fn set(&self, delay: Duration) {
-        self.0.store(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    pub(super) fn set_delay(&self, delay: Duration) {
+        self.delay.store(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    fn due(&self) -> Instant {
-        Instant::now() + Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    pub(super) fn set_rate(&self, rate: Option<NonZeroU64>) {
+        self.rate.store(rate.map_or(0, NonZeroU64::get), Ordering::Relaxed);
+    }
+
+    fn delay(&self) -> Duration {
+        Duration::from_nanos(self.delay.load(Ordering::Relaxed))
+    }
+
+    /// How long `len` bytes take to go into the line.
+    fn takes(&self, len: usize) -> Duration {
+        match self.rate.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            rate => Duration::from_secs_f64(len as f64 / rate as f64),
+        }
+    }
+
+    /// How many bytes go into the line within a time, and at least a packet; `most` if it has no rate.
+    fn within(&self, time: Duration, most: usize) -> usize {
+        match self.rate.load(Ordering::Relaxed) {
+            0 => most,
+            rate => {
+                let bytes = u128::from(rate) * time.as_micros() / 1_000_000;
+                usize::try_from(bytes).unwrap_or(most).clamp(PACKET, most)
+            }
+        }
     }
 }
 
@@ -48,7 +84,7 @@ pub(super) enum Item {
 
 #[derive(Debug)]
 pub(super) struct Queue {
-    delay: Arc<Delay>,
+    pace: Arc<Pace>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -57,14 +93,23 @@ pub(super) struct Queue {
 struct State {
     items: VecDeque<(Instant, Item)>,
     bytes: usize,
+    /// Somebody waits for room.
+    full: bool,
+    /// When the last of the bytes has gone into the line.
+    free: Option<Instant>,
     spare: Vec<Vec<u8>>,
     stalled: bool,
     closed: bool,
 }
 
 impl Queue {
-    pub(super) fn new(delay: Arc<Delay>) -> Self {
-        Self { delay, state: Mutex::default(), changed: Condvar::new() }
+    pub(super) fn new(pace: Arc<Pace>) -> Self {
+        Self { pace, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// How many bytes of a buffer to fill.
+    pub(super) fn gulp(&self) -> usize {
+        self.pace.within(GULP, BUFFER)
     }
 
     /// A buffer to read into.
@@ -75,18 +120,24 @@ impl Queue {
     /// Sends the first `len` bytes of `buffer` on their way; gives a buffer to go on with. Waits while too many bytes
     /// are under way. `None` if the queue was closed.
     pub(super) fn push(&self, buffer: Vec<u8>, len: usize) -> Option<Vec<u8>> {
-        let due = self.delay.due();
         let (item, buffer) = match len {
             0..SMALL => (Item::Bytes(buffer[..len].to_vec(), len), Some(buffer)),
             _ => (Item::Bytes(buffer, len), None),
         };
-        let full = |state: &mut State| !state.closed && state.bytes + len > CAPACITY;
+        let room = self.pace.within(self.pace.delay() + ROUTER, CAPACITY);
+        let full = |state: &mut State| {
+            state.full = !state.closed && state.bytes > 0 && state.bytes + len > room;
+            state.full
+        };
+        let arrived = Instant::now();
         let mut state = self.changed.wait_while(self.state(), full).unwrap_or_else(PoisonError::into_inner);
         if state.closed {
             return None;
         }
         state.bytes += len;
-        self.enqueue(&mut state, due, item);
+        let through = state.free.map_or(arrived, |free| free.max(arrived)) + self.pace.takes(len);
+        state.free = Some(through);
+        self.enqueue(&mut state, through + self.pace.delay(), item);
         let spare = buffer.or_else(|| state.spare.pop());
         drop(state);
         Some(spare.unwrap_or_else(|| vec![0; BUFFER]))
@@ -94,8 +145,10 @@ impl Queue {
 
     /// Sends the end, after everything before it.
     pub(super) fn finish(&self, item: Item) {
-        let due = self.delay.due();
-        self.enqueue(&mut self.state(), due, item);
+        let mut state = self.state();
+        let now = Instant::now();
+        let through = state.free.map_or(now, |free| free.max(now));
+        self.enqueue(&mut state, through + self.pace.delay(), item);
     }
 
     fn enqueue(&self, state: &mut State, due: Instant, item: Item) {
@@ -158,10 +211,10 @@ impl State {
     fn take(&mut self, changed: &Condvar) -> Option<Item> {
         let (_, item) = self.items.pop_front()?;
         if let Item::Bytes(_, len) = &item {
-            if self.bytes + BUFFER > CAPACITY {
+            self.bytes -= len;
+            if std::mem::take(&mut self.full) {
                 changed.notify_all();
             }
-            self.bytes -= len;
         }
         Some(item)
     }

@@ -54,6 +54,33 @@ fn a_round_trip_takes_as_long_as_asked() {
 }
 
 #[test]
+fn a_slow_line_takes_its_time_and_holds_the_sender_back() {
+    let proxy = DelayProxy::tcp(echo(), Duration::from_millis(20)).unwrap();
+    proxy.set_rate(NonZeroU64::new(1 << 20));
+    let mut stream = connect(&proxy);
+    let start = Instant::now();
+    let bytes = fill::bytes(0, 1 << 19, 2);
+    let writer = {
+        let (mut stream, bytes) = (stream.try_clone().unwrap(), bytes.clone());
+        thread::spawn(move || stream.write_all(&bytes).unwrap())
+    };
+    let mut back = vec![0; bytes.len()];
+    stream.read_exact(&mut back).unwrap();
+    writer.join().unwrap();
+    assert_eq!(back, bytes);
+    // Both ways at once: half a second, and the round trip.
+    let took = start.elapsed();
+    assert!((Duration::from_millis(520)..Duration::from_secs(5)).contains(&took), "{took:?}");
+    proxy.set_rate(None);
+    let start = Instant::now();
+    let mut other = stream.try_clone().unwrap();
+    let writer = thread::spawn(move || other.write_all(&vec![1; 16 << 20]).unwrap());
+    stream.read_exact(&mut vec![0; 16 << 20]).unwrap();
+    writer.join().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(10), "as fast as before");
+}
+
+#[test]
 fn many_round_trips_fit_into_one() {
     let proxy = DelayProxy::tcp(echo(), Duration::from_millis(100)).unwrap();
     let mut stream = connect(&proxy);
