@@ -88,6 +88,8 @@ pub struct Capabilities<'a> {
     pub write_zeroes: Option<&'a dyn WriteZeroes>,
     /// Knows which ranges hold data.
     pub extents: Option<&'a dyn Extents>,
+    /// Tells whether bytes move between it and where its bytes rest, where that is elsewhere.
+    pub activity: Option<&'a dyn Activity>,
 }
 
 /// Some bytes of a region, as [`ReadPieces`] lends them.
@@ -219,6 +221,13 @@ pub trait Extents: Send + Sync {
     /// # Errors
     /// As [`Backend::read_at`].
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>>;
+}
+
+/// Telling a slow line from a dead one: whether a call takes too long depends on whether anything moves meanwhile.
+pub trait Activity: Send + Sync {
+    /// How many bytes have moved so far, for all calls together: those that were received, and those that the other side
+    /// is known to have received. Only differences mean something. Cheap enough to be asked ten times a second.
+    fn moved(&self) -> u64;
 }
 
 /// Checks that `len` bytes at `offset` lie inside a region of `size` bytes.

@@ -17,8 +17,8 @@ mod sync;
 pub mod window;
 
 pub use backend::{
-    Access, Backend, Capabilities, Extent, ExtentKind, Extents, Piece, ReadMany, ReadOp, ReadPieces, Trim, WriteZeroes,
-    check_range,
+    Access, Activity, Backend, Capabilities, Extent, ExtentKind, Extents, Piece, ReadMany, ReadOp, ReadPieces, Trim,
+    WriteZeroes, check_range,
 };
 pub use error::{Error, ErrorKind, Operation, Result};
 pub use geometry::{BLOCK_SIZE, ChunkSize, Geometry, MAX_REGION_SIZE, is_zero};

@@ -7,18 +7,22 @@
 //! was dropped never lands after a later write to its range has returned: so when the call returns, no attempt of it can
 //! still land on top of what comes after.
 //!
+//! Time-outs count silence, not transfers: an attempt goes on for as long as bytes move between here and the remote
+//! ([`Activity`]), so that a request of any length gets through a line of any speed.
+//!
 //! It does not retry conflicts: if the remote says that somebody else owns the region now, or that it lost what was
 //! written before a flush, whoever wrote must know.
 
 use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use r3map_core::{
-    Access, Backend, Capabilities, Error, ErrorKind, Extent, Extents, Operation, Piece, ReadMany, ReadOp, ReadPieces,
-    Result, Trim, WriteZeroes,
+    Access, Activity, Backend, Capabilities, Error, ErrorKind, Extent, Extents, Operation, Piece, ReadMany, ReadOp,
+    ReadPieces, Result, Trim, WriteZeroes,
 };
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout};
@@ -28,11 +32,12 @@ use crate::DECLARED;
 /// For how long and how often to try.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetrySettings {
-    /// For how long one call is tried, from its beginning. `None`: until it succeeds. Default: one minute. A short one
-    /// shows an outage soon; a long one sits it out.
+    /// For how long one call is tried; time in which bytes moved does not count. `None`: until it succeeds. Default: one
+    /// minute. A short one shows an outage soon; a long one sits it out.
     pub limit: Option<Duration>,
-    /// How long one attempt may take, the transfer included. Default: ten seconds. Too short for a slow line, and no
-    /// attempt ever succeeds; a long one is slow to notice a remote that fell silent.
+    /// After how long without an answer, and without anything moving, an attempt is given up. Default: ten seconds. Too
+    /// short for how long the remote takes to answer, and no attempt ever succeeds; a long one is slow to notice a remote
+    /// that fell silent. A remote that does not tell what moves has this long for all of an attempt.
     pub attempt_timeout: Duration,
     /// How long to wait between attempts.
     pub backoff: Backoff,
@@ -132,7 +137,14 @@ impl Retry {
     }
 
     fn call(&self, operation: Operation) -> Call<'_> {
-        Call { retry: self, operation, start: Instant::now(), wait: self.settings.backoff.initial, trouble: None }
+        Call {
+            retry: self,
+            operation,
+            start: Instant::now(),
+            moving: Duration::ZERO,
+            wait: self.settings.backoff.initial,
+            trouble: None,
+        }
     }
 }
 
@@ -141,6 +153,8 @@ struct Call<'a> {
     retry: &'a Retry,
     operation: Operation,
     start: Instant,
+    /// In which bytes moved, in attempts that failed.
+    moving: Duration,
     wait: Duration,
     trouble: Option<Trouble<'a>>,
 }
@@ -148,11 +162,8 @@ struct Call<'a> {
 impl Call<'_> {
     /// Makes an attempt. `None` if there shall be another; the time until then has passed.
     async fn attempt<T>(&mut self, attempt: impl Future<Output = Result<T>>) -> Option<Result<T>> {
-        let allowed = self
-            .left()
-            .map_or(self.retry.settings.attempt_timeout, |left| left.min(self.retry.settings.attempt_timeout));
-        let result = timeout(allowed, attempt).await;
-        match result.unwrap_or_else(|_| Err(self.silence(allowed))) {
+        let result = self.watched(attempt).await;
+        match result {
             Err(error) if error.kind().is_retryable() => self.wait(error).await.err().map(Err),
             other => {
                 if self.trouble.is_some() {
@@ -163,18 +174,39 @@ impl Call<'_> {
         }
     }
 
+    /// Makes an attempt, and drops it when it gets nowhere.
+    async fn watched<T>(&mut self, attempt: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut watch = Watch::new(self);
+        let mut attempt = pin!(attempt);
+        let result = loop {
+            match timeout(watch.pause(), attempt.as_mut()).await {
+                Ok(result) => break result,
+                Err(_) if watch.goes_on() => {}
+                Err(_) => break Err(self.silence(&watch)),
+            }
+        };
+        if result.is_err() {
+            self.moving += watch.moving();
+        }
+        result
+    }
+
     /// What is left of the limit, if there is one.
     fn left(&self) -> Option<Duration> {
-        self.retry.settings.limit.map(|limit| limit.saturating_sub(self.start.elapsed()))
+        self.retry.settings.limit.map(|limit| limit.saturating_sub(self.start.elapsed().saturating_sub(self.moving)))
     }
 
     /// What an attempt that was not answered says. One that had less than its time, because of the limit, says nothing
     /// new where there was an error before.
-    fn silence(&self, allowed: Duration) -> Error {
-        match &self.trouble {
-            Some(trouble) if allowed < self.retry.settings.attempt_timeout => trouble.error.clone(),
-            _ => Error::new(ErrorKind::Unavailable, self.operation, format!("no answer within {allowed:?}")),
-        }
+    fn silence(&self, watch: &Watch<'_>) -> Error {
+        let text = match &self.trouble {
+            Some(trouble) if watch.allowed < self.retry.settings.attempt_timeout => return trouble.error.clone(),
+            _ if watch.is_forgotten() => {
+                format!("no answer within {:.1?}, though others are answered", watch.start.elapsed())
+            }
+            _ => format!("no answer within {:?}", watch.allowed),
+        };
+        Error::new(ErrorKind::Unavailable, self.operation, text)
     }
 
     /// Waits for the next attempt, or gives up.
@@ -190,6 +222,66 @@ impl Call<'_> {
         }
         let tried = self.start.elapsed();
         Err(error.context(format!("gave up after {tried:.1?}; check that the remote is up and reachable")))
+    }
+}
+
+/// How many times in the time for an attempt it is looked at whether anything moves.
+const LOOKS: u32 = 8;
+/// So few bytes in the time for an attempt are no sign of life: connections say more than that to be kept alive.
+const NOTHING: u64 = 16 << 10;
+/// When so many bytes have moved since an attempt began, and its time is over, it is not the line that it waits for: more
+/// than this is never under way on a line that is too slow to move it in that time.
+const BACKLOG: u64 = 32 << 20;
+
+/// Whether an attempt gets on. Nothing is counted in those that succeed soon.
+struct Watch<'a> {
+    activity: Option<&'a dyn Activity>,
+    patience: Duration,
+    start: Instant,
+    /// How much had moved when it was looked at for the first time, and when something had moved for the last time.
+    counted: Option<(u64, u64)>,
+    /// When something had moved for the last time, as far as is known.
+    since: Instant,
+    /// How long nothing may move from then on.
+    allowed: Duration,
+}
+
+impl<'a> Watch<'a> {
+    fn new(call: &Call<'a>) -> Self {
+        let (patience, start) = (call.retry.settings.attempt_timeout, Instant::now());
+        let activity = call.retry.inner.capabilities().activity;
+        let allowed = call.left().map_or(patience, |left| left.min(patience));
+        Self { activity, patience, start, counted: None, since: start, allowed }
+    }
+
+    /// Until it must be looked at again.
+    fn pause(&self) -> Duration {
+        let left = self.allowed.saturating_sub(self.since.elapsed());
+        if self.activity.is_some() { left.min(self.patience / LOOKS) } else { left }
+    }
+
+    /// Looks whether the attempt may go on.
+    fn goes_on(&mut self) -> bool {
+        if let Some(activity) = self.activity {
+            let moved = activity.moved();
+            let (first, last) = *self.counted.get_or_insert((moved, moved));
+            if moved.saturating_sub(last) >= NOTHING {
+                self.counted = Some((first, moved));
+                (self.since, self.allowed) = (Instant::now(), self.patience);
+            }
+        }
+        self.since.elapsed() < self.allowed && !self.is_forgotten()
+    }
+
+    /// Whether everything has moved that could be in front of this attempt.
+    fn is_forgotten(&self) -> bool {
+        let moved = self.counted.map_or(0, |(first, last)| last - first);
+        self.start.elapsed() >= self.patience && moved >= BACKLOG
+    }
+
+    /// For how long the attempt got on, as far as is known.
+    fn moving(&self) -> Duration {
+        if self.is_forgotten() { Duration::ZERO } else { self.since - self.start }
     }
 }
 

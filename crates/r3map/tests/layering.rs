@@ -27,7 +27,8 @@ fn allowed(place: &str) -> &'static [&'static str] {
         "frontends/block" => &["crates/core", "crates/pipeline", "crates/sys", "transports/nbd"],
         "bench" => &["crates/", "backends/", "transports/", "frontends/", "testing/"],
         _ => match place.split('/').next() {
-            Some("backends" | "transports") => &["crates/core", "crates/pipeline"],
+            Some("backends") => &["crates/core", "crates/pipeline"],
+            Some("transports") => &["crates/core", "crates/pipeline", "crates/sys"],
             Some("frontends") => &["crates/core", "crates/pipeline", "crates/sys"],
             Some("apps") => &["crates/r3map", "testing/testkit"],
             Some("testing") => &["crates/core"],

@@ -1,6 +1,6 @@
 //! Numbers and shapes of the kernel's interfaces, checked against the shapes that its headers give.
 //!
-//! Sources: `include/uapi/linux/userfaultfd.h` and `include/uapi/linux/fs.h`.
+//! Sources: `include/uapi/linux/userfaultfd.h`, `include/uapi/linux/fs.h` and `include/uapi/linux/sockios.h`.
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::AsFd;
@@ -18,6 +18,8 @@ pub(crate) const UFFDIO_COPY: Opcode = opcode::read_write::<raw::uffdio_copy>(UF
 pub(crate) const UFFDIO_ZEROPAGE: Opcode = opcode::read_write::<raw::uffdio_zeropage>(UFFD, 0x04);
 pub(crate) const UFFDIO_POISON: Opcode = opcode::read_write::<raw::uffdio_poison>(UFFD, 0x08);
 pub(crate) const USERFAULTFD_IOC_NEW: Opcode = opcode::none(UFFD, 0x00);
+/// The kernel has one number for it and for what terminals call TIOCOUTQ.
+pub(crate) const SIOCOUTQ: Opcode = linux_raw_sys::ioctl::TIOCOUTQ;
 pub(crate) const PAGEMAP_SCAN: Opcode = opcode::read_write::<raw::pm_scan_arg>(b'f', 16);
 
 const _: () = {

@@ -18,6 +18,7 @@ mod mapping;
 pub mod nbd;
 mod pagemap;
 mod pager;
+pub mod socket;
 mod span;
 pub mod ublk;
 mod userfault;

@@ -86,6 +86,17 @@ impl FileMount {
         self.mounted.session.ended().await;
     }
 
+    /// Hands over what the kernel still holds, and flushes the backend, however long that takes.
+    ///
+    /// Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// What the backend answers to the writes and the flush.
+    pub async fn flush(&self) -> Result<()> {
+        let mounted = self.mounted.clone();
+        off_runtime(move || mounted.flush()).await
+    }
+
     /// Hands over what the kernel still holds, flushes the backend, and unmounts if nobody uses the file. Does nothing
     /// if it is unmounted already, apart from the flush.
     ///
@@ -227,6 +238,11 @@ impl Mounted {
     fn out_of_reach(&self) -> Error {
         let message = format!("{} was unmounted or covered by somebody else, and is still in use", shown(&self.point));
         Error::new(ErrorKind::Conflict, Operation::Close, message)
+    }
+
+    /// As [`Self::sync`]; where it is out of reach, only the backend can be flushed.
+    fn flush(&self) -> Result<()> {
+        if self.is_on_path() { self.sync() } else { self.session.flush_patiently() }
     }
 
     /// Has the kernel hand over what mappings wrote, and the backend flush it. Blocks without a limit.

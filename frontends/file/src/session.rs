@@ -103,6 +103,11 @@ impl Session {
         synced.or_else(|error| self.flush().and(Err(Error::from_io(Operation::Flush, what, error))))
     }
 
+    /// Flushes the backend. Blocks without a limit; not to be called on a thread of the runtime.
+    pub(crate) fn flush_patiently(&self) -> Result<()> {
+        if self.read_only { Ok(()) } else { self.service.runtime().block_on(self.backend.flush()) }
+    }
+
     fn flush(&self) -> Result<()> {
         if self.read_only {
             return Ok(());

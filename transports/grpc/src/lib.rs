@@ -24,7 +24,7 @@ mod status;
 mod stream;
 mod target;
 
-pub use client::{Client, ClientSettings, GoRegion};
+pub use client::{Client, ClientSettings, GoRegion, GoRequests};
 pub use server::{Server, ServerSettings};
 pub use target::Target;
 

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_sys::socket::unacknowledged;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
@@ -30,22 +32,34 @@ pub(crate) struct Traffic(Arc<Counters>);
 #[derive(Debug, Default)]
 struct Counters {
     received: AtomicU64,
+    /// Given to the kernel, which may have them for long.
     sent: AtomicU64,
+    /// To ask the kernel with, for as long as the connection is open.
+    socket: Mutex<Option<OwnedFd>>,
 }
 
 impl Traffic {
+    /// Bytes that came.
     pub(crate) fn received(&self) -> u64 {
         self.0.received.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn sent(&self) -> u64 {
-        self.0.sent.load(Ordering::Relaxed)
+    /// Bytes that were sent and have arrived, and how many are still under way. Of a connection that is closed nothing is.
+    pub(crate) fn delivered(&self) -> (u64, u64) {
+        let under_way = self.0.socket().as_ref().map_or(0, |socket| unacknowledged(socket).unwrap_or(0));
+        (self.0.sent.load(Ordering::Relaxed).saturating_sub(under_way), under_way)
     }
 
     fn count_sent(&self, result: &Poll<io::Result<usize>>) {
         if let Poll::Ready(Ok(count)) = result {
             self.0.sent.fetch_add(*count as u64, Ordering::Relaxed);
         }
+    }
+}
+
+impl Counters {
+    fn socket(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -71,6 +85,13 @@ macro_rules! socket {
     };
 }
 
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // The peer is told of the end when the last descriptor is closed.
+        self.traffic.0.socket().take();
+    }
+}
+
 impl Stream {
     /// Connects, trying each address of a name in turn. Takes as long as the system lets it: limit it from outside.
     ///
@@ -79,7 +100,7 @@ impl Stream {
     pub(crate) async fn connect(target: &Target) -> Result<Self> {
         let result = match target {
             Target::Tcp { host, port } => connect_any(host, *port).await,
-            Target::Unix(path) => UnixStream::connect(path).await.map(Self::from),
+            Target::Unix(path) => UnixStream::connect(path).await.and_then(Self::unix),
         };
         result.map_err(|error| unreachable(target, error))
     }
@@ -119,14 +140,20 @@ impl Stream {
         sockopt::set_tcp_keepintvl(&stream, PROBE_INTERVAL)?;
         sockopt::set_tcp_keepcnt(&stream, PROBES)?;
         sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
-        Ok(Self { socket: Socket::Tcp(stream), traffic: Traffic::default() })
+        let traffic = watched(&stream)?;
+        Ok(Self { socket: Socket::Tcp(stream), traffic })
+    }
+
+    /// Takes a connected Unix socket.
+    pub(crate) fn unix(stream: UnixStream) -> io::Result<Self> {
+        let traffic = watched(&stream)?;
+        Ok(Self { socket: Socket::Unix(stream), traffic })
     }
 }
 
-impl From<UnixStream> for Stream {
-    fn from(stream: UnixStream) -> Self {
-        Self { socket: Socket::Unix(stream), traffic: Traffic::default() }
-    }
+fn watched(socket: &impl AsFd) -> io::Result<Traffic> {
+    let socket = Mutex::new(Some(socket.as_fd().try_clone_to_owned()?));
+    Ok(Traffic(Arc::new(Counters { socket, ..Counters::default() })))
 }
 
 impl AsyncRead for Stream {

@@ -347,3 +347,102 @@ fn settings_that_make_no_sense_are_refused() {
         assert!(error.kind() == ErrorKind::InvalidInput && error.message().contains(named), "{error}");
     }
 }
+
+/// A remote behind a line whose bytes are counted: calls take their time, and something moves meanwhile or not.
+struct Line {
+    inner: Arc<Faults>,
+    opened: Instant,
+    /// Bytes a second, and for how many seconds since the beginning they move.
+    rate: u64,
+    until: u64,
+}
+
+impl Line {
+    fn retry(rate: u64, until: u64, limit: Option<u64>) -> (Arc<Faults>, Retry) {
+        let inner = Faults::new(Arc::new(Store::new(SIZE).filled(1)));
+        let line = Self { inner: inner.clone(), opened: Instant::now(), rate, until };
+        (inner, Retry::new(Arc::new(line), settings(limit)).unwrap())
+    }
+}
+
+impl Activity for Line {
+    fn moved(&self) -> u64 {
+        self.opened.elapsed().as_secs().min(self.until) * self.rate
+    }
+}
+
+#[async_trait]
+impl Backend for Line {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { activity: Some(self), ..Capabilities::default() }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.inner.read_at(offset, buf).await
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.inner.write_at(offset, buf).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.inner.flush().await
+    }
+}
+
+const MOVING: u64 = 100_000;
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_may_take_as_long_as_bytes_move() {
+    // Ten times as long as an attempt may be silent, and longer than the limit.
+    for limit in [Some(30), None] {
+        let (faults, retry) = Line::retry(MOVING, u64::MAX, limit);
+        faults.add(Rule::any().times(1).delay(secs(100)));
+        retry.write_at(0, &[1; 100]).await.unwrap();
+        assert_eq!(faults.count(Operation::Write), 1, "made once");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn silence_counts_from_when_bytes_have_stopped_moving() {
+    let (faults, retry) = Line::retry(MOVING, 25, Some(40));
+    faults.add(Rule::any().hang());
+    let start = Instant::now();
+    let error = read(&retry, 100).await.unwrap_err();
+    // Bytes move for 25 s; then come ten seconds of silence, a wait, and the same again until the limit, which begins
+    // when nothing moves any more.
+    let took = start.elapsed().as_secs_f64();
+    assert!((63.0..=67.0).contains(&took), "{took}");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.message().contains("no answer within"), "{error}");
+    assert_eq!(faults.count(Operation::Read), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_keeps_a_connection_alive_is_no_sign_that_a_call_gets_on() {
+    // Less than 16 KiB in ten seconds.
+    let (faults, retry) = Line::retry(1600, u64::MAX, Some(10));
+    faults.add(Rule::any().hang());
+    let start = Instant::now();
+    read(&retry, 1).await.unwrap_err();
+    assert_eq!(start.elapsed().as_secs(), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_is_forgotten_while_others_move_is_made_again() {
+    // 100 MB/s: what was in front of the call has long moved when its time is over. 1 MB/s: that takes half a minute.
+    for (rate, attempts) in [(100_000_000, 4..=4), (1_000_000, 2..=2)] {
+        let (faults, retry) = Line::retry(rate, u64::MAX, Some(40));
+        faults.add(Rule::any().hang());
+        let error = read(&retry, 1).await.unwrap_err();
+        assert!(error.message().contains("though others are answered"), "{error}");
+        assert!(attempts.contains(&faults.count(Operation::Read)), "{rate}: {}", faults.count(Operation::Read));
+    }
+    let (faults, retry) = Line::retry(100_000_000, u64::MAX, None);
+    faults.add(Rule::any().times(1).hang());
+    read(&retry, 1).await.unwrap();
+}

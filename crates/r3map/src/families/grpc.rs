@@ -1,16 +1,20 @@
-//! `grpc://HOST:PORT` and `grpc+unix://PATH`.
+//! `grpc://HOST:PORT` and `grpc+unix://PATH`. What a server of the Go programs cannot tell is in the options: `size=`,
+//! `chunk=` and `chunking=`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, Result};
-use r3map_grpc::{Client, ClientSettings, GoRegion, Server, ServerSettings, Target};
+use r3map_core::{Backend, ChunkSize, Result};
+use r3map_grpc::{Client, ClientSettings, GoRegion, GoRequests, Server, ServerSettings, Target};
 
 use crate::{Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry, Uri};
 
 /// How long a server that is told to stop goes on with what is in flight.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
+
+/// The chunk size of the Go programs where they are not told another.
+const GO_CHUNK: ChunkSize = ChunkSize::MIN;
 
 pub(super) fn register(registry: &mut Registry) {
     let mut add = |scheme, example, about| {
@@ -30,13 +34,26 @@ fn target(uri: &Uri) -> Result<Target> {
     Ok(Target::Tcp { host: host.to_owned(), port })
 }
 
+/// Who cuts requests into chunks, where the server is one of the Go programs.
+fn requests(uri: &Uri) -> Result<GoRequests> {
+    match uri.get("chunking") {
+        None | Some("client") => Ok(GoRequests::OneChunk),
+        Some("server") => Ok(GoRequests::Any),
+        Some(_) => Err(uri.invalid("chunking is `client`, or `server` for a Go server that cuts requests itself")),
+    }
+}
+
 #[async_trait]
 impl Open for Grpc {
     async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
-        uri.expect(&["size", "chunk"], true)?;
+        uri.expect(&["size", "chunk", "chunking"], true)?;
         let size = options.size_for(uri)?;
-        let chunk_size = options.chunk_for(uri)?.unwrap_or_default();
-        let go = size.map(|size| GoRegion { size, chunk_size });
+        let requests = requests(uri)?;
+        let chunk_size = options.chunk_for(uri)?.unwrap_or(match requests {
+            GoRequests::OneChunk => GO_CHUNK,
+            GoRequests::Any => ChunkSize::DEFAULT,
+        });
+        let go = size.map(|size| GoRegion { size, chunk_size, requests });
         let client = Client::connect(target(uri)?, ClientSettings { go, ..ClientSettings::default() }).await?;
         match size {
             Some(size) if size != client.size() => {

@@ -45,6 +45,11 @@ impl Calls {
         self.shared.links.target()
     }
 
+    /// Bytes that have moved so far.
+    pub(crate) fn moved(&self) -> u64 {
+        self.shared.links.moved()
+    }
+
     /// Reads ranges (offset and length). A Go server takes one.
     pub(crate) async fn read(&self, ranges: &[(u64, u64)]) -> Result<Reply> {
         match (self.shared.protocol, ranges) {

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use r3map_core::{ChunkSize, Error, ErrorKind, Geometry, MAX_REGION_SIZE, Operation, Result};
 use tonic::Code;
 
-use crate::client::GoRegion;
 use crate::client::link::{CallError, Link};
+use crate::client::{GoRegion, GoRequests};
 use crate::message;
 use crate::proto::{go, region};
 use crate::target::Target;
@@ -68,19 +68,26 @@ async fn ask(link: &Link, id: Bytes, epoch: u64) -> Result<region::DescribeReply
 /// Reads the last chunk from a Go server, as a Go client would, to see that it is one and has the size.
 async fn probe(link: &Link, told: Option<GoRegion>) -> Result<Facts> {
     let target = link.target();
-    let Some(GoRegion { size, chunk_size }) = told else {
+    let Some(GoRegion { size, chunk_size, requests }) = told else {
         let message = format!(
             "{target} speaks only the protocol of the Go programs, which does not tell the region's size: pass --size"
         );
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
     };
     let geometry = Geometry::new(size, chunk_size)?;
+    if requests == GoRequests::OneChunk && chunk_size.bytes() > GO_LONGEST {
+        let message = format!(
+            "a chunk of {chunk_size} does not fit a message of the Go programs, which has less than 4 MiB: give both sides a \
+             smaller chunk size, or let the server cut requests into chunks (`chunking=server`)"
+        );
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+    }
     let facts = Facts {
         protocol: Protocol::Go,
         geometry,
-        whole_chunks: false,
+        whole_chunks: requests == GoRequests::OneChunk,
         read_only: false,
-        max_request: GO_LONGEST,
+        max_request: if requests == GoRequests::OneChunk { chunk_size.bytes() } else { GO_LONGEST },
         trim: false,
         write_zeroes: false,
         extents: false,

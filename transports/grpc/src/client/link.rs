@@ -28,8 +28,6 @@ const WINDOW: u32 = 64 << 20;
 /// The longest piece in which a server sends: long enough that its cost does not show, short enough that a small reply
 /// gets in between and that a piece is still in the processor's cache when it is looked at.
 const FRAME: u32 = 256 << 10;
-/// More sent bytes than anybody's calls amount to while they wait in vain for answers.
-const SLOW_LINE: u64 = 64 << 10;
 /// How much of a request is handed to HTTP/2 at once.
 const SEND_BUFFER: usize = 8 << 20;
 
@@ -108,6 +106,11 @@ impl Link {
     /// Whether calls can be made. A connection that broke without a word is found out only when it is used or watched.
     pub(crate) fn is_open(&self) -> bool {
         !self.sender.is_closed() && !self.closed.is_cancelled()
+    }
+
+    /// Bytes that have moved over it, in either direction.
+    pub(crate) fn moved(&self) -> u64 {
+        self.traffic.received() + self.traffic.delivered().0
     }
 
     /// Where it leads.
@@ -219,12 +222,13 @@ impl Link {
         });
     }
 
-    /// Waits for an answer to `ping`, or for another sign of life: bytes that arrive, or many that leave, behind which
-    /// the ping may wait on a slow line.
+    /// Waits for an answer to `ping`, or for another sign of life: bytes that arrive here, or there while others are still
+    /// under way, behind which the ping waits on a slow line.
     async fn answers(&self, ping: impl Future<Output = ()>, limit: Duration) -> bool {
-        let (received, sent) = (self.traffic.received(), self.traffic.sent());
+        let (received, (before, _)) = (self.traffic.received(), self.traffic.delivered());
         let answered = tokio::time::timeout(limit, ping).await.is_ok();
-        if answered || self.traffic.received() != received || self.traffic.sent() - sent > SLOW_LINE {
+        let (delivered, under_way) = self.traffic.delivered();
+        if answered || self.traffic.received() != received || delivered > before && under_way > 0 {
             return true;
         }
         let reason = format!("no sign of life for {} s", (2 * limit).as_secs_f32());

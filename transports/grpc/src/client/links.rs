@@ -48,6 +48,8 @@ struct Opener {
     facts: OnceLock<Facts>,
     /// Counts attempts to connect.
     serial: AtomicU64,
+    /// What moved over connections that are no more.
+    moved: AtomicU64,
 }
 
 impl Links {
@@ -57,8 +59,14 @@ impl Links {
     /// As [`crate::Client::connect`].
     pub(crate) async fn open(target: Target, settings: ClientSettings) -> Result<(Self, Facts)> {
         let slots = (0..settings.connections.get()).map(|_| Slot { id: random(), link: Mutex::default() }).collect();
-        let opener =
-            Opener { target, settings, runtime: Handle::current(), facts: OnceLock::new(), serial: AtomicU64::new(0) };
+        let opener = Opener {
+            target,
+            settings,
+            runtime: Handle::current(),
+            facts: OnceLock::new(),
+            serial: AtomicU64::new(0),
+            moved: AtomicU64::new(0),
+        };
         let links = Self { opener: Arc::new(opener), slots, next: AtomicUsize::new(0) };
         links.first(Operation::Open).await?;
         let facts = links.opener.facts.get().cloned();
@@ -72,6 +80,13 @@ impl Links {
     /// The runtime that the connections live on.
     pub(crate) fn runtime(&self) -> &Handle {
         &self.opener.runtime
+    }
+
+    /// Bytes that have moved over all of the connections so far.
+    pub(crate) fn moved(&self) -> u64 {
+        let open = self.slots.iter().filter_map(|slot| lock(&slot.link).as_ref()?.clone().now_or_never()?.ok());
+        let now: u64 = open.map(|open| open.link.moved()).sum();
+        now + self.opener.moved.load(Ordering::Relaxed)
     }
 
     /// The link for everything but reads.
@@ -103,7 +118,9 @@ impl Slot {
         let mut slot = lock(&self.link);
         if let Some(opening) = &*slot {
             match opening.clone().now_or_never() {
-                Some(Ok(open)) if !open.link.is_open() => {}
+                Some(Ok(open)) if !open.link.is_open() => {
+                    opener.moved.fetch_add(open.link.moved(), Ordering::Relaxed);
+                }
                 Some(Err(_)) => {}
                 Some(Ok(_)) | None => return opening.clone(),
             }

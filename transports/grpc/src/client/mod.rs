@@ -18,8 +18,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use r3map_core::{
-    Access, Backend, Capabilities, ChunkSize, Error, ErrorKind, Extent, Extents, Operation, Piece, RangeGuard,
-    RangeLock, ReadMany, ReadOp, ReadPieces, Result, Trim, WriteZeroes, check_range,
+    Access, Activity, Backend, Capabilities, ChunkSize, Error, ErrorKind, Extent, Extents, Operation, Piece,
+    RangeGuard, RangeLock, ReadMany, ReadOp, ReadPieces, Result, Trim, WriteZeroes, check_range,
 };
 
 use crate::target::Target;
@@ -29,8 +29,11 @@ use reply::Reply;
 
 pub(crate) use links::random;
 
-/// Requests of one call that are under way at once, where the call is too long for one request.
-const PARTS_IN_FLIGHT: usize = 4;
+/// Requests of one call that are under way at once, where the call is too long for one request: at least this many, and
+/// so many more as make up the same bytes where they are short.
+const PARTS_IN_FLIGHT: u64 = 4;
+/// But never more than this, for one call of many.
+const MOST_PARTS_IN_FLIGHT: u64 = 256;
 /// The most bytes in a part of a call that is cut: enough to fill a pipe, four times, and not much memory.
 const PART: u64 = 4 << 20;
 
@@ -57,6 +60,21 @@ pub struct GoRegion {
     pub size: u64,
     /// Its chunk size. Likewise.
     pub chunk_size: ChunkSize,
+    /// Which requests it takes.
+    pub requests: GoRequests,
+}
+
+/// Which requests a Go server takes. It depends on how it was started, which it does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GoRequests {
+    /// Those of exactly one chunk: right for every Go server. One that keeps its region in a directory of chunks takes a
+    /// request for one to the chunk that begins at its offset, whatever its length, and where none begins answers with
+    /// zeros. Costs one request for each chunk.
+    #[default]
+    OneChunk,
+    /// Any: for a server that was started with `-chunking`, or keeps its region in a file or in memory. On any other,
+    /// bytes are lost without an error.
+    Any,
 }
 
 impl Default for ClientSettings {
@@ -115,10 +133,19 @@ impl Client {
         self.calls.target()
     }
 
+    /// The most bytes of a part of a call.
+    fn longest_part(&self) -> u64 {
+        self.facts.max_request.min(PART.max(self.facts.geometry.chunk_size().bytes()))
+    }
+
+    fn parts_in_flight(&self) -> usize {
+        let fill = (PARTS_IN_FLIGHT * PART / self.longest_part()).clamp(PARTS_IN_FLIGHT, MOST_PARTS_IN_FLIGHT);
+        usize::try_from(fill).unwrap_or(usize::MAX)
+    }
+
     /// Cuts a range into what fits one request, at multiples of the chunk size where that is possible.
     fn parts(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + Send + use<> {
-        let chunk = self.facts.geometry.chunk_size().bytes();
-        let limit = self.facts.max_request.min(PART.max(chunk));
+        let (chunk, limit) = (self.facts.geometry.chunk_size().bytes(), self.longest_part());
         let unit = if limit >= chunk { chunk } else { 1 };
         let mut at = range.start;
         std::iter::from_fn(move || {
@@ -150,6 +177,19 @@ impl Client {
 
     fn check(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
         check_range(operation, self.size(), offset, len)
+    }
+
+    /// Checks what reads or writes bytes. A server of ours would refuse parts of chunks where it cannot have them, but not
+    /// one of the Go programs.
+    fn check_transfer(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
+        self.check(operation, offset, len)?;
+        match len == 0 || !self.facts.whole_chunks || self.facts.geometry.is_whole_chunks(&(offset..offset + len)) {
+            true => Ok(()),
+            false => {
+                let message = format!("not whole chunks of {}", self.facts.geometry.chunk_size());
+                Err(Error::new(ErrorKind::InvalidInput, operation, message).at(offset, len))
+            }
+        }
     }
 
     /// The same for what changes something.
@@ -195,6 +235,7 @@ impl Backend for Client {
             trim: self.facts.trim.then_some(self),
             write_zeroes: self.facts.write_zeroes.then_some(self),
             extents: self.facts.extents.then_some(self),
+            activity: Some(self),
         }
     }
 
@@ -204,10 +245,11 @@ impl Backend for Client {
 
     async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let len = buf.len() as u64;
+        self.check_transfer(Operation::Write, offset, len)?;
         self.check_change(Operation::Write, offset, len)?;
         let guard = Arc::new(self.writes.lock(offset..offset + len).await);
         stream::iter(self.parts(offset..offset + len).map(Ok))
-            .try_for_each_concurrent(PARTS_IN_FLIGHT, |part| {
+            .try_for_each_concurrent(self.parts_in_flight(), |part| {
                 let at = usize::try_from(part.start - offset).unwrap_or(usize::MAX);
                 let bytes = &buf[at..at + usize::try_from(part.end - part.start).unwrap_or(usize::MAX)];
                 self.change(guard.clone(), self.calls.write(part.start, bytes))
@@ -228,9 +270,9 @@ impl ReadPieces for Client {
         len: u64,
         visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
     ) -> Result<()> {
-        self.check(Operation::Read, offset, len)?;
+        self.check_transfer(Operation::Read, offset, len)?;
         let parts = stream::iter(self.parts(offset..offset + len));
-        let mut replies = parts.map(|part| self.fetch(part)).buffered(PARTS_IN_FLIGHT);
+        let mut replies = parts.map(|part| self.fetch(part)).buffered(self.parts_in_flight());
         while let Some((range, reply)) = replies.try_next().await? {
             reply.lend(&[range], visit).await?;
         }
@@ -242,7 +284,7 @@ impl ReadPieces for Client {
 impl ReadMany for Client {
     async fn read_many(&self, reads: &mut [ReadOp<'_>]) -> Result<()> {
         for read in reads.iter() {
-            self.check(Operation::Read, read.offset, read.buf.len() as u64)?;
+            self.check_transfer(Operation::Read, read.offset, read.buf.len() as u64)?;
         }
         let mut at = 0;
         while at < reads.len() {
@@ -310,6 +352,12 @@ impl WriteZeroes for Client {
         self.check_change(Operation::WriteZeroes, offset, len)?;
         let guard = Arc::new(self.writes.lock(offset..offset + len).await);
         self.change(guard, self.calls.release(Operation::WriteZeroes, offset, len)).await
+    }
+}
+
+impl Activity for Client {
+    fn moved(&self) -> u64 {
+        self.calls.moved()
     }
 }
 

@@ -90,7 +90,7 @@ impl Listener {
     async fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
             Socket::Tcp(listener) => Stream::tcp(listener.accept().await?.0),
-            Socket::Unix { listener, .. } => Ok(listener.accept().await?.0.into()),
+            Socket::Unix { listener, .. } => Stream::unix(listener.accept().await?.0),
         }
     }
 }

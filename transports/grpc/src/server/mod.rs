@@ -43,6 +43,9 @@ pub struct ServerSettings {
     pub in_flight: u64,
     /// The most connections at once; more wait. 256.
     pub connections: NonZeroUsize,
+    /// How long a client may be silent that connects or has begun a request; after sixty times as long the request must be
+    /// there, however slowly it came. 30 s.
+    pub patience: Duration,
     /// What stays the same for as long as the region's bytes live: a path, a name, an id. Clients that connect again
     /// refuse a region of another identity. `None` takes the backend's own; where that has none either, the bytes count
     /// as ending with this server (memory), and its clients refuse every later one, which cannot have what they wrote.
@@ -57,6 +60,7 @@ impl Default for ServerSettings {
             max_request: DEFAULT_MAX_REQUEST,
             in_flight: 256 << 20,
             connections: NonZeroUsize::new(256).unwrap_or(NonZeroUsize::MIN),
+            patience: Duration::from_secs(30),
             identity: None,
         }
     }
@@ -84,6 +88,7 @@ pub(crate) struct Shared {
     budget: Budget,
     fences: Fences,
     connections: Arc<Semaphore>,
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Shared {
@@ -110,6 +115,9 @@ impl Server {
             let chunk = geometry.chunk_size();
             return invalid(format!("requests of at most {limit} bytes cannot hold a whole chunk of {chunk}"));
         }
+        if settings.patience.is_zero() {
+            return invalid("patience for no time at all serves nobody".to_owned());
+        }
         if settings.in_flight < limit {
             return invalid(format!("{} bytes in flight cannot hold a request of {limit}", settings.in_flight));
         }
@@ -123,6 +131,7 @@ impl Server {
             budget: Budget::new(settings.in_flight),
             fences: Fences::default(),
             connections: Arc::new(Semaphore::new(settings.connections.get().min(Semaphore::MAX_PERMITS))),
+            patience: settings.patience,
             backend,
         };
         let (closing, ending) = (CancellationToken::new(), CancellationToken::new());

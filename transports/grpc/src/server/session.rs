@@ -14,7 +14,7 @@ use hyper::server::conn::http2::Builder;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prost::Message;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
@@ -26,7 +26,7 @@ use crate::rope::Rope;
 use crate::server::Shared;
 use crate::server::budget::{Buffer, room};
 use crate::server::fence::Gate;
-use crate::stream::Stream;
+use crate::stream::{Stream, Traffic};
 
 /// How much a client may send over one connection before it is told that bytes were taken.
 const WINDOW: u32 = 16 << 20;
@@ -38,10 +38,16 @@ const SEND_BUFFER: usize = 8 << 20;
 const STREAMS: u32 = 1024;
 /// Requests that are given up before they are looked at, at once. More is an attack.
 const RESETS: usize = 1024;
-/// How long a client may take to say the first thing, and to send more of a request that it has begun.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How often a client is asked whether it is there, and how long it may take to say so.
+/// While a request is awaited, its connection must bring this many bytes in each time for which a client may be silent:
+/// as much as the slowest line does that anybody uses.
+const SLOWEST: u64 = 16 << 10;
+/// A request that has begun must be there within so many times of that, however slowly it comes: what it holds on to is not
+/// held for ever.
+const LONGEST: u32 = 60;
+/// How long nothing may come from a client before it is asked whether it is there, and how long it may take to say so.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// For HTTP/2, which does not see bytes but whole frames, and would give up a slow line.
+const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
 /// The length of HTTP/2's greeting.
 const PREFACE: u64 = 24;
 /// The most bytes in a message of few fields, or beside the data of one.
@@ -58,7 +64,8 @@ pub(crate) async fn serve(
     ending: CancellationToken,
 ) {
     let traffic = stream.traffic();
-    let session = Session { shared, gate: Arc::default() };
+    let patience = shared.patience;
+    let session = Session { shared, gate: Arc::default(), traffic: traffic.clone() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
         .initial_connection_window_size(WINDOW)
@@ -68,25 +75,39 @@ pub(crate) async fn serve(
         .max_concurrent_streams(STREAMS)
         .max_pending_accept_reset_streams(RESETS)
         .keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_timeout(NEVER)
         .auto_date_header(false)
         .serve_connection(TokioIo::new(stream), session);
-    let silence = async {
-        tokio::time::sleep(PATIENCE).await;
-        if traffic.received() >= PREFACE {
-            std::future::pending::<()>().await;
-        }
-    };
+    let mut gone = pin!(gone(&traffic, patience));
     let mut connection = pin!(connection);
     tokio::select! {
         result = connection.as_mut() => return log(result),
         () = closing.cancelled() => connection.as_mut().graceful_shutdown(),
         () = ending.cancelled() => return,
-        () = silence => return,
+        () = gone.as_mut() => return,
     }
     tokio::select! {
         result = connection => log(result),
         () = ending.cancelled() => {}
+        () = gone => {}
+    }
+}
+
+/// Returns when a client has not even sent the greeting of HTTP/2 after `patience`, or when it does not answer to the
+/// question whether it is there and nothing else moves in either direction.
+async fn gone(traffic: &Traffic, patience: Duration) {
+    tokio::time::sleep(patience).await;
+    if traffic.received() < PREFACE {
+        return;
+    }
+    let moved = || (traffic.received(), traffic.delivered().0);
+    let mut last = (Instant::now(), moved());
+    while last.0.elapsed() < 2 * KEEP_ALIVE {
+        tokio::time::sleep(KEEP_ALIVE / 4).await;
+        let now = moved();
+        if now != last.1 {
+            last = (Instant::now(), now);
+        }
     }
 }
 
@@ -115,6 +136,7 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Tasks {
 pub(crate) struct Session {
     pub(crate) shared: Arc<Shared>,
     pub(crate) gate: Arc<Gate>,
+    traffic: Traffic,
 }
 
 impl Service<Request<Incoming>> for Session {
@@ -149,16 +171,16 @@ impl Session {
     async fn call_method(&self, request: Request<Incoming>) -> Result<Rope, Status> {
         let (head, body) = request.into_parts();
         match head.uri.path() {
-            path::DESCRIBE => self.describe(small(body).await?).await,
-            path::READ => self.read(receive(body, RANGES).await?).await,
+            path::DESCRIBE => self.describe(self.small(body).await?).await,
+            path::READ => self.read(self.receive(body, RANGES).await?).await,
             path::WRITE => self.write(self.large(body).await?).await,
-            path::FLUSH => self.flush(small(body).await?).await,
-            path::TRIM => self.trim(small(body).await?).await,
-            path::WRITE_ZEROES => self.write_zeroes(small(body).await?).await,
-            path::EXTENTS => self.extents(small(body).await?).await,
-            path::GO_READ_AT => self.go_read_at(small(body).await?).await,
+            path::FLUSH => self.flush(self.small(body).await?).await,
+            path::TRIM => self.trim(self.small(body).await?).await,
+            path::WRITE_ZEROES => self.write_zeroes(self.small(body).await?).await,
+            path::EXTENTS => self.extents(self.small(body).await?).await,
+            path::GO_READ_AT => self.go_read_at(self.small(body).await?).await,
             path::GO_WRITE_AT => self.go_write_at(self.large(body).await?).await,
-            path::GO_SYNC => self.go_sync(small(body).await?).await,
+            path::GO_SYNC => self.go_sync(self.small(body).await?).await,
             other => Err(Status::unimplemented(format!("there is no method {other}"))),
         }
     }
@@ -166,57 +188,81 @@ impl Session {
     /// Receives a message that carries data, as soon as there is room for it. The data goes to where it stays, piece by
     /// piece, however small the pieces are.
     async fn large<M: Bulk>(&self, body: Incoming) -> Result<(M, Buffer), Status> {
+        let arrival = self.arrival();
         let mut arriving = Arriving::new(body);
-        let length = limited(arriving.length(), self.shared.max_request + SMALL as u64).await?;
+        let length = arrival.length(&mut arriving, self.shared.max_request + SMALL as u64).await?;
         let mut fields = Fields::new(arriving, length, SMALL);
         let mut data = self.shared.budget.share(0).await.buffer(0);
-        while let Some(length) = patiently(fields.bulk()).await? {
+        while let Some(length) = arrival.step(fields.bulk()).await? {
             // Nothing is held while waiting for room.
             drop(data);
             data = self.shared.budget.share(room(length as u64)).await.buffer(length);
             while data.used().len() < length {
-                let piece = patiently(fields.some(length - data.used().len())).await?;
+                let piece = arrival.step(fields.some(length - data.used().len())).await?;
                 piece.segments().for_each(|bytes| data.push(bytes));
             }
         }
         let message = fields.message().map_err(refused)?;
-        patiently(fields.end()).await?;
+        arrival.step(fields.end()).await?;
         Ok((message, data))
     }
-}
 
-/// Receives a message of few fields.
-async fn small<M: Message + Default>(body: Incoming) -> Result<M, Status> {
-    receive(body, SMALL).await
-}
-
-/// Receives a message that carries no data, of at most `limit` bytes, gathering its pieces however small they are.
-async fn receive<M: Message + Default>(body: Incoming, limit: usize) -> Result<M, Status> {
-    let mut arriving = Arriving::new(body);
-    let length = limited(arriving.length(), limit as u64).await?;
-    let mut bytes = BytesMut::with_capacity(length);
-    while bytes.len() < length {
-        bytes.put(patiently(arriving.some(length - bytes.len())).await?);
+    /// Receives a message of few fields.
+    async fn small<M: Message + Default>(&self, body: Incoming) -> Result<M, Status> {
+        self.receive(body, SMALL).await
     }
-    patiently(arriving.end()).await?;
-    message::decode(bytes).map_err(|why| refused(Failure::Malformed(why.0)))
-}
 
-async fn limited(length: impl Future<Output = Result<Option<usize>, Failure>>, limit: u64) -> Result<usize, Status> {
-    match patiently(length).await? {
-        None => Err(Status::invalid_argument("the request has no message")),
-        Some(length) if length as u64 > limit => {
-            Err(Status::invalid_argument(format!("a message of {length} bytes is above the limit of {limit}")))
+    /// Receives a message that carries no data, of at most `limit` bytes, gathering its pieces however small they are.
+    async fn receive<M: Message + Default>(&self, body: Incoming, limit: usize) -> Result<M, Status> {
+        let arrival = self.arrival();
+        let mut arriving = Arriving::new(body);
+        let length = arrival.length(&mut arriving, limit as u64).await?;
+        let mut bytes = BytesMut::with_capacity(length);
+        while bytes.len() < length {
+            bytes.put(arrival.step(arriving.some(length - bytes.len())).await?);
         }
-        Some(length) => Ok(length),
+        arrival.step(arriving.end()).await?;
+        message::decode(bytes).map_err(|why| refused(Failure::Malformed(why.0)))
+    }
+
+    fn arrival(&self) -> Arrival<'_> {
+        let patience = self.shared.patience;
+        Arrival { traffic: &self.traffic, patience, end: Instant::now() + LONGEST * patience }
     }
 }
 
-async fn patiently<T>(step: impl Future<Output = Result<T, Failure>>) -> Result<T, Status> {
-    match timeout(PATIENCE, step).await {
-        Ok(Ok(done)) => Ok(done),
-        Ok(Err(failure)) => Err(refused(failure)),
-        Err(_) => Err(Status::deadline_exceeded("the request did not arrive in time")),
+/// A request that is arriving, for which the server waits as long as its connection brings something: on a slow line one
+/// request waits behind others.
+struct Arrival<'a> {
+    traffic: &'a Traffic,
+    patience: Duration,
+    end: Instant,
+}
+
+impl Arrival<'_> {
+    /// Waits for the next part of the request.
+    async fn step<T>(&self, step: impl Future<Output = Result<T, Failure>>) -> Result<T, Status> {
+        let mut step = pin!(step);
+        loop {
+            let before = self.traffic.received();
+            let until = self.end.min(Instant::now() + self.patience);
+            match timeout_at(until, step.as_mut()).await {
+                Ok(done) => return done.map_err(refused),
+                Err(_) if self.traffic.received() - before >= SLOWEST && until < self.end => {}
+                Err(_) => return Err(Status::deadline_exceeded("the request did not arrive in time")),
+            }
+        }
+    }
+
+    /// Waits for the length of the message, which may be at most `limit`.
+    async fn length(&self, arriving: &mut Arriving, limit: u64) -> Result<usize, Status> {
+        match self.step(arriving.length()).await? {
+            None => Err(Status::invalid_argument("the request has no message")),
+            Some(length) if length as u64 > limit => {
+                Err(Status::invalid_argument(format!("a message of {length} bytes is above the limit of {limit}")))
+            }
+            Some(length) => Ok(length),
+        }
     }
 }
 

@@ -182,6 +182,7 @@ fn settings_that_contradict_are_refused() {
         (memory(), ServerSettings { max_request: 0, ..settings() }),
         (memory(), ServerSettings { max_request: u64::MAX, in_flight: u64::MAX, ..settings() }),
         (memory(), ServerSettings { in_flight: 1 << 20, ..settings() }),
+        (memory(), ServerSettings { patience: Duration::ZERO, ..settings() }),
         (chunked(), ServerSettings { max_request: 4096, ..settings() }),
         (chunked(), ServerSettings { chunk_size: Some(ChunkSize::MIN), ..settings() }),
     ] {

@@ -1,6 +1,7 @@
 //! The gRPC transport from outside: what it promises as a backend, what it does when things go wrong, and what it says
 //! on the wire.
 
+mod chunking;
 mod common;
 mod connecting;
 mod contract;
@@ -8,3 +9,4 @@ mod faults;
 mod foreign;
 mod lies;
 mod limits;
+mod slow_lines;

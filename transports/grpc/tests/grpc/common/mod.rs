@@ -1,6 +1,7 @@
 //! What the tests of this crate share: pairs of server and client, and servers and clients that tonic generated from
 //! the same protocol files, which stand for everybody else's.
 
+pub(crate) mod go_directory;
 pub(crate) mod raw;
 pub(crate) mod tonic_go;
 pub(crate) mod tonic_region;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use r3map_core::{Backend, ChunkSize, Error};
-use r3map_grpc::{Client, ClientSettings, GoRegion, Server, ServerSettings, Target};
+use r3map_grpc::{Client, ClientSettings, GoRegion, GoRequests, Server, ServerSettings, Target};
 use r3map_testkit::deadline;
 use tempfile::TempDir;
 
@@ -53,7 +54,8 @@ pub(crate) fn settings() -> ClientSettings {
 }
 
 pub(crate) fn go_settings(size: u64) -> ClientSettings {
-    ClientSettings { go: Some(GoRegion { size, chunk_size: ChunkSize::MIN }), ..settings() }
+    let go = GoRegion { size, chunk_size: ChunkSize::MIN, requests: GoRequests::Any };
+    ClientSettings { go: Some(go), ..settings() }
 }
 
 /// The settings of a server whose region outlives it.
