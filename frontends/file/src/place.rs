@@ -116,8 +116,16 @@ fn look(path: &Path) -> Result<Option<Metadata>> {
 }
 
 fn probe(path: &Path) -> Result<io::Result<Metadata>> {
+    answer(path, |path| fs::symlink_metadata(path))
+}
+
+/// What `ask` says of a path, if that is answered at all.
+fn answer<T: Send + 'static>(
+    path: &Path,
+    ask: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
+) -> Result<io::Result<T>> {
     let asked = path.to_owned();
-    within(PROBE_LIMIT, "the answer", move || Ok(fs::symlink_metadata(asked)))
+    within(PROBE_LIMIT, "the answer", move || Ok(ask(&asked)))
         .map_err(|_| conflict(path, "does not answer: what is mounted there hangs, end it first (`umount -f -l`)"))
 }
 
@@ -141,7 +149,8 @@ fn clear_dead_mounts(path: &Path) -> Result<()> {
 /// Whether the process that serves a mount is gone: the kernel then answers everything with `ENOTCONN`.
 fn is_dead(path: &Path) -> Result<bool> {
     let dead = |error: io::Error| error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error());
-    Ok(probe(path)?.is_err_and(dead))
+    // Not `stat`, which the kernel answers by itself for a while after the process is gone.
+    Ok(answer(path, |path| Ok(rustix::fs::statfs(path)?))?.is_err_and(dead))
 }
 
 fn refuse_mounted(path: &Path) -> Result<()> {
