@@ -1,5 +1,6 @@
 //! The command line: what `--help`, the man pages and the shell completions say, and nothing that acts on it.
 
+use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -96,14 +97,20 @@ Examples:
   r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only
   r3map mount grpc://host:1337 --as block                      the best kind of device that works here
   r3map mount grpc://host:1337 --as ublk /run/disk             a symbolic link to the device
-  r3map mount grpc://host:1337 --as ublk --keep 7              /dev/ublkb7 outlives this process: start it again the same way")]
+  r3map mount grpc://host:1337 --as ublk --keep 7              /dev/ublkb7 outlives this process: start it again the same way
+  r3map mount grpc://host:1337 ./disks --entry sda.img           ./disks/sda.img is the region
+  r3map mount 'grpc://host:1337?size=512MiB&chunk=4KiB' ./region from a server of the Go programs
+
+A server of the Go programs does not say what it serves: give --size, and --chunk-size as it was started with. It is asked for
+one chunk at a time, which is right for each of them. One that cuts requests into chunks itself (-chunking, or -backend file or
+memory) is faster to use, and needs no --chunk-size, with chunking=server in its name: grpc://host:1337?chunking=server")]
 pub(crate) struct Mount {
     /// The region, e.g. grpc://host:1337.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
-    /// The file to show it as: one that does not exist yet, or an empty one. For a block device it can be left out, and is
+    /// The file to show it as: one that does not exist yet, or an empty one; with --entry a directory, likewise. For a block device it can be left out, and is
     /// a symbolic link to the device otherwise.
-    #[arg(value_hint = ValueHint::FilePath, required_if_eq("as", "file"))]
+    #[arg(value_hint = ValueHint::AnyPath, required_if_eq("as", "file"))]
     pub(crate) path: Option<PathBuf>,
     /// What to show it as.
     #[arg(long, value_enum, default_value_t = As::File)]
@@ -117,6 +124,9 @@ pub(crate) struct Mount {
     /// The logical block size of a block device, 512 to 4096.
     #[arg(long, value_parser = parse_block, value_name = "SIZE", default_value = "512")]
     pub(crate) block_size: u32,
+    /// Make PATH a directory, and show the region as the file NAME in it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) entry: Option<OsString>,
     /// Keep a local copy in step in the background, or go to the remote with every access.
     #[arg(long, value_enum, default_value_t = Mode::Managed)]
     pub(crate) mode: Mode,
@@ -144,7 +154,8 @@ pub(crate) struct Mount {
     /// How long to keep trying a remote that does not answer before readers get an error: a time, or `forever`.
     #[arg(long, default_value = "60s", value_name = "TIME|forever")]
     pub(crate) retry: Patience,
-    /// How long one request may take, its transfer included; give more on a slow link.
+    /// How long to wait for an answer while nothing moves on the link, before the request is made again. However slow
+    /// the link, as long as bytes move it waits.
     #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) attempt_timeout: Duration,
     /// Open files without the kernel's cache.
@@ -156,10 +167,11 @@ pub(crate) struct Mount {
     /// Refuse writes.
     #[arg(long)]
     pub(crate) read_only: bool,
-    /// The region's size, where the remote does not say it (Go servers).
+    /// The region's size, where the remote does not say it (servers of the Go programs).
     #[arg(long, value_parser = parse_size)]
     pub(crate) size: Option<u64>,
-    /// The unit of transfer, a power of two from 4KiB to 64MiB; the remote's own, or 64KiB, by default.
+    /// The unit of transfer, a power of two from 4KiB to 64MiB; the remote's own, or 64KiB, by default. For a server of the Go
+    /// programs it must be the one that it was started with, by default 4KiB.
     #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
     pub(crate) chunk_size: Option<ChunkSize>,
 }

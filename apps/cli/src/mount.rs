@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use r3map::{
-    BlockOptions, Durability, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings, PushSettings, Region,
-    Registry, RetrySettings, Settings, Workers, size,
+    BlockOptions, Durability, ErrorKind, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings,
+    PushSettings, Region, Registry, RetrySettings, Settings, Workers, size,
 };
 use serde_json::json;
 
@@ -83,7 +83,7 @@ async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result
                 if let Some(bar) = bar {
                     bar.finish();
                 }
-                return shown;
+                return shown.map_err(|error| told(error, args));
             }
             () = tokio::time::sleep(TICK) => {
                 if let Some(bar) = &bar {
@@ -91,6 +91,16 @@ async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result
                 }
             }
         }
+    }
+}
+
+/// An error with what the command could be told instead, where it is likely that the user meant that.
+fn told(error: anyhow::Error, args: &args::Mount) -> anyhow::Error {
+    let wrong = error.downcast_ref::<r3map::Error>().is_some_and(|error| error.kind() == ErrorKind::InvalidInput);
+    let directory = args.r#as == args::As::File && args.path.as_ref().is_some_and(|path| path.is_dir());
+    match wrong && directory && args.entry.is_none() {
+        true => anyhow!("{error:#}; or add --entry NAME, to show it as a file in an empty directory"),
+        false => error,
     }
 }
 
@@ -127,6 +137,7 @@ fn settings(args: &args::Mount) -> Result<Settings> {
             direct_io: args.direct_io,
             allow_other: args.allow_other,
             source: Some(args.uri.to_string()),
+            entry: args.entry.clone(),
         },
         block: BlockOptions {
             kind: args.r#as.kind(),
@@ -151,8 +162,8 @@ fn check_modes(args: &args::Mount) -> Result<()> {
     if args.keep.is_some() && args.r#as != args::As::Ublk {
         bail!("only ublk devices can be kept: add --as ublk, or leave out --keep");
     }
-    if args.r#as != args::As::File && (args.direct_io || args.allow_other) {
-        bail!("--direct-io and --allow-other are for files: leave them out, or add --as file");
+    if args.r#as != args::As::File && (args.direct_io || args.allow_other || args.entry.is_some()) {
+        bail!("--direct-io, --allow-other and --entry are for files: leave them out, or add --as file");
     }
     if args.push_interval.is_zero() {
         bail!("--push-interval must be longer than zero, e.g. 1s");

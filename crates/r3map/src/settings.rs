@@ -1,5 +1,6 @@
 //! What can be chosen about a mount: plain data, apart from the components that it is made of.
 
+use std::ffi::OsString;
 #[cfg(feature = "block")]
 use std::num::NonZeroU16;
 use std::num::NonZeroU64;
@@ -56,6 +57,9 @@ pub struct FileOptions {
     pub allow_other: bool,
     /// What `mount` names as the source, for people. `r3map` by default.
     pub source: Option<String>,
+    /// On a path, show a directory with one file of this name in it instead of a file: for programs that are to be
+    /// given a directory. Default none.
+    pub entry: Option<OsString>,
 }
 
 /// What is special about a mount that is shown as a block device.

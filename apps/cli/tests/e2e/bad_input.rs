@@ -53,6 +53,7 @@ fn wrong_names() {
                 ("info grpc://127.0.0.1:x", "HOST:PORT"),
                 ("info grpc://127.0.0.1:70000", "HOST:PORT"),
                 ("info grpc://[::1:5", "HOST:PORT"),
+                ("info grpc://127.0.0.1:9?chunking=perhaps --size 1MiB", "chunking is"),
                 ("info grpc+unix://DIR/absent", "absent"),
                 ("info grpc+unix://DIR/file", "file"),
                 ("serve memory:?size=1MiB --listen file:DIR/x", "listen"),
@@ -152,14 +153,22 @@ fn wrong_paths_to_mount_on() {
             (mount("DIR/absent/region"), "absent"),
             (mount("DIR/full/region"), "full"),
             (mount("DIR/folder"), "folder"),
+            (mount("DIR/folder"), "add --entry NAME"),
+            (mount("DIR/folder/with/"), "add --entry NAME"),
             (mount("/dev/null"), "/dev/null"),
+            (mount("DIR/folder --entry disk"), "something in it"),
+            (mount("DIR/full --entry disk"), "not a directory"),
+            (mount("DIR/absent/region --entry disk"), "absent"),
+            (mount("DIR/region --entry a/b --cache DIR/cache"), "\"a/b\" is not a file name"),
+            (mount("DIR/region --entry ..  --cache DIR/cache"), "\"..\" is not a file name"),
+            (mount("DIR/region --entry= --cache DIR/cache"), "\"\" is not a file name"),
             (mount("DIR/region --cache DIR/absent/cache"), "absent"),
             (mount("DIR/region --cache DIR/folder"), "folder"),
         ];
         let table: Vec<_> = table.iter().map(|(line, hint)| (line.as_str(), *hint)).collect();
         refuses(scene, &table);
         assert_eq!(std::fs::read(scene.path("full")).expect("it is there"), b"precious");
-        assert!(!scene.path("region").exists(), "nothing was left behind");
+        assert!(!scene.path("region").exists() && !scene.path("cache").exists(), "nothing was left behind");
     });
 }
 

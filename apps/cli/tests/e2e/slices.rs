@@ -37,9 +37,9 @@ fn a_gib_and_a_byte() {
 }
 
 #[test]
-fn over_a_round_trip_of_20_ms() {
+fn a_gib_and_a_byte_over_a_round_trip_of_20_ms() {
     play(|scene| {
-        let mut expected = make_file(&scene.path("source"), 4 * SMALL, 2);
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 2);
         let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
         let proxy = DelayProxy::tcp(server.address(), RTT).expect("it can listen");
         let remote = open(&format!("grpc://{}", proxy.socket_addr()));

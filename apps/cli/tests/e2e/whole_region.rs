@@ -60,18 +60,24 @@ fn over_a_unix_socket() {
 }
 
 #[test]
-fn over_a_round_trip_of_20_ms() {
-    Scene::with_fuse(LONG, |scene| {
-        let mut expected = make_file(&scene.path("source"), 4 * SMALL, 4);
+fn a_gib_and_a_byte_through_read_over_a_round_trip_of_20_ms() {
+    over_a_round_trip_of_20_ms(4, through_read);
+}
+
+#[test]
+fn a_gib_and_a_byte_through_mmap_over_a_round_trip_of_20_ms() {
+    over_a_round_trip_of_20_ms(11, through_mmap);
+}
+
+fn over_a_round_trip_of_20_ms(seed: u64, through: fn(&Mounted, &mut Expected, &Scene)) {
+    Scene::with_fuse(LONG, move |scene| {
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, seed);
         let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
         let proxy = DelayProxy::tcp(server.address(), RTT).expect("it can listen");
-        let uri = format!("grpc://{}", proxy.socket_addr());
-        let mounted = scene.mount(&uri, "region", &[]);
-        through_read(&mounted, &mut expected, scene);
+        let mounted = scene.mount(&format!("grpc://{}", proxy.socket_addr()), "region", &[]);
+        through(&mounted, &mut expected, scene);
         mounted.unmount();
-        let mounted = scene.mount(&uri, "region", &[]);
-        through_mmap(&mounted, &mut expected, scene);
-        mounted.unmount();
+        expected.check_file(&scene.path("source"));
     });
 }
 

@@ -2,18 +2,19 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
-use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile};
+use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile, Show};
 
 use super::Mount;
 use super::region::{self, Region};
 use crate::Settings;
 
 impl Mount {
-    /// Shows the region as the file `path`, which must not exist yet, or be empty. Any program can read, write and map
-    /// it. Where a killed process left its mount behind on the path, that is taken over.
+    /// Shows the region as the file `path`, which must not exist yet, or be empty; with
+    /// [`FileOptions::entry`](crate::FileOptions::entry) as a file in the directory `path`, likewise. Any program can
+    /// read, write and map it. Where a killed process left its mount behind on the path, that is taken over.
     ///
     /// # Errors
     /// What the settings, the cache, the remote or FUSE object to, in one line.
@@ -21,6 +22,8 @@ impl Mount {
         let path = path.as_ref().to_owned();
         crate::engine::run(async move {
             let settings = file_settings(&self.settings, self.managed);
+            // Before anything is made or pulled.
+            settings.validate()?;
             let region = region::build(self).await?;
             let shown = match Fuse::open(region.backend(), &path, settings).await {
                 Ok(shown) => shown,
@@ -66,6 +69,7 @@ fn file_settings(settings: &Settings, managed: bool) -> FileSettings {
         (false, false) => Caching::UntilOpened,
     };
     FileSettings {
+        show: settings.file.entry.clone().map_or(Show::File, Show::Entry),
         source: settings.file.source.clone().unwrap_or(default.source),
         read_only: settings.read_only,
         allow_other: settings.file.allow_other,
@@ -74,7 +78,7 @@ fn file_settings(settings: &Settings, managed: bool) -> FileSettings {
     }
 }
 
-/// A region that is a file on a path. Dropping it unmounts, and stores what was written if the remote answers at once;
+/// A region that is a file on a path, or in a directory of its own. Dropping it unmounts, and stores what was written if the remote answers at once;
 /// [`close`](Self::close) it to be sure.
 pub struct PathMount {
     // In this order they are dropped: what the kernel still holds goes into the region.
@@ -100,8 +104,7 @@ impl PathMount {
     /// # Errors
     /// What could not be stored; it stays to be stored by the next flush.
     pub async fn flush(&self) -> Result<()> {
-        let path: PathBuf = self.path().to_owned();
-        sync(move || File::open(path)).await
+        self.shown.flush().await
     }
 
     /// Makes the kernel forget what it has cached of a range of bytes, because the region changed underneath.
@@ -123,6 +126,9 @@ impl PathMount {
     /// # Errors
     /// One that [`is_busy`](Self::is_busy) while the file is in use; what could not be stored.
     pub async fn close(&self) -> Result<()> {
+        // How long storing may take is for the retry stage to say, which counts silence; unmounting has a time-out of its
+        // own, in which there must be little left to do.
+        self.shown.flush().await?;
         // What the kernel holds of mappings is told of once if it could not be handed over, and never by the region.
         self.shown.unmount().await?;
         self.region.close().await
