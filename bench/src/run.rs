@@ -52,9 +52,13 @@ impl Bench {
         mut ours: impl FnMut() -> Result<f64>,
         mut limit: impl FnMut() -> Result<f64>,
     ) {
+        self.both(spec, || Ok((ours().context("ours")?, limit().context("the limit")?)));
+    }
+
+    /// The same for a figure and a limit that are measured by one piece of work.
+    pub(crate) fn both(&mut self, spec: Spec, mut measure: impl FnMut() -> Result<(f64, f64)>) {
         self.report.progress(&spec);
-        let mut both = || Ok((ours().context("ours")?, limit().context("the limit")?));
-        let runs = self.repeat(&mut both);
+        let runs = self.repeat(&mut measure);
         self.finish(spec, runs.map(|runs| runs.into_iter().unzip()));
     }
 

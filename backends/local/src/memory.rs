@@ -1,39 +1,50 @@
 //! A region in this process's memory, allocated as it is written.
 //!
-//! Bytes rest in pages of 64 KiB, each behind its own lock, under a tree of tables that are allocated when something
-//! below them is: an empty region of any size costs next to nothing, and calls on different pages share no lock. What
-//! was never written, was trimmed, or was only ever zeros has no page. Nothing survives the process.
+//! Bytes rest in slabs of 2 MiB, each behind its own lock, in a tree of tables that are allocated when something below
+//! them is: an empty region of any size costs next to nothing, and calls on different slabs share no lock. A slab is in
+//! one piece, so that reads can be lent what they ask for. What was never written, was trimmed, or was only ever zeros
+//! takes no memory, in pages of 64 KiB, except for what huge pages take (see `ledger`). Nothing survives the process.
+
+mod ledger;
+mod slab;
+mod sparse;
 
 use std::ops::Range;
-use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use async_trait::async_trait;
 use r3map_core::{
-    Backend, Capabilities, ChunkSize, Error, ErrorKind, Extent, ExtentKind, Extents, Geometry, Operation, Piece,
-    ReadPieces, Result, Trim, WriteZeroes, check_range, is_zero,
+    Backend, Capabilities, ChunkSize, Extent, ExtentKind, Extents, Geometry, Operation, Piece, ReadPieces, Result,
+    Trim, WriteZeroes, check_range, is_zero,
 };
 
-/// log2 of the pages in a leaf table: 4096 pages, 256 MiB of the region, in about 130 KiB of bookkeeping.
-const LEAF_BITS: u32 = 12;
-/// log2 of the leaf tables in an inner table: 65536 leaves, 16 TiB.
-const INNER_BITS: u32 = 16;
-/// Pages that one call for extents looks at before it answers for a shorter range: 4 GiB.
-const EXTENT_PAGES: u64 = 1 << 16;
+use self::ledger::Ledger;
+use self::slab::{Slab, Usage, length, slice};
+use self::sparse::Sparse;
 
-type Page = Option<Box<[u8]>>;
-type Leaf = Box<[RwLock<Page>]>;
-type Inner = Box<[OnceLock<Leaf>]>;
+/// How much data one call for extents looks at before it answers for a shorter range, in bytes.
+const EXTENTS_SEEN: u64 = 4 << 30;
+/// How many extents one call answers at most.
+const EXTENTS_MOST: usize = 1 << 16;
+
+/// Empty while no page of it holds data.
+type Slot = RwLock<Option<Slab>>;
 
 /// A sparse region in memory. Not written: reads as zeros and costs nothing. `flush` has nothing to do.
+///
+/// A child of `fork` must not use it: it does not have the bytes.
 pub struct Memory {
+    /// Cut into slabs: here a chunk is a slab.
+    slabs: Geometry,
     /// Cut into pages: here a chunk is a page.
     pages: Geometry,
-    top: Box<[OnceLock<Inner>]>,
+    slots: Sparse<Slot>,
+    ledger: Ledger,
 }
 
 impl std::fmt::Debug for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Memory").field("size", &self.pages.size()).finish_non_exhaustive()
+        f.debug_struct("Memory").field("size", &self.slabs.size()).finish_non_exhaustive()
     }
 }
 
@@ -43,9 +54,9 @@ impl Memory {
     /// # Errors
     /// `InvalidInput` if `size` is zero or above [`r3map_core::MAX_REGION_SIZE`].
     pub fn new(size: u64) -> Result<Self> {
-        let pages = Geometry::new(size, ChunkSize::DEFAULT)?;
-        let top = table(pages.chunk_count(), 0, LEAF_BITS + INNER_BITS, pages.chunk_count());
-        Ok(Self { pages, top })
+        let slabs = Geometry::new(size, ChunkSize::new(slab::SIZE)?)?;
+        let pages = Geometry::new(size, slab::PAGE)?;
+        Ok(Self { slabs, pages, slots: Sparse::new(slabs.chunk_count()), ledger: Ledger::default() })
     }
 
     /// [`Backend::read_at`], which never waits for anything here.
@@ -53,14 +64,14 @@ impl Memory {
     /// # Errors
     /// As [`Backend::read_at`].
     pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        check_range(Operation::Read, self.pages.size(), offset, buf.len() as u64)?;
+        check_range(Operation::Read, self.slabs.size(), offset, buf.len() as u64)?;
         let mut rest = buf;
-        for (index, range) in self.pages.split(offset..offset + rest.len() as u64) {
+        for (index, range) in self.slabs.split(offset..offset + rest.len() as u64) {
             let part;
-            (part, rest) = rest.split_at_mut(length(&range));
-            let page = self.slot(index).map(read);
-            match page.as_ref().and_then(|page| page.as_deref()) {
-                Some(bytes) => part.copy_from_slice(&bytes[self.within(index, &range)]),
+            (part, rest) = rest.split_at_mut(length(range.end - range.start));
+            let slab = self.slots.get(index).map(read);
+            match slab.as_ref().and_then(|slab| slab.as_ref()) {
+                Some(slab) => part.copy_from_slice(&slab.bytes()[slice(&self.within(index, &range))]),
                 None => part.fill(0),
             }
         }
@@ -73,12 +84,12 @@ impl Memory {
     /// # Errors
     /// As [`Backend::write_at`]; `Exhausted` when the process gets no more memory.
     pub fn write_now(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        check_range(Operation::Write, self.pages.size(), offset, buf.len() as u64)?;
+        check_range(Operation::Write, self.slabs.size(), offset, buf.len() as u64)?;
         let mut rest = buf;
-        for (index, range) in self.pages.split(offset..offset + rest.len() as u64) {
+        for (index, range) in self.slabs.split(offset..offset + rest.len() as u64) {
             let part;
-            (part, rest) = rest.split_at(length(&range));
-            self.write_page(index, self.within(index, &range), part)
+            (part, rest) = rest.split_at(length(range.end - range.start));
+            self.write_slab(index, self.within(index, &range).start, part)
                 .map_err(|error| error.at(offset, buf.len() as u64))?;
         }
         Ok(())
@@ -89,140 +100,131 @@ impl Memory {
     /// # Errors
     /// As [`Trim::trim`].
     pub fn trim_now(&self, offset: u64, len: u64) -> Result<()> {
-        check_range(Operation::Trim, self.pages.size(), offset, len)?;
+        check_range(Operation::Trim, self.slabs.size(), offset, len)?;
         let end = offset + len;
-        let mut from = self.pages.chunk_at(offset);
-        while let Some(index) = self.next_allocated(from, end) {
-            let page = self.pages.chunk_range(index);
-            self.clear_page(index, self.within(index, &(page.start.max(offset)..page.end.min(end))));
-            from = index + 1;
+        let mut at = offset;
+        while let Some(data) = self.next_data(at, end) {
+            let index = self.slabs.chunk_at(data);
+            let slab = self.slabs.chunk_range(index);
+            let part = slab.start.max(offset)..slab.end.min(end);
+            self.trim_slab(index, self.within(index, &part));
+            at = slab.end;
         }
         Ok(())
     }
 
-    fn write_page(&self, index: u64, within: Range<usize>, bytes: &[u8]) -> Result<()> {
-        if self.slot(index).is_none() && is_zero(bytes) {
+    fn write_slab(&self, index: u64, offset: u64, bytes: &[u8]) -> Result<()> {
+        if self.slots.get(index).is_none() && is_zero(bytes) {
             return Ok(());
         }
-        let mut page = write(self.slot_or_table(index));
-        match page.as_deref_mut() {
-            Some(page) => page[within].copy_from_slice(bytes),
+        let mut slab = write(self.slots.get_or_make(index));
+        let before = usage(&slab);
+        match &mut *slab {
+            Some(slab) => slab.write(offset, bytes),
             None if is_zero(bytes) => {}
-            None => *page = Some(new_page(length(&self.pages.chunk_range(index)), within, bytes)?),
+            None => {
+                let range = self.slabs.chunk_range(index);
+                let len = range.end - range.start;
+                slab.insert(Slab::new(len, self.ledger.pages(len))?).write(offset, bytes);
+            }
         }
+        self.ledger.record(before, usage(&slab));
         Ok(())
     }
 
-    fn clear_page(&self, index: u64, within: Range<usize>) {
-        let Some(slot) = self.slot(index) else { return };
-        let mut page = write(slot);
-        match page.as_deref_mut() {
-            Some(bytes) if within.len() < bytes.len() => bytes[within].fill(0),
-            _ => *page = None,
+    fn trim_slab(&self, index: u64, range: Range<u64>) {
+        let Some(slot) = self.slots.get(index) else { return };
+        let mut slab = write(slot);
+        let before = usage(&slab);
+        if let Some(bytes) = &mut *slab {
+            bytes.trim(range);
         }
+        if slab.as_ref().is_some_and(Slab::is_empty) {
+            *slab = None;
+        }
+        self.ledger.record(before, usage(&slab));
     }
 
-    /// The part of page `index` that `range`, which lies inside it, is.
-    fn within(&self, index: u64, range: &Range<u64>) -> Range<usize> {
-        let start = length(&(self.pages.chunk_range(index).start..range.start));
-        start..start + length(range)
+    /// The part of slab `index` that `range`, which lies inside it, is.
+    fn within(&self, index: u64, range: &Range<u64>) -> Range<u64> {
+        let start = self.slabs.chunk_range(index).start;
+        range.start - start..range.end - start
     }
 
-    fn leaf(&self, index: u64) -> Option<&Leaf> {
-        let inner = self.top[place(index, LEAF_BITS + INNER_BITS, u64::MAX)].get()?;
-        inner[place(index, LEAF_BITS, (1 << INNER_BITS) - 1)].get()
+    fn page_end(&self, offset: u64) -> u64 {
+        self.pages.chunk_range(self.pages.chunk_at(offset)).end
     }
 
-    fn slot(&self, index: u64) -> Option<&RwLock<Page>> {
-        Some(&self.leaf(index)?[place(index, 0, (1 << LEAF_BITS) - 1)])
-    }
-
-    /// The same, after allocating the tables above it.
-    fn slot_or_table(&self, index: u64) -> &RwLock<Page> {
-        let count = self.pages.chunk_count();
-        let inner = self.top[place(index, LEAF_BITS + INNER_BITS, u64::MAX)]
-            .get_or_init(|| table(count, index, LEAF_BITS, 1 << INNER_BITS));
-        let leaf = inner[place(index, LEAF_BITS, (1 << INNER_BITS) - 1)]
-            .get_or_init(|| table(count, index, 0, 1 << LEAF_BITS));
-        &leaf[place(index, 0, (1 << LEAF_BITS) - 1)]
-    }
-
-    /// The first page from `from` on that may hold bytes and starts before the byte `end`; tables that do not exist are
-    /// skipped whole.
-    fn next_allocated(&self, from: u64, end: u64) -> Option<u64> {
-        let last = self.pages.chunks_touched(&(0..end)).end;
-        let mut index = from;
-        while index < last {
-            let skip = match self.top[place(index, LEAF_BITS + INNER_BITS, u64::MAX)].get() {
-                None => LEAF_BITS + INNER_BITS,
-                Some(_) if self.leaf(index).is_none() => LEAF_BITS,
-                Some(_) if self.slot(index).is_some_and(|slot| read(slot).is_none()) => 0,
-                Some(_) => return Some(index),
-            };
-            index = ((index >> skip) + 1) << skip;
+    /// The first byte in a range whose page holds data.
+    fn next_data(&self, start: u64, end: u64) -> Option<u64> {
+        let mut at = start;
+        while at < end {
+            let (index, slot) = self.slots.next(self.slabs.chunk_at(at))?;
+            let slab = self.slabs.chunk_range(index);
+            at = at.max(slab.start);
+            if let Some(found) = read(slot).as_ref().and_then(|bytes| bytes.next_data(at - slab.start)) {
+                return Some(slab.start + found).filter(|found| *found < end);
+            }
+            at = slab.end;
         }
         None
     }
 
-    fn is_allocated(&self, index: u64) -> bool {
-        self.slot(index).is_some_and(|slot| read(slot).is_some())
+    /// The first byte in a range whose page is empty.
+    fn next_hole(&self, start: u64, end: u64) -> Option<u64> {
+        self.slabs.split(start..end).find_map(|(index, part)| {
+            let slab = self.slots.get(index).map(read);
+            let Some(bytes) = slab.as_ref().and_then(|slab| slab.as_ref()) else { return Some(part.start) };
+            let within = self.within(index, &part);
+            let found = bytes.next_hole(within.start).filter(|found| *found < within.end)?;
+            Some(part.start + (found - within.start))
+        })
     }
 
-    /// The run of one kind that starts in page `index`, up to `last` or, for data, to where looking takes too long.
-    fn run(&self, index: u64, last: u64) -> (ExtentKind, u64) {
-        if self.is_allocated(index) {
-            let last = last.min(index + EXTENT_PAGES);
-            let end = (index..last).find(|at| !self.is_allocated(*at)).unwrap_or(last);
-            return (ExtentKind::Data, end);
+    /// The run of one kind that starts at `at`, up to `end` or, for data, to where looking takes too long.
+    fn run(&self, at: u64, end: u64) -> Extent {
+        match self.next_data(at, end) {
+            Some(data) if data == at => {
+                let end = end.min(at + EXTENTS_SEEN);
+                // This page held data, whatever it does by now.
+                Extent { range: at..self.next_hole(self.page_end(at), end).unwrap_or(end), kind: ExtentKind::Data }
+            }
+            data => Extent { range: at..data.unwrap_or(end), kind: ExtentKind::Hole },
         }
-        let end = self.pages.chunk_range(last).start;
-        (ExtentKind::Hole, self.next_allocated(index, end).unwrap_or(last))
+    }
+
+    /// Lends the data that starts at `at` and lies in one slab, if there is any; where it ended.
+    fn lend(&self, at: u64, end: u64, visit: &mut Visit<'_>) -> Result<Option<u64>> {
+        let index = self.slabs.chunk_at(at);
+        let slab = self.slots.get(index).map(read);
+        let Some(slab) = slab.as_ref().and_then(|slab| slab.as_ref()) else { return Ok(None) };
+        let part = self.within(index, &(at..self.slabs.chunk_range(index).end.min(end)));
+        if slab.next_data(part.start) != Some(part.start) {
+            return Ok(None);
+        }
+        let until = slab.next_hole(part.start).map_or(part.end, |hole| hole.min(part.end));
+        visit(at, Piece::Data(&slab.bytes()[slice(&(part.start..until))]))?;
+        Ok(Some(at + (until - part.start)))
     }
 }
 
-/// A table with room for the entries of `1 << bits` pages each that lie beside page `index` among `count` pages, at
-/// most `most` of them.
-fn table<T: Default>(count: u64, index: u64, bits: u32, most: u64) -> Box<[T]> {
-    let entries = ((count - 1) >> bits) + 1;
-    let first = (index >> bits) / most * most;
-    (first..entries.min(first + most)).map(|_| T::default()).collect()
+fn usage(slab: &Option<Slab>) -> Usage {
+    slab.as_ref().map_or_else(Usage::default, Slab::usage)
 }
 
-/// Where page `index` belongs in a table whose entries are `1 << bits` pages each.
-fn place(index: u64, bits: u32, mask: u64) -> usize {
-    usize::try_from((index >> bits) & mask).unwrap_or(usize::MAX)
-}
-
-/// The length of a range that fits in memory.
-fn length(range: &Range<u64>) -> usize {
-    usize::try_from(range.end - range.start).unwrap_or(usize::MAX)
-}
-
-/// A page of `len` zeros with `bytes` put in at `within`.
-fn new_page(len: usize, within: Range<usize>, bytes: &[u8]) -> Result<Box<[u8]>> {
-    let mut page = Vec::new();
-    page.try_reserve_exact(len).map_err(|error| {
-        Error::new(ErrorKind::Exhausted, Operation::Write, "no memory left for the region").with_source(error)
-    })?;
-    page.resize(within.start, 0);
-    page.extend_from_slice(bytes);
-    page.resize(len, 0);
-    Ok(page.into_boxed_slice())
-}
-
-/// A panic under a lock can only come from somebody's visitor, which cannot change the page.
-fn read(slot: &RwLock<Page>) -> RwLockReadGuard<'_, Page> {
+/// A panic under a lock can only come from somebody's visitor, which cannot change the slab.
+fn read(slot: &Slot) -> RwLockReadGuard<'_, Option<Slab>> {
     slot.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn write(slot: &RwLock<Page>) -> RwLockWriteGuard<'_, Page> {
+fn write(slot: &Slot) -> RwLockWriteGuard<'_, Option<Slab>> {
     slot.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[async_trait]
 impl Backend for Memory {
     fn size(&self) -> u64 {
-        self.pages.size()
+        self.slabs.size()
     }
 
     fn capabilities(&self) -> Capabilities<'_> {
@@ -248,6 +250,8 @@ impl Backend for Memory {
     }
 }
 
+type Visit<'v> = dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send + 'v;
+
 #[async_trait]
 impl ReadPieces for Memory {
     async fn read_pieces(
@@ -256,23 +260,16 @@ impl ReadPieces for Memory {
         len: u64,
         visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
     ) -> Result<()> {
-        check_range(Operation::Read, self.pages.size(), offset, len)?;
+        check_range(Operation::Read, self.slabs.size(), offset, len)?;
         let end = offset + len;
         let mut at = offset;
         while at < end {
-            let index = self.pages.chunk_at(at);
-            let page = self.slot(index).map(read);
-            let until = self.pages.chunk_range(index).end.min(end);
-            if let Some(bytes) = page.as_ref().and_then(|page| page.as_deref()) {
-                visit(at, Piece::Data(&bytes[self.within(index, &(at..until))]))?;
+            if let Some(until) = self.lend(at, end, visit)? {
                 at = until;
                 continue;
             }
-            drop(page);
-            let until = match self.next_allocated(index + 1, end) {
-                Some(next) => self.pages.chunk_range(next).start,
-                None => end,
-            };
+            // This page was empty, whatever it is by now.
+            let until = self.next_data(self.page_end(at), end).unwrap_or(end);
             visit(at, Piece::Zeroes(until - at))?;
             at = until;
         }
@@ -290,7 +287,7 @@ impl Trim for Memory {
 #[async_trait]
 impl WriteZeroes for Memory {
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        check_range(Operation::WriteZeroes, self.pages.size(), offset, len)?;
+        check_range(Operation::WriteZeroes, self.slabs.size(), offset, len)?;
         self.trim_now(offset, len)
     }
 }
@@ -298,18 +295,19 @@ impl WriteZeroes for Memory {
 #[async_trait]
 impl Extents for Memory {
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
-        check_range(Operation::Extents, self.pages.size(), offset, len)?;
-        let pages = self.pages.chunks_touched(&(offset..offset + len));
+        check_range(Operation::Extents, self.slabs.size(), offset, len)?;
+        let end = offset + len;
         let mut found = Vec::new();
-        let mut index = pages.start;
-        // Holes cost nothing to cross, so that only pages and the answer's own length count towards the limit.
-        let mut cost = 0;
-        while index < pages.end && cost < EXTENT_PAGES {
-            let (kind, next) = self.run(index, pages.end);
-            let bytes = self.pages.chunks_range(&(index..next));
-            found.push(Extent { range: bytes.start.max(offset)..bytes.end.min(offset + len), kind });
-            cost += if kind == ExtentKind::Data { next - index } else { 1 };
-            index = next;
+        let mut at = offset;
+        // Holes cost nothing to cross, so that only data and the answer's own length count towards the limit.
+        let mut seen = 0;
+        while at < end && seen < EXTENTS_SEEN && found.len() < EXTENTS_MOST {
+            let extent = self.run(at, end);
+            at = extent.range.end;
+            if extent.kind == ExtentKind::Data {
+                seen += extent.range.end - extent.range.start;
+            }
+            found.push(extent);
         }
         Ok(found)
     }
@@ -320,7 +318,7 @@ mod tests {
     use std::sync::Arc;
 
     use proptest::prelude::*;
-    use r3map_core::MAX_REGION_SIZE;
+    use r3map_core::{ErrorKind, MAX_REGION_SIZE};
 
     use super::*;
 
@@ -346,7 +344,7 @@ mod tests {
             assert_eq!(at, offset + bytes.len() as u64);
             match piece {
                 Piece::Data(data) => bytes.extend_from_slice(data),
-                Piece::Zeroes(len) => bytes.resize(bytes.len() + length(&(0..len)), 0),
+                Piece::Zeroes(len) => bytes.resize(bytes.len() + length(len), 0),
             }
             Ok(())
         }))
@@ -441,11 +439,11 @@ mod tests {
         #[test]
         fn does_what_a_vec_does(size in 1..5 * PAGE, ops in proptest::collection::vec(any_op(), 1..40)) {
             let memory = Memory::new(size).unwrap();
-            let mut model = vec![0; length(&(0..size))];
+            let mut model = vec![0; length(size)];
             for (op, a, b) in ops {
                 let (a, b) = (a % (size + 1), b % (size + 1));
                 let (start, end) = (a.min(b), a.max(b));
-                let part = &mut model[length(&(0..start))..length(&(0..end))];
+                let part = &mut model[slice(&(start..end))];
                 match op {
                     Op::Write(seed) => {
                         (start..).zip(part.iter_mut()).for_each(|(at, byte)| *byte = (at % 251) as u8 ^ seed);
@@ -470,7 +468,7 @@ mod tests {
                 prop_assert_eq!(extent.range.start, at);
                 at = extent.range.end;
                 if extent.kind == ExtentKind::Hole {
-                    prop_assert!(is_zero(&model[length(&(0..extent.range.start))..length(&(0..at))]));
+                    prop_assert!(is_zero(&model[slice(&extent.range)]));
                 }
             }
             prop_assert_eq!(at, size);

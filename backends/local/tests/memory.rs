@@ -20,3 +20,26 @@ async fn agrees_with_the_model() {
         model::check(async || Arc::new(Memory::new(size).unwrap()) as _, model::Settings::default()).await;
     }
 }
+
+/// What this process has in memory, in bytes.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = status.lines().find(|line| line.starts_with("Rss:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn a_sparse_region_takes_little_more_than_what_is_in_it() {
+    const PAGE: u64 = 64 << 10;
+    let memory = Memory::new(1 << 40).unwrap();
+    let before = resident();
+    let touched = 1000;
+    for at in 0..touched {
+        memory.write_now(at * 977 * PAGE, &[1; 64 << 10]).unwrap();
+    }
+    let taken = resident() - before;
+    // Twice the bytes, and the tables of 1000 places.
+    assert!(taken < touched * (2 * PAGE + (32 << 10)), "{taken} bytes");
+    memory.trim_now(0, 1 << 40).unwrap();
+    assert!(resident() - before < taken / 2);
+}

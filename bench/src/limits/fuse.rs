@@ -1,9 +1,11 @@
 //! A FUSE file system with one file that answers reads from a buffer that is always the same, and takes writes without
-//! looking at them: what the kernel's FUSE and the `fuser` crate cost by themselves.
+//! looking at them: what the kernel's FUSE and the `fuser` crate cost by themselves. And one that does keep its bytes,
+//! in the simplest way: what it costs besides that they are in memory and not in the processor's cache.
 
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -19,6 +21,14 @@ const FILE: INodeNo = INodeNo(INodeNo::ROOT.0 + 1);
 const NAME: &str = "static";
 const FOR_EVER: Duration = Duration::from_secs(3600);
 
+/// What the file has in it.
+pub(crate) enum Content {
+    /// The same bytes wherever it is read. What is written goes nowhere.
+    Static,
+    /// These, which writes change.
+    Stored(Vec<u8>),
+}
+
 /// A mounted null file system.
 pub(crate) struct NullFile {
     session: Option<BackgroundSession>,
@@ -27,14 +37,17 @@ pub(crate) struct NullFile {
 
 impl NullFile {
     /// Mounts a file of `size` bytes; what concerns the kernel is taken from `settings`.
-    pub(crate) fn mount(size: u64, settings: &FileSettings) -> Result<Self> {
+    pub(crate) fn mount(size: u64, content: Content, settings: &FileSettings) -> Result<Self> {
         let directory = TempDir::with_prefix("r3map-bench-null-")?;
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("null".into()), MountOption::DefaultPermissions];
         config.n_threads = settings.threads.map(usize::from);
         config.clone_fd = true;
-        let longest = settings.max_request.max(settings.read_ahead) as usize;
-        let file_system = Null { size, bytes: vec![0xa5; longest], settings: settings.clone() };
+        let bytes = match content {
+            Content::Static => Bytes::Static(vec![0xa5; settings.max_request.max(settings.read_ahead) as usize]),
+            Content::Stored(bytes) => Bytes::Stored(RwLock::new(bytes)),
+        };
+        let file_system = Null { size, bytes, settings: settings.clone() };
         let session = Session::new(file_system, directory.path(), &config).context("mounting the null file system")?;
         let mounted = Self { session: Some(session.spawn()?), directory };
         raise_read_ahead(mounted.directory.path(), settings.read_ahead)?;
@@ -64,8 +77,13 @@ fn raise_read_ahead(mounted: &Path, bytes: u32) -> Result<()> {
 
 struct Null {
     size: u64,
-    bytes: Vec<u8>,
+    bytes: Bytes,
     settings: FileSettings,
+}
+
+enum Bytes {
+    Static(Vec<u8>),
+    Stored(RwLock<Vec<u8>>),
 }
 
 impl Null {
@@ -134,8 +152,14 @@ impl Filesystem for Null {
         reply: ReplyData,
     ) {
         let len = u64::from(size).min(self.size.saturating_sub(offset));
-        let len = usize::try_from(len).unwrap_or(usize::MAX).min(self.bytes.len());
-        reply.data(&self.bytes[..len]);
+        let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        match &self.bytes {
+            Bytes::Static(bytes) => reply.data(&bytes[..at(len).min(bytes.len())]),
+            Bytes::Stored(bytes) => {
+                let bytes = bytes.read().unwrap_or_else(PoisonError::into_inner);
+                reply.data(&bytes[at(offset)..at(offset + len)]);
+            }
+        }
     }
 
     fn write(
@@ -143,13 +167,21 @@ impl Filesystem for Null {
         _request: &Request,
         _ino: INodeNo,
         _handle: FileHandle,
-        _offset: u64,
+        offset: u64,
         data: &[u8],
         _write_flags: WriteFlags,
         _flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        if let Bytes::Stored(bytes) = &self.bytes {
+            let mut bytes = bytes.write().unwrap_or_else(PoisonError::into_inner);
+            let place = usize::try_from(offset).ok().and_then(|start| bytes.get_mut(start..start + data.len()));
+            match place {
+                Some(place) => place.copy_from_slice(data),
+                None => return reply.error(Errno::ENOSPC),
+            }
+        }
         // One request is at most 16 MiB.
         reply.written(u32::try_from(data.len()).unwrap_or(u32::MAX));
     }
@@ -165,23 +197,35 @@ impl Filesystem for Null {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+
+    fn read_and_write(content: Content, wrote: impl Fn(&[u8]) -> Vec<u8>) {
+        let null = NullFile::mount(3 << 20, content, &FileSettings::default()).unwrap();
+        let bytes = std::fs::read(null.path()).unwrap();
+        assert!(bytes.len() == 3 << 20 && bytes.iter().all(|byte| *byte == 0xa5));
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(null.path()).unwrap();
+        let change = vec![7; 1 << 20];
+        file.write_all_at(&change, 1 << 20).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        drop(file);
+        assert!(std::fs::read(null.path()).unwrap() == wrote(&change));
+        let path = null.path();
+        drop(null);
+        assert!(!path.exists());
+    }
 
     #[test]
     fn the_file_has_its_size_and_reads_and_takes_bytes() {
         if !Path::new("/dev/fuse").exists() {
             return r3map_testkit::skip("no /dev/fuse");
         }
-        let null = NullFile::mount(3 << 20, &FileSettings::default()).unwrap();
-        let bytes = std::fs::read(null.path()).unwrap();
-        assert!(bytes.len() == 3 << 20 && bytes.iter().all(|byte| *byte == 0xa5));
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(null.path())
-            .and_then(|mut file| io::Write::write_all(&mut file, &bytes))
-            .unwrap();
-        let path = null.path();
-        drop(null);
-        assert!(!path.exists());
+        read_and_write(Content::Static, |_| vec![0xa5; 3 << 20]);
+        read_and_write(Content::Stored(vec![0xa5; 3 << 20]), |change| {
+            let mut bytes = vec![0xa5; 3 << 20];
+            bytes[1 << 20..2 << 20].copy_from_slice(change);
+            bytes
+        });
     }
 }

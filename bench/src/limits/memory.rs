@@ -3,6 +3,7 @@
 use std::hint::black_box;
 
 use anyhow::{Context, Result};
+use r3map_sys::{Pages, Zeroed};
 use rustix::thread::{disable_transparent_huge_pages, transparent_huge_pages_are_disabled};
 
 /// The size of a page in bytes.
@@ -40,6 +41,13 @@ pub(crate) fn small_pages(bytes: &[u8]) -> Result<Vec<u8>> {
     disable_transparent_huge_pages(true).context("PR_SET_THP_DISABLE")?;
     let copy = bytes.to_vec();
     disable_transparent_huge_pages(before).context("PR_SET_THP_DISABLE")?;
+    Ok(copy)
+}
+
+/// A copy of `bytes` in huge pages, where there are any: the fastest source to copy from.
+pub(crate) fn huge_pages(bytes: &[u8]) -> Result<Zeroed> {
+    let mut copy = Zeroed::new(bytes.len(), Pages::Huge).context("memory in huge pages")?;
+    copy.as_mut_slice().copy_from_slice(bytes);
     Ok(copy)
 }
 

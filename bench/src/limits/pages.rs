@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
-use r3map_sys::{Event, Install, Mapping, PAGE_SIZE, Pager, Protection, ScopeWanted, Woken};
+use r3map_sys::{Event, Install, Mapping, PAGE_SIZE, Pager, Protection, ScopeWanted, Woken, Zeroed};
 
 use crate::limits::memory::PAGE;
 
@@ -42,11 +42,11 @@ pub(crate) struct Handler {
 
 impl Handler {
     /// Serves the faults of `mapping` from `source`.
-    pub(crate) fn start(mapping: &Mapping, source: Arc<Vec<u8>>) -> Result<Self> {
+    pub(crate) fn start(mapping: &Mapping, source: Arc<Zeroed>) -> Result<Self> {
         let (pager, stop) = (mapping.pager().clone(), Arc::new(Event::new()?));
         let stopped = stop.clone();
         let serve = move || {
-            let mut faults = Vec::new();
+            let (mut faults, source) = (Vec::new(), source.as_slice());
             while pager.wait(&stopped, &mut faults)? == Woken::Faults {
                 for fault in &faults {
                     let start = usize::try_from(fault.offset).map_err(std::io::Error::other)?;
@@ -82,6 +82,7 @@ impl Drop for Handler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::memory::huge_pages;
 
     #[test]
     fn filled_pages_hold_the_source_and_are_clean() {
@@ -96,7 +97,7 @@ mod tests {
 
     #[test]
     fn the_handler_answers_faults() {
-        let source = Arc::new(r3map_testkit::fill::bytes(0, 200_000, 2));
+        let source = Arc::new(huge_pages(&r3map_testkit::fill::bytes(0, 200_000, 2)).unwrap());
         let mapping = mapping(200_000).unwrap();
         let handler = Handler::start(&mapping, source.clone()).unwrap();
         assert_eq!(mapping.as_slice(), source.as_slice());

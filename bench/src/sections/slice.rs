@@ -10,11 +10,11 @@ use r3map_core::ChunkSize;
 use r3map_core::pull::Workers;
 use r3map_local::Memory;
 use r3map_slice::{Slice, SliceParts, SliceSettings};
-use r3map_sys::Mapping;
+use r3map_sys::{Mapping, Zeroed};
 use r3map_testkit::{fill, random::Random};
 
 use crate::figure::{Spec, Target, Unit, median_of};
-use crate::limits::memory::{PAGE, small_pages, sum, touch_pages};
+use crate::limits::memory::{PAGE, huge_pages, small_pages, sum, touch_pages};
 use crate::limits::pages::{self, Handler};
 use crate::run::{Bench, micros, millis, throughput, timed};
 use crate::sections::filled;
@@ -44,17 +44,19 @@ pub(crate) fn run(bench: &mut Bench) {
     }
 }
 
-/// The same bytes as a backend, for ours, and as plain memory made of small pages, for limits.
+/// The same bytes as a backend, for ours, and for limits: to copy from, and plain memory made of small pages.
 struct Source {
     backend: Arc<Memory>,
+    bytes: Arc<Zeroed>,
     plain: Arc<Vec<u8>>,
 }
 
 impl Source {
     fn new(bench: &Bench) -> Result<Self> {
         let (size, seed) = (bench.settings.size, bench.settings.seed);
-        let plain = small_pages(&fill::bytes(0, usize::try_from(size)?, seed))?;
-        Ok(Self { backend: filled(size, seed)?, plain: Arc::new(plain) })
+        let bytes = fill::bytes(0, usize::try_from(size)?, seed);
+        let (huge, small) = (huge_pages(&bytes)?, small_pages(&bytes)?);
+        Ok(Self { backend: filled(size, seed)?, bytes: Arc::new(huge), plain: Arc::new(small) })
     }
 
     fn slice(&self, settings: SliceSettings) -> Result<Slice> {
@@ -96,7 +98,7 @@ fn install(bench: &mut Bench, source: &Source) {
         || {
             let (_mapping, time) = timed(|| {
                 let mapping = source.bare()?;
-                pages::fill(&mapping, &source.plain)?;
+                pages::fill(&mapping, source.bytes.as_slice())?;
                 Ok(mapping)
             })?;
             Ok(rate(time))
@@ -120,7 +122,7 @@ fn fault(bench: &mut Bench, source: &Source) {
         },
         || {
             let mapping = source.bare()?;
-            let handler = Handler::start(&mapping, source.plain.clone())?;
+            let handler = Handler::start(&mapping, source.bytes.clone())?;
             let time = touch(mapping.as_slice(), count, seed);
             handler.stop()?;
             Ok(time)
@@ -159,7 +161,7 @@ impl Pulled {
         slice.pulled().wait()?;
         ensure!(slice.as_slice() == source.plain.as_slice(), "the slice holds other bytes than its source");
         let bare = source.bare()?;
-        pages::fill(&bare, &source.plain)?;
+        pages::fill(&bare, source.bytes.as_slice())?;
         Ok(Self { slice, bare, plain: source.plain.clone() })
     }
 }

@@ -22,8 +22,7 @@ fn allowed(place: &str) -> &'static [&'static str] {
         "crates/r3map" => {
             &["crates/core", "crates/pipeline", "crates/migrate", "backends/", "transports/", "frontends/"]
         }
-        "transports/nbd" => &["crates/core", "crates/pipeline", "crates/sys"],
-        "backends/tape" => &["crates/core", "crates/pipeline", "crates/sys"],
+        "backends/local" | "backends/tape" => &["crates/core", "crates/pipeline", "crates/sys"],
         "frontends/block" => &["crates/core", "crates/pipeline", "crates/sys", "transports/nbd"],
         "bench" => &["crates/", "backends/", "transports/", "frontends/", "testing/"],
         _ => match place.split('/').next() {

@@ -2,8 +2,8 @@
 //!
 //! Here is memory whose missing pages this process fills itself: [`Mapping`] is the application's side of it (views as
 //! ordinary slices), [`Pager`] is the side that fills pages, tracks writes and gives bytes out. What to fill pages
-//! with, and when, is decided elsewhere. A [`FileMapping`] is a mapped file, for seeing what other programs see. Block
-//! devices are made through [`ublk`] and [`Loop`].
+//! with, and when, is decided elsewhere. [`Zeroed`] is plain memory that is given back in parts. A [`FileMapping`] is a
+//! mapped file, for seeing what other programs see. Block devices are made through [`ublk`] and [`Loop`].
 //!
 //! Facts about the kernel that this crate relies on are each a test in `tests/`.
 
@@ -22,6 +22,7 @@ pub mod socket;
 mod span;
 pub mod ublk;
 mod userfault;
+mod zeroed;
 
 pub use event::Event;
 pub use file_mapping::{FileMapping, Sharing};
@@ -29,6 +30,7 @@ pub use loop_device::{Loop, LoopSpec};
 pub use mapping::{Mapping, Protection};
 pub use pager::{Fault, Install, Pager, Woken};
 pub use userfault::{FaultScope, ScopeWanted};
+pub use zeroed::{Pages, Zeroed};
 
-/// The size of a page in bytes: what this crate works in. Kernels with other page sizes are refused.
+/// The size of a page in bytes: what mappings work in. They are refused on kernels with other page sizes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -71,6 +71,10 @@ pub struct Pager {
 
 impl Pager {
     pub(crate) fn new(len: u64, protection: Protection, wanted: ScopeWanted) -> io::Result<Self> {
+        if rustix::param::page_size() as u64 != PAGE_SIZE {
+            let text = format!("pages of {} bytes are not supported, only of {PAGE_SIZE}", rustix::param::page_size());
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
         let (uffd, scope) = userfault::open(wanted, protection)?;
         let span = Span::new(len)?;
         // SAFETY: the span was just made and is ours.

@@ -32,22 +32,51 @@ impl Span {
     /// A program that has called `mlockall(MCL_FUTURE)` gets all new memory filled with zeros at once: not this, which
     /// starts without access (the kernel then fills nothing) and is unlocked before it gets any.
     pub(crate) fn new(len: u64) -> io::Result<Self> {
-        if rustix::param::page_size() as u64 != PAGE_SIZE {
-            let text = format!("pages of {} bytes are not supported, only of {PAGE_SIZE}", rustix::param::page_size());
-            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
-        }
+        Self::aligned(len, 1)
+    }
+
+    /// The same at an address that is a multiple of `align`, a power of two.
+    pub(crate) fn aligned(len: u64, align: usize) -> io::Result<Self> {
         let len = round_up(len)?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
-        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), flags) };
-        let base = base.map_err(|error| cannot_map(len, error))?;
-        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap answered with a null address"))?;
-        let span = Self { base, len, owner: getpid() };
+        // The kernel aligns to pages, and lays new mappings below the last: the highest place lets them join up.
+        let room = if align > PAGE_SIZE as usize { align } else { 0 };
+        let mut span = Self::anonymous(len.checked_add(room).ok_or(io::ErrorKind::OutOfMemory)?)?;
+        if room > 0 {
+            let last = span.base.addr().get() + room;
+            span.narrow(last / align * align - span.base.addr().get(), len)?;
+        }
         // SAFETY: the pages are this span's own, and whether they are locked changes no byte.
         unsafe { munlock(span.base.as_ptr().cast(), len) }?;
         span.advise(0, len, Advice::LinuxDontFork)?;
         span.keep_single()?;
         Ok(span)
+    }
+
+    fn anonymous(len: usize) -> io::Result<Self> {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
+        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::empty(), flags) };
+        let base = base.map_err(|error| cannot_map(len, error))?;
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap answered with a null address"))?;
+        Ok(Self { base, len, owner: getpid() })
+    }
+
+    /// Unmaps all but `len` bytes from `start` on, which lie inside.
+    fn narrow(&mut self, start: usize, len: usize) -> io::Result<()> {
+        let end = start + len;
+        for (offset, len) in [(end, self.len - end), (0, start)].into_iter().filter(|(_, len)| *len > 0) {
+            // SAFETY: the pages are this span's own, and nobody has been let at them yet.
+            unsafe { munmap(self.base.as_ptr().wrapping_add(offset).cast(), len) }?;
+        }
+        // SAFETY: `start` lies inside the mapping.
+        self.base = unsafe { self.base.add(start) };
+        self.len = len;
+        Ok(())
+    }
+
+    /// Backs the pages with huge ones, where the kernel has them to give. Kernels that are built without answer EINVAL.
+    pub(crate) fn prefer_huge(&self) {
+        let _ = self.advise(0, self.len, Advice::LinuxHugepage);
     }
 
     /// Lets the program use the pages.
