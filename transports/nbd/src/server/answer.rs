@@ -17,11 +17,11 @@ pub(crate) const ALLOCATION: u32 = 1;
 /// The most extents in a reply: 64 KiB of them.
 const EXTENTS: usize = 4096;
 /// Zeros that are shorter than this are sent as data: a chunk costs more than it saves.
-const SHORTEST_HOLE: u64 = 4096;
+pub(crate) const SHORTEST_HOLE: u64 = 4096;
 /// How much is read at once for `CACHE`.
 const STEP: u64 = 1 << 20;
 /// What is written where zeros have to be written.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+pub(crate) static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// What a connection serves, shared by its requests.
 pub(crate) struct Link {
@@ -51,7 +51,7 @@ impl From<Result<()>> for Answer {
     }
 }
 
-fn failed(error: &r3map_core::Error) -> Answer {
+pub(crate) fn failed(error: &r3map_core::Error) -> Answer {
     tracing::debug!("a request failed: {error}");
     Answer::Failed(Refusal::new(Errno::from_kind(error.kind()), error.to_string()))
 }
@@ -91,13 +91,21 @@ pub(crate) fn room(request: &Request, framing: Framing) -> u64 {
 }
 
 impl Link {
+    /// Whether a read may be lent rather than copied: the backend can, and an error can be told after the first chunk.
+    pub(crate) fn lends(&self, request: &Request) -> bool {
+        request.command == Command::Read
+            && !request.flags.contains(CommandFlags::DF)
+            && self.terms.framing >= Framing::Structured
+            && self.export.backend.capabilities().pieces.is_some()
+    }
+
     /// Does a request that was checked. `payload` is the room for its reply, or its data.
     pub(crate) async fn answer(&self, request: Request, payload: Payload) -> Answer {
         let flags = request.flags;
         let (offset, length) = (request.offset, request.length);
         match (request.command, payload) {
             (Command::Read, _) if length == 0 => Answer::Done,
-            (Command::Read, Payload::Room(share)) => self.read(&request, share).await,
+            (Command::Read, Payload::Room(share)) => self.read(&request, offset, share).await,
             (Command::Write, Payload::Data(data)) => self.durably(flags, self.write(offset, data.used())).await.into(),
             (Command::Flush, _) => self.export.backend.flush().await.into(),
             (Command::Trim, _) => self.durably(flags, self.trim(offset, length)).await.into(),
@@ -201,13 +209,14 @@ impl Link {
         }
     }
 
-    async fn read(&self, request: &Request, share: Share) -> Answer {
-        let Request { offset, length, .. } = *request;
+    /// Reads from `from` on, where what comes before has been told already.
+    pub(crate) async fn read(&self, request: &Request, from: u64, share: Share) -> Answer {
+        let length = request.offset + request.length - from;
         let len = usize::try_from(length).unwrap_or(usize::MAX);
         let mut reply = Reply::new(self.terms.framing, request, share.buffer(len));
         let result = match self.export.backend.capabilities().pieces {
-            Some(_) => self.read_pieces(request, &mut reply).await,
-            None => self.read_whole(offset, reply.data(offset, len)).await,
+            Some(_) => self.read_pieces(request, from, &mut reply).await,
+            None => self.read_whole(from, reply.data(from, len)).await,
         };
         match result {
             Ok(()) => Answer::Reply(reply.finish()),
@@ -225,9 +234,9 @@ impl Link {
         Ok(())
     }
 
-    async fn read_pieces(&self, request: &Request, reply: &mut Reply) -> Result<()> {
+    async fn read_pieces(&self, request: &Request, from: u64, reply: &mut Reply) -> Result<()> {
         let holes = self.terms.framing >= Framing::Structured && !request.flags.contains(CommandFlags::DF);
-        for (at, len) in steps(request.offset, request.length, self.export.step) {
+        for (at, len) in steps(from, request.offset + request.length - from, self.export.step) {
             let Some(pieces) = self.export.backend.capabilities().pieces else { return Ok(()) };
             let mut visit = |at: u64, piece: Piece<'_>| {
                 reply.piece(at, piece, holes);

@@ -34,19 +34,19 @@ impl Connection {
     }
 
     /// Serves a client from the greeting on.
-    pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(self, stream: S) {
+    pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send>(self, stream: S) {
         let ending = self.shared.ending.clone();
         ending.run_until_cancelled(self.converse(stream)).await;
     }
 
     /// Serves a client that made no handshake.
-    pub(super) async fn transmit_only<S: AsyncRead + AsyncWrite + Unpin>(self, stream: S, export: Arc<Served>) {
+    pub(super) async fn transmit_only<S: AsyncRead + AsyncWrite + Unpin + Send>(self, stream: S, export: Arc<Served>) {
         let terms = Terms { framing: Framing::Simple, allocation: false };
         let ending = self.shared.ending.clone();
         ending.run_until_cancelled(self.transmit(stream, Link { export, terms })).await;
     }
 
-    async fn converse<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S) {
+    async fn converse<S: AsyncRead + AsyncWrite + Unpin + Send>(&self, mut stream: S) {
         let deadline = tokio::time::Instant::now() + self.shared.settings.handshake_limit;
         let (security, acceptor) = match &self.shared.settings.tls {
             Tls::Off => (Security::Off, None),
@@ -80,7 +80,7 @@ impl Connection {
 
     async fn haggle<S>(&self, stream: &mut S, security: Security, zeroes: bool) -> Result<Outcome, Failure>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Unpin + Send,
     {
         let closing = || self.shared.closing.is_cancelled();
         let haggling = Haggling::new(stream, &self.shared.exports, security, zeroes, &closing).run();
@@ -91,7 +91,7 @@ impl Connection {
         }
     }
 
-    async fn transmit<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S, link: Link) {
+    async fn transmit<S: AsyncRead + AsyncWrite + Unpin + Send>(&self, stream: S, link: Link) {
         let settings = &self.shared.settings;
         let name = link.export.name.clone();
         tracing::debug!("{} uses the export {name:?} with {:?} replies", self.peer, link.terms.framing);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use r3map_core::{Access, Backend, Error, ErrorKind, Operation, Result};
+use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Operation, Result};
 
 use crate::wire::{BlockSizes, Framing, Text, TransmissionFlags};
 
@@ -20,13 +20,15 @@ pub struct ServerExport {
     pub backend: Arc<dyn Backend>,
     /// Refuse writes, also where the backend would take them.
     pub read_only: bool,
+    /// Multiples of it suit best, as clients are told. `None` takes the backend's preferred chunk, or 4 KiB.
+    pub preferred_block: Option<ChunkSize>,
 }
 
 impl ServerExport {
     /// A backend under a name, writable if the backend is.
     #[must_use]
     pub fn new(name: impl Into<String>, backend: Arc<dyn Backend>) -> Self {
-        Self { name: name.into(), description: String::new(), backend, read_only: false }
+        Self { name: name.into(), description: String::new(), backend, read_only: false, preferred_block: None }
     }
 }
 
@@ -58,7 +60,7 @@ impl Served {
     /// # Errors
     /// `InvalidInput` for a name that the protocol cannot carry or a backend that takes whole chunks only.
     pub(crate) fn new(export: ServerExport, max_payload: u32) -> Result<Self> {
-        let ServerExport { name, description, backend, read_only } = export;
+        let ServerExport { name, description, backend, read_only, preferred_block } = export;
         let invalid = |message: String| Error::new(ErrorKind::InvalidInput, Operation::Open, message);
         let text = |text: &str| Text::new(text).map_err(|error| invalid(format!("the export {name:?}: {error}")));
         let (checked, description) = (text(&name)?, text(&description)?);
@@ -66,7 +68,8 @@ impl Served {
         if capabilities.access != Access::Any {
             return Err(invalid(format!("the export {name:?} takes whole chunks only: wrap it so that it takes any")));
         }
-        let preferred = capabilities.preferred_chunk.and_then(|chunk| u32::try_from(chunk.bytes()).ok());
+        let preferred =
+            preferred_block.or(capabilities.preferred_chunk).and_then(|chunk| u32::try_from(chunk.bytes()).ok());
         let preferred = preferred.filter(|chunk| *chunk <= max_payload).unwrap_or(PREFERRED);
         Ok(Self {
             name: checked,
@@ -136,7 +139,6 @@ impl Exports {
 
 #[cfg(test)]
 mod tests {
-    use r3map_core::ChunkSize;
     use r3map_testkit::store::Store;
 
     use super::*;

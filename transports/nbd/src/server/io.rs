@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::server::buffers::Buffer;
+use crate::server::lend::Lend;
 
 /// How much is received at once where it is not a large payload.
 const INPUT: usize = 32 << 10;
@@ -79,13 +80,16 @@ pub(super) fn poll_read<S: AsyncRead + Unpin>(
 enum Segment {
     Gathered(Vec<u8>),
     Reply(Buffer),
+    /// Bytes that are not there yet.
+    Lend(Lend),
 }
 
 impl Segment {
-    fn bytes(&self) -> &[u8] {
+    fn bytes(&self) -> Option<&[u8]> {
         match self {
-            Self::Gathered(bytes) => bytes,
-            Self::Reply(buffer) => buffer.used(),
+            Self::Gathered(bytes) => Some(bytes),
+            Self::Reply(buffer) => Some(buffer.used()),
+            Self::Lend(_) => None,
         }
     }
 }
@@ -116,6 +120,38 @@ impl Output {
         self.segments.push_back(Segment::Reply(reply));
     }
 
+    /// Adds a read whose reply is made while it is sent.
+    pub(super) fn push_lend(&mut self, lend: Lend) {
+        self.segments.push_back(Segment::Lend(lend));
+    }
+
+    /// Takes the next segment, if it is a read whose reply is still to be made.
+    pub(super) fn take_lend(&mut self) -> Option<Lend> {
+        match self.segments.pop_front()? {
+            Segment::Lend(lend) => Some(lend),
+            other => {
+                self.segments.push_front(other);
+                None
+            }
+        }
+    }
+
+    /// A buffer for bytes that go in front.
+    pub(super) fn take_spare(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.spare)
+    }
+
+    /// Puts what is left of a read in front of everything: bytes, and then the rest of it.
+    pub(super) fn put_back(&mut self, bytes: Vec<u8>, rest: Option<Lend>) {
+        rest.into_iter().for_each(|rest| self.segments.push_front(Segment::Lend(rest)));
+        if bytes.is_empty() {
+            self.spare = bytes;
+        } else {
+            self.segments.push_front(Segment::Gathered(bytes));
+        }
+        self.unflushed = true;
+    }
+
     /// Where bytes of a small reply go.
     pub(super) fn gathered(&mut self) -> &mut Vec<u8> {
         let room = matches!(self.segments.back(), Some(Segment::Gathered(bytes)) if bytes.len() < GATHERED);
@@ -128,7 +164,8 @@ impl Output {
         }
     }
 
-    /// Sends as much as the stream takes; how much that was, and none if there is nothing.
+    /// Sends as much as the stream takes, up to the next read whose reply is still to be made; how much that was, and
+    /// none if there is nothing.
     pub(super) fn poll_send<S: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut S,
@@ -142,11 +179,12 @@ impl Output {
             return Poll::Ready(Ok(0));
         }
         let mut slices = [IoSlice::new(&[]); VECTORS];
-        let count = self.segments.len().min(VECTORS);
-        for (slice, segment) in slices.iter_mut().zip(&self.segments) {
-            *slice = IoSlice::new(segment.bytes());
+        let mut count = 0;
+        for (slice, bytes) in slices.iter_mut().zip(self.segments.iter().map_while(Segment::bytes)) {
+            let skipped = if count == 0 { self.sent } else { 0 };
+            *slice = IoSlice::new(&bytes[skipped..]);
+            count += 1;
         }
-        slices[0] = IoSlice::new(&self.segments[0].bytes()[self.sent..]);
         let sent = ready!(Pin::new(stream).poll_write_vectored(context, &slices[..count]))?;
         if sent == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -157,8 +195,8 @@ impl Output {
     }
 
     fn advance(&mut self, mut sent: usize) {
-        while let Some(first) = self.segments.front() {
-            let left = first.bytes().len() - self.sent;
+        while let Some(first) = self.segments.front().and_then(Segment::bytes) {
+            let left = first.len() - self.sent;
             if sent < left {
                 self.sent += sent;
                 return;

@@ -1,7 +1,7 @@
 //! Regions for others: any backends, under names, over any byte stream.
 //!
 //! `Server` owns what runs: listeners and connections. `haggle` is a connection's handshake, `transmission` its
-//! requests, `check` says which of them are refused, `answer` does the others; `export` is what is served, `buffers`
+//! requests, `check` says which of them are refused, `answer` does the others, `lend` some without copying; `export` is what is served, `buffers`
 //! bounds memory, `io` is what was received and is to be sent.
 //!
 //! The server does not retry, cache or lock: two clients that write to the same bytes disturb each other as on a disk.
@@ -13,6 +13,7 @@ mod connection;
 mod export;
 mod haggle;
 mod io;
+mod lend;
 mod listener;
 mod transmission;
 

@@ -13,7 +13,7 @@
 
 use std::future::Future;
 use std::io;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -21,14 +21,16 @@ use std::time::Duration;
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
+use r3map_core::Piece;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use crate::server::answer::{Answer, Link, Payload, room};
+use crate::server::answer::{Answer, Link, Payload, failed, room};
 use crate::server::buffers::{Buffer, Room};
 use crate::server::check::{Refusal, check};
 use crate::server::io::{Input, Output, poll_read};
+use crate::server::lend::{self, Lend, Lending};
 use crate::wire::{Command, DEFAULT_MAX_PAYLOAD, Errno, Framing, Malformed, Request};
 
 /// The most segments that wait to be sent while more requests are taken.
@@ -98,12 +100,14 @@ pub(super) struct Transmission<S> {
     stage: Stage,
     running: FuturesUnordered<Running>,
     output: Output,
+    /// Whether the last read was done at once: the guess for the next one. One that waits is better not begun twice.
+    prompt: bool,
     /// The server is being shut down: no more is received, and what has arrived is refused.
     closing: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     clock: Clock,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
     pub(super) fn new(
         stream: S,
         link: Link,
@@ -120,6 +124,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
             stage: Stage::Header,
             running: FuturesUnordered::new(),
             output: Output::default(),
+            prompt: true,
             closing: Some(Box::pin(closing)),
             clock: Clock::new(limits),
         }
@@ -286,14 +291,32 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
 
     /// Begins a request, and answers it if it is done at once.
     fn begin(&mut self, context: &mut Context<'_>, request: Request, payload: Payload) {
-        let link = self.link.clone();
-        let answering = async move { link.answer(request, payload).await };
+        match payload {
+            Payload::Room(share) if self.prompt && request.length >= lend::SHORTEST && self.link.lends(&request) => {
+                self.output.push_lend(Lend { request, at: request.offset, share });
+            }
+            payload => {
+                let link = self.link.clone();
+                self.start(context, request, async move { link.answer(request, payload).await });
+            }
+        }
+    }
+
+    fn start(
+        &mut self,
+        context: &mut Context<'_>,
+        request: Request,
+        answering: impl Future<Output = Answer> + Send + 'static,
+    ) {
         // A backend that panics must not take the other requests with it.
-        let answering = AssertUnwindSafe(answering)
-            .catch_unwind()
-            .map(move |answer| (request, answer.unwrap_or_else(|_| broken())));
-        let mut running: Running = Box::pin(answering);
-        match running.as_mut().poll(context) {
+        let answering = AssertUnwindSafe(answering).catch_unwind();
+        let mut running: Running =
+            Box::pin(answering.map(move |answer| (request, answer.unwrap_or_else(|_| broken_backend()))));
+        let polled = running.as_mut().poll(context);
+        if request.command == Command::Read {
+            self.prompt = polled.is_ready();
+        }
+        match polled {
             Poll::Ready((request, answer)) => self.say(&request, answer),
             Poll::Pending => self.running.push(running),
         }
@@ -302,12 +325,52 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
     fn send(&mut self, context: &mut Context<'_>) -> Result<bool, Fault> {
         let mut moved = false;
         while !self.output.is_empty() {
+            if let Some(lend) = self.output.take_lend() {
+                moved |= self.lend(context, lend)?;
+                continue;
+            }
             match self.output.poll_send(&mut self.stream, context).map_err(Fault::Stream)? {
                 Poll::Ready(_) => moved = true,
                 Poll::Pending => break,
             }
         }
         Ok(moved)
+    }
+
+    /// Sends a read's reply from where the backend has its bytes, as far as the stream takes it and the backend has it
+    /// at once.
+    fn lend(&mut self, context: &mut Context<'_>, lend: Lend) -> Result<bool, Fault> {
+        let (link, request, from) = (self.link.clone(), lend.request, lend.at);
+        let framing = link.terms.framing;
+        let left = self.output.take_spare();
+        let mut lending = Lending::new(&mut self.stream, context.waker().clone(), framing, &lend, left);
+        let polled = poll_pieces(&link, lend.at, lend.end(), context, &mut lending);
+        let Lending { at, mut left, blocked, broken, sent, .. } = lending;
+        if let Some(error) = broken {
+            return Err(Fault::Stream(error));
+        }
+        let lend = Lend { at, ..lend };
+        let rest = match polled {
+            _ if at == lend.end() => None,
+            Poll::Ready(Some(Ok(()))) if at > from => Some(lend),
+            Poll::Ready(Some(Err(_))) if blocked => Some(lend),
+            Poll::Ready(Some(Err(error))) => {
+                failed(&error).encode(framing, &request, &mut left);
+                None
+            }
+            Poll::Ready(_) => {
+                broken_backend().encode(framing, &request, &mut left);
+                None
+            }
+            Poll::Pending => {
+                self.output.put_back(left, None);
+                self.start(context, request, async move { link.read(&request, at, lend.share).await });
+                return Ok(true);
+            }
+        };
+        let progress = sent > 0 || !left.is_empty() || rest.is_none();
+        self.output.put_back(left, rest);
+        Ok(progress)
     }
 
     /// Receives what the stage waits for, once.
@@ -352,7 +415,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Transmission<S> {
     }
 }
 
-fn broken() -> Answer {
+/// Asks for pieces once, for as long as the backend takes: `None` if it panicked.
+fn poll_pieces<S: AsyncWrite + Unpin + Send>(
+    link: &Link,
+    from: u64,
+    end: u64,
+    context: &mut Context<'_>,
+    lending: &mut Lending<'_, S>,
+) -> Poll<Option<r3map_core::Result<()>>> {
+    let Some(pieces) = link.export.backend.capabilities().pieces else { return Poll::Ready(None) };
+    let mut visit = |_: u64, piece: Piece<'_>| lending.visit(piece);
+    let mut reading = pieces.read_pieces(from, link.export.step.min(end - from), &mut visit);
+    match catch_unwind(AssertUnwindSafe(|| reading.as_mut().poll(context))) {
+        Ok(polled) => polled.map(Some),
+        Err(_) => Poll::Ready(None),
+    }
+}
+
+fn broken_backend() -> Answer {
     tracing::error!("the backend panicked; its request is answered with EIO");
     Answer::Failed(Refusal::new(Errno::Io, "the backend panicked"))
 }

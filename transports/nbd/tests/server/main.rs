@@ -1,4 +1,10 @@
 //! The server: against other people's clients, and against bytes that no client sends.
 
+mod cuts;
+mod edges;
 mod foreign;
+mod handshake;
+mod limits;
+mod record;
 mod support;
+mod tls;

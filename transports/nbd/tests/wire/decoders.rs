@@ -58,10 +58,3 @@ fn decode_reply(framing: Framing, bytes: &[u8]) -> bool {
         Err(_) => false,
     }
 }
-
-proptest::proptest! {
-    #[test]
-    fn random_bytes_never_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
-        decode_all(&bytes);
-    }
-}

@@ -1,0 +1,142 @@
+//! TLS with libnbd (GnuTLS): offered, demanded, and with certificates of clients.
+
+use std::path::Path;
+
+use r3map_nbd::tls::{ClientCertificates, server_config};
+use r3map_nbd::wire::{ClientOption, Framing, InfoRequest, OptionReply, ReplyError, Text};
+use r3map_nbd::{ServerExport, ServerSettings, Tls};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+
+use crate::support::{Raw, Running, filled, memory, run, try_run};
+
+const SIZE: u64 = 3_000_001;
+
+/// Writes `ca-cert.pem` and, vouched for by it, a certificate and its key for each role.
+fn certificates(roles: &[&str]) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: String, text: String| std::fs::write(directory.path().join(name), text).unwrap();
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    let key = KeyPair::generate().unwrap();
+    file("ca-cert.pem".into(), authority.self_signed(&key).unwrap().pem());
+    let issuer = Issuer::new(authority, key);
+    for role in roles {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        file(format!("{role}-cert.pem"), params.signed_by(&key, &issuer).unwrap().pem());
+        file(format!("{role}-key.pem"), key.serialize_pem());
+    }
+    directory
+}
+
+async fn start(tls: Tls) -> Running {
+    let settings = ServerSettings { tls, ..ServerSettings::default() };
+    Running::start(vec![ServerExport::new("disk", memory(SIZE, 1))], settings).await
+}
+
+fn required(directory: &Path, clients: ClientCertificates) -> Tls {
+    Tls::Required(server_config(directory, clients).unwrap())
+}
+
+/// libnbd checks a certificate's name, and has none for a Unix socket.
+fn script(running: &Running, directory: &Path, then: &str) -> String {
+    let socket = running.socket();
+    format!(
+        "h.set_tls(nbd.TLS_REQUIRE)\nh.set_tls_certificates({:?})\nh.set_tls_verify_peer(False)\n\
+         h.set_export_name('disk')\nh.connect_unix({:?})\n{then}",
+        directory.to_str().unwrap(),
+        socket.to_str().unwrap()
+    )
+}
+
+fn nbdsh(script: &str) -> (bool, String) {
+    try_run("/usr/bin/python3", &["-m", "nbd", "-c", script, "-c", "print('to the end')"])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn libnbd_reads_and_writes_over_tls() {
+    let pki = certificates(&["server"]);
+    for tls in [Tls::Optional as fn(_) -> _, Tls::Required] {
+        let running = start(tls(server_config(pki.path(), ClientCertificates::None).unwrap())).await;
+        let then = format!(
+            "assert h.get_tls_negotiated()\ndata = h.pread({}, 1)\nh.pwrite(data, 0)\nassert h.pread({0}, 0) == data\n\
+             h.shutdown()",
+            SIZE - 1
+        );
+        let (success, output) = nbdsh(&script(&running, pki.path(), &then));
+        assert!(success && output == "to the end", "{output}");
+        running.is_left().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_is_offered_to_those_who_want_it() {
+    let pki = certificates(&["server"]);
+    let running = start(Tls::Optional(server_config(pki.path(), ClientCertificates::None).unwrap())).await;
+    assert_eq!(run("nbdinfo", &["--size", &running.uri("disk")]), SIZE.to_string());
+    let out = running.file("out");
+    run("nbdcopy", &[&running.uri("disk"), out.to_str().unwrap()]);
+    assert!(std::fs::read(out).unwrap() == filled(SIZE, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_needs_a_certificate_where_one_is_required() {
+    let (pki, stranger) = (certificates(&["server", "client"]), certificates(&["client"]));
+    let nobody = certificates(&[]);
+    let running = start(required(pki.path(), ClientCertificates::Required)).await;
+    let then = "assert h.get_size() > 0";
+    let (success, output) = nbdsh(&script(&running, pki.path(), then));
+    assert!(success && output == "to the end", "{output}");
+    for other in [stranger.path(), nobody.path()] {
+        let (success, output) = nbdsh(&script(&running, other, then));
+        assert!(!success, "{output}");
+    }
+    running.is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn before_tls_everything_is_refused_where_tls_is_demanded() {
+    let pki = certificates(&["server"]);
+    let running = start(required(pki.path(), ClientCertificates::None)).await;
+    let (success, output) = try_run("nbdinfo", &[&running.uri("disk")]);
+    assert!(!success && output.contains("TLS"), "{output}");
+    let mut raw = Raw { stream: running.connect().await, framing: Framing::Simple };
+    raw.greet().await;
+    let info = InfoRequest { name: Text::new("disk").unwrap(), wanted: vec![] };
+    for option in [
+        ClientOption::List,
+        ClientOption::Info(info.clone()),
+        ClientOption::Go(info),
+        ClientOption::StructuredReply,
+        ClientOption::ExtendedHeaders,
+        ClientOption::Unknown(99),
+    ] {
+        let replies = raw.option(&option).await;
+        let [OptionReply::Error { error, .. }] = &replies[..] else { panic!("{replies:?}") };
+        assert_eq!(*error, ReplyError::TlsRequired, "{option:?}");
+    }
+    assert_eq!(raw.option(&ClientOption::Abort).await, [OptionReply::Ack]);
+    assert!(raw.is_closed().await);
+    let mut raw = Raw { stream: running.connect().await, framing: Framing::Simple };
+    raw.greet().await;
+    assert!(raw.export_name("disk").await.is_none(), "it begins without TLS");
+    running.is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_says_tls_and_then_speaks_something_else_is_sent_away() {
+    let pki = certificates(&["server"]);
+    let running = start(required(pki.path(), ClientCertificates::None)).await;
+    let mut raw = Raw { stream: running.connect().await, framing: Framing::Simple };
+    raw.greet().await;
+    assert_eq!(raw.option(&ClientOption::StartTls).await, [OptionReply::Ack]);
+    raw.stream.write_all(b"IHAVEOPT in plain words, for ever and ever").await.unwrap();
+    let mut heard = Vec::new();
+    let _ = tokio::io::AsyncReadExt::read_to_end(&mut raw.stream, &mut heard).await;
+    assert!(heard.len() < 100, "an alert at most");
+    running.is_left().await;
+}
