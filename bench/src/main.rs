@@ -66,6 +66,9 @@ enum Section {
     Open,
     /// All of these.
     All,
+    /// Block devices: ublk against kernel NBD and loop. Not part of all: it needs a kernel that has them, and root
+    /// (cargo xtask vm --bench block --size 32MiB).
+    Block,
 }
 
 /// Enough for several requests of the longest kind.
@@ -110,6 +113,9 @@ fn run(arguments: &Arguments) -> ExitCode {
         if all || arguments.sections.contains(&section) {
             run(&mut bench);
         }
+    }
+    if arguments.sections.contains(&Section::Block) {
+        sections::block::run(&mut bench);
     }
     bench.report.end();
     let missed = arguments.check && bench.report.missed() > 0;

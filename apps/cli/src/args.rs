@@ -97,7 +97,7 @@ Examples:
   r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only
   r3map mount grpc://host:1337 --as block                      the best kind of device that works here
   r3map mount grpc://host:1337 --as ublk /run/disk             a symbolic link to the device
-  r3map mount grpc://host:1337 --as ublk --keep 7              /dev/ublkb7 outlives this process: start it again the same way
+  r3map mount grpc://host:1337 --as ublk --keep 7 --mode direct   /dev/ublkb7 outlives this process: start it again
   r3map mount grpc://host:1337 ./disks --entry sda.img           ./disks/sda.img is the region
   r3map mount 'grpc://host:1337?size=512MiB&chunk=4KiB' ./region from a server of the Go programs
 
@@ -115,7 +115,8 @@ pub(crate) struct Mount {
     /// What to show it as.
     #[arg(long, value_enum, default_value_t = As::File)]
     pub(crate) r#as: As,
-    /// Keep the device /dev/ublkbN when this process dies: the next one takes it over (needs --as ublk).
+    /// Keep the device /dev/ublkbN when this process dies: the next one takes it over (needs --as ublk, and --mode direct
+    /// or --cache FILE).
     #[arg(long, value_name = "N")]
     pub(crate) keep: Option<u32>,
     /// What users of a kept device get while nobody serves it.

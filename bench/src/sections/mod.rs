@@ -1,5 +1,6 @@
 //! r3map's own figures, a file for each part of it.
 
+pub(crate) mod block;
 pub(crate) mod file;
 pub(crate) mod grpc;
 pub(crate) mod mounted;

@@ -75,7 +75,8 @@ pub struct BlockOptions {
     /// How many requests each queue may have under way. 128 by default.
     pub depth: Option<NonZeroU16>,
     /// Keep the device when this process dies, so that the next one takes it over (ublk). Needs the region's name
-    /// ([`Mount::identity`](crate::Mount::identity)). By default the device goes with the process.
+    /// ([`Mount::identity`](crate::Mount::identity)), and a direct mount or a cache file: what is only in memory would be
+    /// lost behind the back of the device's users. By default the device goes with the process.
     pub keep: Option<Kept>,
 }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
@@ -31,6 +32,8 @@ struct Attached {
     node: Node,
     limit: Duration,
     by: By,
+    /// Its number may be somebody else's from then on.
+    removed: AtomicBool,
 }
 
 /// Who answers the kernel.
@@ -59,7 +62,7 @@ impl BlockDevice {
         let runtime = Handle::current();
         off_runtime(move || {
             let (by, node) = By::start(kind, backend, &settings, runtime)?;
-            Ok(Self::from(Attached { node, limit: settings.detach_limit, by }))
+            Ok(Self::new(node, by, &settings))
         })
         .await
     }
@@ -72,9 +75,14 @@ impl BlockDevice {
         let file = file.as_ref().to_owned();
         off_runtime(move || {
             let (device, node) = LoopDevice::attach(&file, &settings)?;
-            Ok(Self::from(Attached { node, limit: settings.detach_limit, by: By::Loop(device) }))
+            Ok(Self::new(node, By::Loop(device), &settings))
         })
         .await
+    }
+
+    fn new(node: Node, by: By, settings: &BlockSettings) -> Self {
+        let attached = Attached { node, limit: settings.detach_limit, by, removed: AtomicBool::new(false) };
+        Self { attached: Arc::new(attached) }
     }
 
     /// The device's node, for instance `/dev/ublkb0`.
@@ -147,7 +155,7 @@ impl BlockDevice {
 
     /// Writes what the kernel has cached, flushes the backend, and removes the device if it is not in use (mounted, or
     /// claimed in another way). Who merely has it open gets errors from then on; a loop device stays until they have
-    /// closed it. Does nothing if it is gone already, apart from the flush.
+    /// closed it. Does nothing after it has removed it.
     ///
     /// Dropping the future does not stop it.
     ///
@@ -194,12 +202,6 @@ impl By {
     }
 }
 
-impl From<Attached> for BlockDevice {
-    fn from(attached: Attached) -> Self {
-        Self { attached: Arc::new(attached) }
-    }
-}
-
 impl Drop for BlockDevice {
     fn drop(&mut self) {
         let attached = self.attached.clone();
@@ -221,6 +223,9 @@ impl Drop for BlockDevice {
 impl Attached {
     /// Flushes and removes; `anyway` also if that fails or it is in use. Blocks, not for ever.
     fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
+        if self.removed.load(Relaxed) {
+            return Ok(());
+        }
         match &self.by {
             By::Ublk { device, service } => self.leave_ublk(device, service, anyway),
             By::Nbd(_) => self.leave_nbd(anyway),
@@ -232,13 +237,18 @@ impl Attached {
         // Held until it is stopped: nobody can mount it in between.
         let claimed = self.claim(anyway)?;
         let synced = if claimed.is_some() && service.backend().is_some() { self.sync() } else { Ok(()) };
-        if synced.is_err() && !anyway {
-            return synced;
+        match (&synced, anyway) {
+            (Err(_), false) => return synced,
+            // Whoever still waits for the backend would keep the kernel from letting go.
+            (Err(_), true) => service.close(),
+            (Ok(()), _) => {}
         }
         let stopped = device.stop(self.limit);
         drop(claimed);
         let flushed = self.settle(service);
-        synced.and(stopped).and(device.delete()).and(flushed)
+        let deleted = device.delete();
+        self.removed.store(deleted.is_ok(), Relaxed);
+        synced.and(stopped).and(deleted).and(flushed)
     }
 
     /// Claims the device; nothing if it is gone, or in use and to be detached anyway.
@@ -274,19 +284,29 @@ impl Attached {
     fn leave_nbd(self: &Arc<Self>, anyway: bool) -> Result<()> {
         let attached = self.clone();
         let detached = within(self.limit, "flushing and detaching the device", move || match &attached.by {
-            By::Nbd(device) => device.detach(anyway),
+            By::Nbd(device) => device.detach(&attached.node, anyway),
             By::Ublk { .. } | By::Loop(_) => Ok(()),
         });
-        if detached.is_err() && !anyway {
-            return detached;
-        }
         let By::Nbd(device) = &self.by else { return detached };
-        detached.and(device.settle(self.node.is_read_only(), self.limit))
+        match (&detached, anyway) {
+            (Err(_), false) => detached,
+            (Err(_), true) => {
+                // Whoever still waits for the backend would keep the kernel from letting go.
+                device.close();
+                detached
+            }
+            (Ok(()), _) => {
+                self.removed.store(true, Relaxed);
+                device.settle(self.node.is_read_only(), self.limit)
+            }
+        }
     }
 
     fn leave_loop(&self, device: &LoopDevice, anyway: bool) -> Result<()> {
         let detached = device.detach(&self.node, self.limit);
-        if detached.is_err() || LoopDevice::is_detached(&self.node) || anyway {
+        let is_detached = detached.is_ok() && LoopDevice::is_detached(&self.node);
+        self.removed.store(is_detached, Relaxed);
+        if detached.is_err() || is_detached || anyway {
             return detached;
         }
         let message = format!("{} is still open elsewhere", self.node.path().display());

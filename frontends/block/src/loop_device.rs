@@ -49,10 +49,10 @@ impl LoopDevice {
     pub(crate) fn detach(&self, node: &Node, limit: Duration) -> Result<()> {
         let detached = self.0.lock().unwrap_or_else(PoisonError::into_inner).detach(limit);
         detached.map_err(|error| {
-            let message = match error.kind() {
-                io::ErrorKind::ResourceBusy => format!("{} is in use; unmount what is on it", node.path().display()),
-                _ => format!("{} cannot be flushed before detaching", node.path().display()),
-            };
+            if error.kind() == io::ErrorKind::ResourceBusy {
+                return node.in_use();
+            }
+            let message = format!("{} cannot be flushed before detaching", node.path().display());
             Error::from_io(Operation::Close, message, error)
         })
     }

@@ -78,18 +78,21 @@ impl Nbd {
     }
 
     /// Flushes and detaches it; `anyway` also if it is in use. Blocks, perhaps as long as the backend takes.
-    pub(crate) fn detach(&self, anyway: bool) -> Result<()> {
+    pub(crate) fn detach(&self, node: &Node, anyway: bool) -> Result<()> {
         let mut held = lock(&self.device);
         match held.take() {
             None => Ok(()),
-            // Flushes too, and tells nobody how that went.
             Some(device) if anyway => {
+                let synced = node.sync();
                 drop(device);
-                Ok(())
+                synced
             }
             Some(device) => device.detach().map_err(|(error, back)| {
                 *held = back;
-                error
+                match held.is_some() {
+                    true => node.in_use(),
+                    false => error,
+                }
             }),
         }
     }

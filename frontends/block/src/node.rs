@@ -77,12 +77,17 @@ impl Node {
         let mut options = OpenOptions::new();
         options.read(true).write(!self.read_only).custom_flags(flags.bits().cast_signed());
         options.open(&self.path).map_err(|error| {
-            let message = match error.kind() {
-                io::ErrorKind::ResourceBusy => format!("{} is in use; unmount what is on it", self.path.display()),
-                _ => format!("{} cannot be opened", self.path.display()),
-            };
-            Error::from_io(Operation::Close, message, error)
+            if error.kind() == io::ErrorKind::ResourceBusy {
+                return self.in_use();
+            }
+            Error::from_io(Operation::Close, format!("{} cannot be opened", self.path.display()), error)
         })
+    }
+
+    /// What is said to who would detach it while it is mounted, or claimed in another way.
+    pub(crate) fn in_use(&self) -> Error {
+        let message = format!("{} is in use; unmount what is on it", self.path.display());
+        Error::new(ErrorKind::Conflict, Operation::Close, message)
     }
 
     /// Maps all of it.

@@ -11,6 +11,7 @@ use r3map_file::FileMount as Fuse;
 
 use super::Mount;
 use super::region::{self, Region};
+use crate::Cache;
 use crate::settings::{BlockOptions, Kept};
 
 impl Mount {
@@ -95,6 +96,12 @@ fn keep_region(mount: &Mount, id: u32, meanwhile: r3map_block::Meanwhile) -> Res
         let message = "a device that is kept must know whose it is; give the region a name with `identity`";
         Error::new(ErrorKind::InvalidInput, Operation::Mount, message)
     })?;
+    // Its users would go on as if nothing had happened, without what they have written.
+    if mount.managed && mount.settings.cache == Cache::Memory {
+        let message = "what a mount has in memory and not pushed dies with the process, and a kept device would go on \
+                       without it: use a cache file, or a direct mount";
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+    }
     Ok(Keep { id, region, meanwhile })
 }
 

@@ -37,7 +37,6 @@ const NEEDED: Features = Features::USER_COPY;
 
 /// A device that is served.
 pub(crate) struct Ublk {
-    control: Control,
     id: u32,
     /// None once it has ended.
     queues: Mutex<Option<Queues>>,
@@ -81,7 +80,7 @@ impl Ublk {
         };
         let node = Node::wait(name(info.id), limits.sectors * SECTOR, limits.read_only, settings.start_limit)?;
         tune(&node, settings);
-        Ok((Self { control, id: info.id, queues: Mutex::new(Some(queues)) }, node, service))
+        Ok((Self { id: info.id, queues: Mutex::new(Some(queues)) }, node, service))
     }
 
     /// Waits until it is not served any more.
@@ -95,7 +94,8 @@ impl Ublk {
     /// Stops it: the kernel writes what it has cached, and its users get errors from then on. Blocks.
     pub(crate) fn stop(&self, limit: Duration) -> Result<()> {
         let Some(queues) = self.lock().take() else { return Ok(()) };
-        let stopped = self.control.stop(self.id).map_err(|error| self.cannot("stopped", error));
+        let stopping = Control::open(limit).and_then(|control| control.stop(self.id));
+        let stopped = stopping.map_err(|error| self.cannot("stopped", error));
         let ended = stopped.is_ok() && queues.wait(limit);
         // Where the kernel does not let go in time, the threads do.
         drop(queues);

@@ -10,7 +10,7 @@ use r3map_testkit::faults::{Faults, Rule};
 use r3map_testkit::in_vm;
 use r3map_testkit::store::Store;
 
-use crate::support::{KINDS, Mounted, SOON, app, device, name, run, try_device, unmount};
+use crate::support::{KINDS, Mounted, SOON, app, device, name, run, try_device, unmount, wait_until};
 
 const SIZE: u64 = 16 << 20;
 
@@ -75,10 +75,18 @@ async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {
         let device = try_device(kind, faults.clone(), settings).await.unwrap();
         faults.add(Rule::on(Operation::Write).hang());
         let path = device.path().to_owned();
-        app(move || std::fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(&[3; 4096], 0)).await.ok();
+        let written = faults.clone();
+        // It waits, when it closes the device, until that is given up.
+        let user = std::thread::spawn(move || {
+            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+            file.write_all_at(&[3; 4096], 0).unwrap();
+            file.sync_all().unwrap_err();
+        });
+        app(move || wait_until("the write reaches the backend", || written.in_flight() > 0)).await;
         let start = Instant::now();
         device.detach().await.expect_err("something was not stored");
         assert!(start.elapsed() < Duration::from_secs(30), "{kind}");
+        app(move || user.join().unwrap()).await;
         drop(device);
     }
 }

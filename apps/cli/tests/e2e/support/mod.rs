@@ -12,7 +12,7 @@ pub(crate) use bitflip::Bitflip;
 pub(crate) use expected::{Expected, PIECE, make_file};
 pub(crate) use lent::{Lent, block_on, open};
 pub(crate) use loops::{FileSystem, LoopDevice};
-pub(crate) use program::{Mounted, Outcome, Served, event, is_mounted};
+pub(crate) use program::{Mounted, Outcome, Program, Served, event, is_mounted};
 pub(crate) use scene::Scene;
 
 use std::time::Duration;

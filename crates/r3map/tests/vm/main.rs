@@ -1,0 +1,171 @@
+//! Mounts as block devices, with a remote that is a round trip of 20 ms away. They run in the virtual machine of
+//! `cargo xtask vm`; elsewhere these tests say that they are skipped.
+
+#![cfg(target_os = "linux")]
+
+use std::num::NonZeroU64;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use r3map::{
+    BlockMount, BlockOptions, Kind, ListenOptions, Listener, Mount, OpenOptions, Operation, Registry, Settings,
+};
+use r3map_testkit::faults::Faults;
+use r3map_testkit::process::Process;
+use r3map_testkit::store::Store;
+use r3map_testkit::{deadline, fill, in_vm};
+
+const SIZE: u64 = 16 << 20;
+const LEN: usize = 16 << 20;
+const LIMIT: Duration = Duration::from_secs(100);
+
+/// Runs a program to its good end.
+fn run(program: &str, arguments: &[&str]) {
+    let mut process = Process::start(Command::new(program).args(arguments));
+    let status = process.wait(LIMIT);
+    let said = [process.stdout().join("\n"), process.stderr().join("\n")].join("\n");
+    assert!(status.success(), "{program} {arguments:?}: {status}\n{said}");
+}
+
+/// A delay on the loopback: 10 ms each way. Dropping it takes it away.
+struct Delay;
+
+impl Delay {
+    fn new() -> Self {
+        run("tc", &["qdisc", "add", "dev", "lo", "root", "netem", "delay", "10ms"]);
+        Self
+    }
+}
+
+impl Drop for Delay {
+    fn drop(&mut self) {
+        let _ = Command::new("tc").args(["qdisc", "del", "dev", "lo", "root"]).status();
+    }
+}
+
+/// A region served by gRPC, and what is asked of it.
+struct Remote {
+    store: Arc<Store>,
+    faults: Arc<Faults>,
+    _listeners: Vec<Listener>,
+    uri: String,
+}
+
+impl Remote {
+    async fn new() -> Self {
+        let store = Arc::new(Store::new(SIZE).filled(1).volatile_cache());
+        let faults = Faults::new(store.clone());
+        let at = ["grpc://127.0.0.1:0".parse().unwrap()];
+        let listeners = Registry::standard().listen(&at, faults.clone(), &ListenOptions::default()).await.unwrap();
+        let uri = listeners[0].uri().to_string();
+        Self { store, faults, _listeners: listeners, uri }
+    }
+
+    /// A device of a kind over it.
+    async fn mount(&self, managed: bool, kind: Kind) -> BlockMount {
+        let remote = Registry::standard().open(&self.uri.parse().unwrap(), &OpenOptions::default()).await.unwrap();
+        let mount = if managed { Mount::managed(remote) } else { Mount::direct(remote) };
+        let block = BlockOptions { kind: Some(kind), ..BlockOptions::default() };
+        let settings = Settings { block, ..Settings::default() }.dirty_budget(NonZeroU64::new(4 << 20).unwrap());
+        deadline(LIMIT, "mounting", mount.settings(settings).block()).await.unwrap()
+    }
+}
+
+/// Blocking work, as an application does it, off the runtime.
+async fn app<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    deadline(LIMIT, "the application", tokio::task::spawn_blocking(work)).await.unwrap()
+}
+
+fn use_as_disk(device: &Path) {
+    let device = device.to_str().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let at = folder.path().to_str().unwrap();
+    run("mkfs.ext4", &["-q", "-F", device]);
+    run("mount", &["-t", "ext4", device, at]);
+    let file = format!("--filename={at}/file");
+    let job = ["--name=v", &file, "--size=1M", "--rw=randwrite", "--bs=16k", "--verify=crc32c", "--end_fsync=1"];
+    run("fio", &[&job[..], &["--ioengine=libaio", "--iodepth=16", "--direct=1"]].concat());
+    run("umount", &[at]);
+    run("e2fsck", &["-fn", device]);
+}
+
+/// Bytes through the device, its mapping and its opened file; flushing reaches the remote, and so does discarding.
+async fn exchange(remote: &Remote, mount: &BlockMount) {
+    let file = mount.file().await.unwrap();
+    let mapping = mount.map().await.unwrap();
+    app(move || {
+        let mut seen = vec![0; 100_000];
+        file.read_exact_at(&mut seen, 1 << 20).unwrap();
+        assert!(seen == fill::bytes(1 << 20, 100_000, 1));
+        mapping.write(4090, &fill::bytes(4090, 9000, 2)).unwrap();
+        mapping.sync().unwrap();
+        file.write_all_at(&fill::bytes(2 << 20, 5000, 2), 2 << 20).unwrap();
+        file.sync_all().unwrap();
+    })
+    .await;
+    remote.store.lose_unflushed();
+    let device = mount.path().to_str().unwrap().to_owned();
+    app(move || run("blkdiscard", &["--offset", "4194304", "--length", "65536", &device])).await;
+    mount.flush().await.unwrap();
+    let mut expected = fill::bytes(0, LEN, 1);
+    expected[4090..13_090].copy_from_slice(&fill::bytes(4090, 9000, 2));
+    expected[2 << 20..(2 << 20) + 5000].copy_from_slice(&fill::bytes(2 << 20, 5000, 2));
+    expected[4 << 20..(4 << 20) + 65_536].fill(0);
+    assert!(remote.store.snapshot() == expected);
+}
+
+async fn works(kind: Kind, managed: bool) {
+    if !in_vm() {
+        return;
+    }
+    let remote = Remote::new().await;
+    let delay = Delay::new();
+    let mount = remote.mount(managed, kind).await;
+    assert_eq!(mount.kind(), kind);
+    exchange(&remote, &mount).await;
+    let device = mount.path().to_owned();
+    app(move || use_as_disk(&device)).await;
+    let flushes = remote.faults.count(Operation::Flush);
+    assert!(flushes > 0, "fsync is the remote's flush");
+    deadline(LIMIT, "closing", mount.close()).await.unwrap();
+    drop(delay);
+    remote.store.lose_unflushed();
+    // What the remote has durably is the file system.
+    let image = remote.store.snapshot();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), image).unwrap();
+    run("e2fsck", &["-fn", file.path().to_str().unwrap()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_direct_ublk_device_over_20_ms() {
+    works(Kind::Ublk, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_managed_ublk_device_over_20_ms() {
+    works(Kind::Ublk, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_direct_nbd_device_over_20_ms() {
+    works(Kind::Nbd, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_managed_nbd_device_over_20_ms() {
+    works(Kind::Nbd, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_best_kind_is_chosen() {
+    if !in_vm() {
+        return;
+    }
+    let mount = Mount::direct(Arc::new(Store::new(SIZE))).block().await.unwrap();
+    assert_eq!((mount.kind(), mount.refused().len()), (Kind::Ublk, 0));
+    mount.close().await.unwrap();
+}
