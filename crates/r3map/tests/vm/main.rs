@@ -50,7 +50,7 @@ impl Drop for Delay {
 struct Remote {
     store: Arc<Store>,
     faults: Arc<Faults>,
-    _listeners: Vec<Listener>,
+    _listeners: Vec<Box<dyn Listener>>,
     uri: String,
 }
 
