@@ -3,8 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,8 @@ const POLL: Duration = Duration::from_millis(5);
 /// A device that a thread of this process serves.
 #[derive(Debug)]
 pub(super) struct Serving {
-    device: Arc<NbdDevice>,
+    /// Open as long as the thread serves it: a device that somebody has open is not free.
+    device: Weak<NbdDevice>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
@@ -50,7 +51,7 @@ impl Serving {
     /// `TimedOut` if the kernel does not let go.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        let outcome = self.device.disconnect();
+        let outcome = self.device.upgrade().map_or(Ok(()), |device| device.disconnect());
         let end = Instant::now() + LIMIT;
         while !thread.is_finished() {
             if Instant::now() > end {
@@ -70,7 +71,7 @@ impl Serving {
     }
 }
 
-type Begun = io::Result<(u32, Arc<NbdDevice>)>;
+type Begun = io::Result<(u32, Weak<NbdDevice>)>;
 
 fn begun(outcome: &Receiver<Begun>) -> Begun {
     outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the serving thread ended")))
@@ -88,7 +89,7 @@ fn run(
         Ok((index, device))
     }) {
         Ok((index, device)) => {
-            let _ = report.send(Ok((index, device.clone())));
+            let _ = report.send(Ok((index, Arc::downgrade(&device))));
             device
         }
         Err(error) => {

@@ -36,6 +36,7 @@ use std::time::Duration;
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::net::sockopt;
 
 use crate::wire::TransmissionFlags;
 pub use connect::connect;
@@ -49,6 +50,9 @@ pub const SECTOR: u64 = 512;
 
 /// The largest block size in bytes that every kernel takes.
 const LARGEST_BLOCK: u32 = 4096;
+
+/// The longest [`Settings::identifier`] in bytes.
+pub const LONGEST_IDENTIFIER: usize = 200;
 
 /// What the server said of the export that becomes a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,7 +110,7 @@ pub struct Settings {
     /// [default: 0: they fail at once]
     pub dead_connection_timeout: Duration,
     /// A name of what is behind the device: only who knows it can take the device over. Netlink, Linux 5.14; older
-    /// kernels ignore it. At most 200 bytes.
+    /// kernels ignore it. At most [`LONGEST_IDENTIFIER`] bytes.
     pub identifier: Option<String>,
     /// How to learn that the device is ready.
     pub readiness: Readiness,
@@ -165,7 +169,7 @@ pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<
 ///
 /// # Errors
 /// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live; otherwise
-/// as [`attach`].
+/// as [`attach`]. Without a request time-out a device whose connections live is not noticed.
 pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<Device> {
     check(sockets, disk, settings)?;
     if !sysfs::is_attached(index) {
@@ -178,10 +182,18 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
     }
     // The size is left as it is: setting it, even to the same, would have the kernel forget what it knows of the device.
     let request = Request { sockets, ..timeouts(settings) };
-    match open()?.reconfigure(index, &request) {
-        Ok(()) => Ok(Device { index, serving: None, ours: true }),
-        Err(io) => Err(explain_take_over(index, io)),
+    open()?.reconfigure(index, &request).map_err(|io| explain_take_over(index, io))?;
+    if settings.request_timeout.is_some() && !sockets.iter().any(is_taken) {
+        let what = format!("{} is served: its connections live", sysfs::node(index).display());
+        return Err(error(ErrorKind::Conflict, what));
     }
+    Ok(Device { index, serving: None, ours: true })
+}
+
+/// Whether the kernel's client has taken a socket: it says so in no other way than by setting the time-out for sending to
+/// that of requests.
+fn is_taken(socket: &OwnedFd) -> bool {
+    sockopt::socket_timeout(socket, sockopt::Timeout::Send).is_ok_and(|timeout| timeout.is_some())
 }
 
 /// The attached device whose backend has this name, if there is one.
@@ -189,6 +201,14 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
 pub fn find(identifier: &str) -> Option<u32> {
     let is_it = |index: &u32| sysfs::identifier(*index).as_deref() == Some(identifier) && sysfs::is_attached(*index);
     sysfs::devices().into_iter().find(is_it)
+}
+
+/// Whether the kernel has an NBD client that can be spoken to by netlink.
+///
+/// # Errors
+/// `NotFound` if not, saying what to do.
+pub fn probe() -> Result<()> {
+    open().map(drop)
 }
 
 /// The index of a device node: `/dev/nbd3` is 3.
@@ -208,15 +228,15 @@ pub fn dead_links() -> Result<DeadLinks> {
     open()?.listen().map_err(|error| explain(None, error))
 }
 
-/// Whether a device is attached.
+/// Whether a device is attached. One that was detached while somebody had it open still is, until that is closed.
 ///
 /// # Errors
-/// `NotFound` if there is no such device or no NBD client in the kernel; `Denied` as [`attach`].
+/// `NotFound` if there is no such device, or no NBD client in the kernel.
 pub fn is_attached(index: u32) -> Result<bool> {
-    match open() {
-        Ok(mut control) => control.is_connected(index).map_err(|error| explain(Some(index), error)),
-        Err(_) if sysfs::size(index).is_some() => Ok(sysfs::is_attached(index)),
-        Err(error) => Err(error),
+    // Netlink's status takes any device that somebody has open for attached.
+    match sysfs::size(index) {
+        Some(_) => Ok(sysfs::is_attached(index)),
+        None => Err(explain(Some(index), Errno::NOENT.into())),
     }
 }
 
@@ -377,7 +397,11 @@ fn check(sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<()> {
         "a block is a power of two from 512 to 4096 bytes"
     } else if size == 0 || !size.is_multiple_of(block.into()) {
         "the size is no multiple of the block: a block device has whole blocks of at least 512 bytes"
-    } else if settings.identifier.as_ref().is_some_and(|name| name.len() > 200 || name.contains(['\0', '\n'])) {
+    } else if settings
+        .identifier
+        .as_ref()
+        .is_some_and(|name| name.len() > LONGEST_IDENTIFIER || name.contains(['\0', '\n']))
+    {
         "an identifier is one line of at most 200 bytes"
     } else {
         return Ok(());
@@ -418,7 +442,6 @@ fn explain(device: Option<u32>, io: io::Error) -> Error {
 fn explain_take_over(index: u32, io: io::Error) -> Error {
     let name = sysfs::node(index);
     match Errno::from_io_error(&io) {
-        Some(Errno::NOSPC) => error(ErrorKind::Conflict, format!("{} is served: its connections live", name.display())),
         Some(Errno::INVAL) => {
             let what = format!("{} is not attached any more, or belongs to another backend", name.display());
             error(ErrorKind::NotFound, what)

@@ -37,7 +37,6 @@ const NBD_CMD_CONNECT: u8 = 1;
 const NBD_CMD_DISCONNECT: u8 = 2;
 const NBD_CMD_RECONFIGURE: u8 = 3;
 const NBD_CMD_LINK_DEAD: u8 = 4;
-const NBD_CMD_STATUS: u8 = 5;
 
 const NBD_ATTR_INDEX: u16 = 1;
 const NBD_ATTR_SIZE_BYTES: u16 = 2;
@@ -46,13 +45,9 @@ const NBD_ATTR_TIMEOUT: u16 = 4;
 const NBD_ATTR_SERVER_FLAGS: u16 = 5;
 const NBD_ATTR_SOCKETS: u16 = 7;
 const NBD_ATTR_DEAD_CONN_TIMEOUT: u16 = 8;
-const NBD_ATTR_DEVICE_LIST: u16 = 9;
 const NBD_ATTR_BACKEND_IDENTIFIER: u16 = 10;
 const NBD_SOCK_ITEM: u16 = 1;
 const NBD_SOCK_FD: u16 = 1;
-const NBD_DEVICE_ITEM: u16 = 1;
-const NBD_DEVICE_INDEX: u16 = 1;
-const NBD_DEVICE_CONNECTED: u16 = 2;
 
 /// What the kernel is told about a device; all but the sockets may be left as it is in [`Control::reconfigure`].
 #[derive(Debug, Default)]
@@ -133,10 +128,11 @@ impl Control {
         take_u32(find(&reply.unwrap_or_default(), NBD_ATTR_INDEX)?, 0)
     }
 
-    /// Gives a device new sockets in place of dead ones, and other settings.
+    /// Gives a device new sockets in place of dead ones, and other settings. Sockets for which there is no dead one are
+    /// left alone, without a word.
     ///
     /// # Errors
-    /// `EINVAL` if it is not attached or has another identifier, `ENOSPC` if it has no dead connection.
+    /// `EINVAL` if it is not attached or has another identifier.
     pub(crate) fn reconfigure(&mut self, index: u32, request: &Request<'_>) -> io::Result<()> {
         self.ask(NBD_CMD_RECONFIGURE, request.attributes().u32(NBD_ATTR_INDEX, index))?;
         Ok(())
@@ -149,20 +145,6 @@ impl Control {
     pub(crate) fn disconnect(&mut self, index: u32) -> io::Result<()> {
         self.ask(NBD_CMD_DISCONNECT, Attributes::default().u32(NBD_ATTR_INDEX, index))?;
         Ok(())
-    }
-
-    /// Whether a device is attached.
-    ///
-    /// # Errors
-    /// `NotFound` if there is no such device.
-    pub(crate) fn is_connected(&mut self, index: u32) -> io::Result<bool> {
-        let reply = self.ask(NBD_CMD_STATUS, Attributes::default().u32(NBD_ATTR_INDEX, index))?.unwrap_or_default();
-        for (kind, item) in attributes(find(&reply, NBD_ATTR_DEVICE_LIST)?)? {
-            if kind == NBD_DEVICE_ITEM && take_u32(find(item, NBD_DEVICE_INDEX)?, 0)? == index {
-                return Ok(find(item, NBD_DEVICE_CONNECTED)?.first() == Some(&1));
-            }
-        }
-        Err(Errno::NOENT.into())
     }
 
     /// Asks to be told of dead connections.

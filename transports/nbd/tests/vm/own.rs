@@ -1,0 +1,168 @@
+//! The kernel's client on our own server: over a socket pair in one process, and over a slow link.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use r3map_core::{Backend, Operation};
+use r3map_nbd::kernel::{Device, Disk, Interface, Settings, block_size};
+use r3map_nbd::{Address, Server, ServerExport, ServerSettings};
+use r3map_testkit::faults::Faults;
+use r3map_testkit::store::Store;
+use r3map_testkit::{fill, in_vm};
+use rustix::fs::OFlags;
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+
+use crate::support::{Aligned, SIZE, attach, connect_to, exercise, open_direct, read_direct, run, runtime};
+
+/// A server in this process, and what its backend is asked.
+struct Own {
+    runtime: Runtime,
+    server: Server,
+    calls: Arc<Faults>,
+}
+
+impl Own {
+    fn new(store: Store) -> Self {
+        let calls = Faults::new(Arc::new(store));
+        let backend: Arc<dyn Backend> = calls.clone();
+        let server = Server::new(vec![ServerExport::new("", backend)], ServerSettings::default()).unwrap();
+        Self { runtime: runtime(), server, calls }
+    }
+
+    /// The kernel's end of a socket pair whose other end is served.
+    fn pair(&self) -> (Vec<OwnedFd>, Disk) {
+        let _inside = self.runtime.enter();
+        let (ours, kernels) = UnixStream::pair().unwrap();
+        let (export, _) = self.server.serve_export(ours, "").unwrap();
+        let disk = Disk { size: export.size, block_size: block_size(export.size).unwrap(), flags: export.flags };
+        (vec![kernels.into_std().unwrap().into()], disk)
+    }
+
+    fn attach(&self, settings: &Settings) -> Device {
+        attach(self.pair(), settings)
+    }
+}
+
+#[test]
+fn a_file_system_over_a_socket_pair() {
+    if !in_vm() {
+        return;
+    }
+    for interface in [Interface::Netlink, Interface::Ioctl] {
+        let own = Own::new(Store::new(SIZE));
+        let device = own.attach(&Settings { interface, ..Settings::default() });
+        exercise(&device.path());
+        device.detach().unwrap();
+    }
+}
+
+#[test]
+fn every_byte_is_where_it_belongs_and_the_end_is_the_end() {
+    if !in_vm() {
+        return;
+    }
+    // A size that only 512 divides.
+    let size = (1 << 20) + 512;
+    let own = Own::new(Store::new(size).filled(3));
+    let device = own.attach(&Settings::default());
+    let file = std::fs::File::open(device.path()).unwrap();
+    let mut bytes = vec![0; usize::try_from(size).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    fill::check(&bytes, 0, 3).unwrap();
+    assert_eq!(file.read_at(&mut bytes, size).unwrap(), 0);
+    drop(file);
+    device.detach().unwrap();
+}
+
+#[test]
+fn flush_fua_and_discard_reach_the_backend() {
+    if !in_vm() {
+        return;
+    }
+    let own = Own::new(Store::new(SIZE).filled(1));
+    let device = own.attach(&Settings::default());
+    let page = Box::new(Aligned([9; 4096]));
+    let count = |operation| own.calls.count(operation);
+    open_direct(&device.path(), OFlags::empty()).write_all_at(&page.0, 0).unwrap();
+    let before = (count(Operation::Write), count(Operation::Flush));
+    open_direct(&device.path(), OFlags::DSYNC).write_all_at(&page.0, 4096).unwrap();
+    let after = (count(Operation::Write), count(Operation::Flush));
+    assert!(after.0 > before.0 && after.1 > before.1, "a write with FUA is flushed: {before:?}, {after:?}");
+    open_direct(&device.path(), OFlags::empty()).sync_all().unwrap();
+    assert!(count(Operation::Flush) > after.1, "fsync is a flush");
+    run("blkdiscard", &["--offset", "65536", "--length", "1M", device.path().to_str().unwrap()]);
+    let trimmed = own.calls.take_calls().into_iter().filter(|call| call.operation == Operation::Trim);
+    let bytes: u64 = trimmed.map(|call| call.len()).sum();
+    assert_eq!(bytes, 1 << 20);
+    assert_eq!(read_direct(&device.path(), 65536).unwrap(), [0; 4096]);
+    device.detach().unwrap();
+}
+
+#[test]
+fn what_was_written_is_flushed_when_it_is_detached() {
+    if !in_vm() {
+        return;
+    }
+    for interface in [Interface::Netlink, Interface::Ioctl] {
+        let own = Own::new(Store::new(SIZE).volatile_cache());
+        let device = own.attach(&Settings { interface, ..Settings::default() });
+        let file = std::fs::File::options().write(true).open(device.path()).unwrap();
+        let bytes = fill::bytes(0, 1 << 20, 5);
+        file.write_all_at(&bytes, 0).unwrap();
+        drop(file);
+        device.detach().unwrap();
+        let flushed = own.calls.take_calls().iter().rposition(|call| call.operation == Operation::Flush);
+        assert!(flushed.is_some(), "{interface:?}: nothing was flushed");
+        let mut read = vec![0; bytes.len()];
+        own.runtime.block_on(own.calls.read_at(0, &mut read)).unwrap();
+        assert!(read == bytes, "{interface:?}: what was written is not there");
+    }
+}
+
+#[test]
+fn over_a_link_with_a_round_trip_of_40_ms() {
+    if !in_vm() {
+        return;
+    }
+    let own = Own::new(Store::new(SIZE));
+    let any = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+    let Address::Tcp { port, .. } = own.runtime.block_on(own.server.listen(&any)).unwrap() else { panic!("no port") };
+    run("tc", &["qdisc", "add", "dev", "lo", "root", "netem", "delay", "20ms"]);
+    let _delayed = Delayed;
+    let device = attach(connect_to(&format!("nbd://127.0.0.1:{port}"), 4), &Settings::default());
+    let start = Instant::now();
+    read_direct(&device.path(), 0).unwrap();
+    assert!(start.elapsed().as_millis() >= 40, "the link is not slow");
+    exercise(&device.path());
+    device.detach().unwrap();
+}
+
+/// Makes the link fast again.
+struct Delayed;
+
+impl Drop for Delayed {
+    fn drop(&mut self) {
+        run("tc", &["qdisc", "del", "dev", "lo", "root"]);
+    }
+}
+
+#[test]
+fn several_devices_at_once() {
+    if !in_vm() {
+        return;
+    }
+    let owns: Vec<Own> = (0..4).map(|seed| Own::new(Store::new(1 << 20).filled(seed))).collect();
+    let devices: Vec<Device> = std::thread::scope(|scope| {
+        let attached: Vec<_> = owns.iter().map(|own| scope.spawn(|| own.attach(&Settings::default()))).collect();
+        attached.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (device, seed) in devices.iter().zip(0..) {
+        fill::check(&read_direct(&device.path(), 8192).unwrap(), 8192, seed).unwrap();
+    }
+    for device in devices {
+        device.detach().unwrap();
+    }
+}
