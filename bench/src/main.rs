@@ -60,6 +60,8 @@ enum Section {
     File,
     /// The transport: throughput between two processes, and what it costs.
     Grpc,
+    /// NBD against nbdkit and libnbd's tools.
+    Nbd,
     /// Managed and direct mounts behind a round trip of 0 to 40 ms.
     Rtt,
     /// Opening a region of 1 TiB.
@@ -124,10 +126,11 @@ fn run(arguments: &Arguments) -> ExitCode {
 
 type Run = fn(&mut Bench);
 
-const SECTIONS: [(Section, Run); 5] = [
+const SECTIONS: [(Section, Run); 6] = [
     (Section::Slice, sections::slice::run),
     (Section::File, sections::file::run),
     (Section::Grpc, sections::grpc::run),
+    (Section::Nbd, sections::nbd::run),
     (Section::Rtt, sections::rtt::run),
     (Section::Open, sections::open::run),
 ];

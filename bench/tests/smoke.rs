@@ -59,6 +59,9 @@ fn figures() -> BTreeSet<String> {
     }
     add("grpc", "a checksum (CRC-32C)");
     add("grpc", "a copy, 1 MiB at a time");
+    for connections in ["4 connections", "1 connection"] {
+        add("nbd", &format!("client: read, {connections}"));
+    }
     for shown in ["slice", "file"] {
         for mode in ["managed", "direct"] {
             for rtt in [0, 1, 5, 10, 20, 40] {

@@ -4,6 +4,7 @@ pub(crate) mod block;
 pub(crate) mod file;
 pub(crate) mod grpc;
 pub(crate) mod mounted;
+pub(crate) mod nbd;
 pub(crate) mod open;
 pub(crate) mod rtt;
 pub(crate) mod slice;
