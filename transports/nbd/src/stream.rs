@@ -4,7 +4,7 @@
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -70,6 +70,16 @@ impl Stream {
 
     pub(crate) fn is_tls(&self) -> bool {
         matches!(self, Self::Tls(_))
+    }
+
+    /// To ask the kernel with what has arrived at the other side, where it is a socket.
+    pub(crate) fn socket(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd().try_clone_to_owned().ok(),
+            Self::Unix(stream) => stream.as_fd().try_clone_to_owned().ok(),
+            Self::Tls(stream) => stream.get_ref().0.socket(),
+            Self::Other(_) => None,
+        }
     }
 
     /// Both halves, for use from different tasks.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures_util::stream::{self, TryStreamExt};
-use r3map_core::{Access, Backend, Error, ErrorKind, Operation, RangeGuard, Result, Trim, WriteZeroes};
+use r3map_core::{Backend, Error, ErrorKind, Operation, RangeGuard, Result, Trim, WriteZeroes};
 
 use crate::client::calls::{Asked, Failure};
 use crate::client::{ATTEMPTS, Client, PARTS_IN_FLIGHT, index};
@@ -54,10 +54,7 @@ impl Client {
             return Ok(());
         }
         let range = offset..offset + len;
-        let unit = match self.links.facts().access() {
-            Access::Any => 1,
-            Access::WholeChunks(chunk) => chunk.bytes(),
-        };
+        let unit = self.unit();
         let outer = offset / unit * unit..range.end.next_multiple_of(unit).min(self.size());
         let guard = Arc::new(self.changes.lock(outer).await);
         let zeroing = self.zero_locked(operation, range, unit, &guard);

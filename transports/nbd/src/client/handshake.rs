@@ -22,7 +22,7 @@ use crate::wire::{
 };
 
 /// The most replies to one option: nobody has more exports, and nobody waits for more.
-const MAX_REPLIES: usize = 1 << 16;
+const MAX_REPLIES: usize = 1 << 14;
 
 /// How TLS is used.
 #[derive(Clone)]

@@ -88,6 +88,11 @@ impl Incoming {
         self.received
     }
 
+    /// Lets go of the stream: the other side is told when both halves are.
+    pub(crate) fn release(&mut self) {
+        self.stream = Box::new(tokio::io::empty());
+    }
+
     /// The request whose call should come and receive now.
     pub(crate) fn awaited(&self) -> Option<u64> {
         match &self.state {

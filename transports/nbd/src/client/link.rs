@@ -4,12 +4,14 @@
 //! requests themselves. Calls send and receive where they stand; the connection's one task, its driver, waits for headers,
 //! sends what did not fit, watches for silence, and says farewell.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use r3map_core::RangeGuard;
+use r3map_sys::socket::unacknowledged;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
@@ -40,6 +42,8 @@ pub(crate) struct Shared {
     pub(crate) incoming: Mutex<Incoming>,
     pub(crate) outgoing: Mutex<Outgoing>,
     pub(crate) calls: Mutex<Calls>,
+    /// The socket, if it is one, for as long as the connection is open.
+    pub(crate) socket: Mutex<Option<OwnedFd>>,
     /// Wakes the driver.
     pub(crate) driver: Mutex<Waker>,
     /// The link is dropped.
@@ -68,12 +72,14 @@ impl Link {
         runtime: &Handle,
     ) -> Self {
         let name = unflushed.now();
+        let socket = Mutex::new(stream.socket());
         let (reading, writing) = stream.split();
         let max_data = u32::try_from(facts.longest()).unwrap_or(u32::MAX);
         let shared = Arc::new(Shared {
             incoming: Mutex::new(Incoming::new(reading, facts.framing, max_data)),
             outgoing: Mutex::new(Outgoing::new(writing)),
             calls: Mutex::new(Calls::new(name, unflushed, facts.allocation)),
+            socket,
             driver: Mutex::new(Waker::noop().clone()),
             leaving: AtomicBool::new(false),
             idle: AtomicBool::new(true),
@@ -90,6 +96,13 @@ impl Link {
     /// Whether requests can be made. One that broke without a word is found out only when it is used.
     pub(crate) fn is_open(&self) -> bool {
         lock(&self.shared.calls).broken().is_none()
+    }
+
+    /// Bytes that came, and that have arrived at the other side as far as the kernel knows.
+    pub(crate) fn moved(&self) -> u64 {
+        let (received, sent) = (lock(&self.shared.incoming).received(), lock(&self.shared.outgoing).sent());
+        let under_way = lock(&self.shared.socket).as_ref().map_or(0, |socket| unacknowledged(socket).unwrap_or(0));
+        received + sent.saturating_sub(under_way)
     }
 
     /// How many requests are under way.
@@ -223,12 +236,15 @@ impl Drop for Call<'_> {
     }
 }
 
-/// Fails whatever is under way when the driver ends, also if its runtime ends first.
+/// Fails whatever is under way when the driver ends, also if its runtime ends first, and closes the socket, although
+/// somebody may still hold the link.
 struct Ending(Arc<Shared>);
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        lock(&self.0.outgoing).close();
+        lock(&self.0.outgoing).release();
+        lock(&self.0.incoming).release();
+        lock(&self.0.socket).take();
         let failure = Failure::GivenUp("the runtime that the client was connected on has shut down".to_owned());
         drop(lock(&self.0.calls).fail(failure));
     }

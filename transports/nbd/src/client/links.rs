@@ -1,6 +1,7 @@
 //! The connections of a client: opens them when they are needed, again after they broke, and makes sure that what is
 //! behind them is still the same region.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ pub(crate) struct Opener {
     runtime: Handle,
     facts: OnceLock<Facts>,
     unflushed: Arc<Unflushed>,
+    /// What moved over connections that are no more.
+    moved: AtomicU64,
 }
 
 impl std::fmt::Debug for Source {
@@ -140,6 +143,7 @@ impl Links {
             runtime: Handle::current(),
             facts: OnceLock::new(),
             unflushed: Arc::default(),
+            moved: AtomicU64::new(0),
         });
         let mut links = Self { opener, slots: vec![Slot::default()] };
         links.any(Operation::Open).await?;
@@ -161,6 +165,12 @@ impl Links {
 
     pub(crate) fn unflushed(&self) -> &Unflushed {
         &self.opener.unflushed
+    }
+
+    /// Bytes that have moved over all of the connections so far.
+    pub(crate) fn moved(&self) -> u64 {
+        let last = self.slots.iter().filter_map(Slot::last);
+        last.map(|link| link.moved()).sum::<u64>() + self.opener.moved.load(Ordering::Relaxed)
     }
 
     /// The open connection with the least to do; opens the first one if there is none, and another one in the background
@@ -191,10 +201,15 @@ impl Links {
 }
 
 impl Slot {
+    /// The connection, if there is or was one.
+    fn last(&self) -> Option<Arc<Link>> {
+        let opening = lock(&self.0).opening.clone()?;
+        opening.now_or_never()?.ok()
+    }
+
     /// The connection, if it is open.
     fn get(&self) -> Option<Arc<Link>> {
-        let opening = lock(&self.0).opening.clone()?;
-        opening.now_or_never()?.ok().filter(|link| link.is_open())
+        self.last().filter(|link| link.is_open())
     }
 
     /// What is being waited for, or a new attempt if the last one failed or its connection has broken since.
@@ -229,6 +244,9 @@ impl Slot {
 impl State {
     fn begin(&mut self, opener: &Arc<Opener>) -> Opening {
         self.tried = Some(Instant::now());
+        if let Some(Some(Ok(link))) = self.opening.take().map(FutureExt::now_or_never) {
+            opener.moved.fetch_add(link.moved(), Ordering::Relaxed);
+        }
         let attempt = opener.runtime.spawn(opener.clone().open());
         let opening = attempt.map(|result| result.unwrap_or_else(|_| Err(shut_down()))).boxed().shared();
         self.opening.insert(opening).clone()

@@ -17,19 +17,24 @@ mod unflushed;
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future::try_join_all;
 use futures_util::stream::{self, TryStreamExt};
 use r3map_core::{
-    Backend, Capabilities, Error, ErrorKind, Extent, ExtentKind, Extents, Operation, RangeLock, Result, check_range,
+    Access, Activity, Backend, Capabilities, Error, ErrorKind, Extent, ExtentKind, Extents, Operation, RangeLock,
+    Result, check_range,
 };
 
 use crate::stream::Duplex;
 use crate::uri::NbdUri;
 use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, StateFlags, TransmissionFlags};
 use calls::{Asked, Failure};
+use link::Link;
 use links::{Links, Source};
+use unflushed::Written;
 
 pub use handshake::{Export, Listed};
 
@@ -149,13 +154,18 @@ impl Client {
         })
     }
 
+    /// The unit in bytes of what can be read and written.
+    fn unit(&self) -> u64 {
+        match self.links.facts().access() {
+            Access::Any => 1,
+            Access::WholeChunks(chunk) => chunk.bytes(),
+        }
+    }
+
     fn check(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
         check_range(operation, self.size(), offset, len)?;
         // Where the server has blocks, requests are whole chunks.
-        let unit = match self.links.facts().access() {
-            r3map_core::Access::Any => return Ok(()),
-            r3map_core::Access::WholeChunks(chunk) => chunk.bytes(),
-        };
+        let unit = self.unit();
         let whole = offset.is_multiple_of(unit) && (len.is_multiple_of(unit) || offset + len == self.size());
         let moves = matches!(operation, Operation::Read | Operation::Write);
         match whole || !moves || len == 0 {
@@ -200,6 +210,7 @@ impl Backend for Client {
             trim: zeroes.then_some(self),
             write_zeroes: zeroes.then_some(self),
             extents: facts.allocation.is_some().then_some(self),
+            activity: Some(self),
             ..Capabilities::default()
         }
     }
@@ -233,35 +244,16 @@ impl Backend for Client {
     }
 
     async fn flush(&self) -> Result<()> {
-        if self.links.facts().has(TransmissionFlags::READ_ONLY)
-            || !self.links.facts().has(TransmissionFlags::SEND_FLUSH)
-        {
+        let facts = self.links.facts();
+        if facts.has(TransmissionFlags::READ_ONLY) || !facts.has(TransmissionFlags::SEND_FLUSH) {
             // Such a server has no cache that it could flush.
             return Ok(());
         }
         let mark = self.links.unflushed().mark();
-        let shared_cache = self.links.facts().has(TransmissionFlags::CAN_MULTI_CONN);
-        let first = self.links.any(Operation::Flush).await?;
-        let mut open = self.links.open_ones();
-        if !open.iter().any(|link| link.name() == first.name()) {
-            open.push(first);
-        }
-        // The oldest covers most; others are asked for what it does not.
-        let asked: Vec<_> = open
-            .iter()
-            .enumerate()
-            .filter(|(at, link)| *at == 0 || mark.iter().any(|written| written.link == link.name()))
-            .map(|(_, link)| link.clone())
-            .collect();
-        let flushes = stream::iter(asked.iter().map(Ok)).try_for_each_concurrent(None, |link| async move {
-            let asked = Asked { command: Command::Flush, offset: 0, length: 0 };
-            let reply = link.request(asked, CommandFlags::empty(), &[], None).await;
-            reply.map(|_| ()).map_err(|failure| self.failed(Operation::Flush, failure))
-        });
-        flushes.await?;
+        let asked = self.to_flush(&mark).await?;
+        try_join_all(asked.iter().map(|link| self.flush_on(link))).await?;
         self.links.unflushed().settled(&mark);
-        let covered = mark.iter().all(|written| asked.iter().any(|link| written.covered_by(link.name(), shared_cache)));
-        match covered {
+        match mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written))) {
             true => Ok(()),
             false => {
                 let message = format!(
@@ -272,6 +264,41 @@ impl Backend for Client {
                 Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
             }
         }
+    }
+}
+
+impl Client {
+    /// The connections to flush for what there is at `mark`: the oldest, which covers most, and those with something of
+    /// their own that it does not cover.
+    async fn to_flush(&self, mark: &[Written]) -> Result<Vec<Arc<Link>>> {
+        let some = self.links.any(Operation::Flush).await?;
+        let mut open = self.links.open_ones();
+        if open.is_empty() {
+            // It broke meanwhile, and will say so.
+            open.push(some);
+        }
+        let oldest = open[0].clone();
+        let left =
+            |link: &Link| mark.iter().any(|written| written.link == link.name() && !self.covers(&oldest, written));
+        open.retain(|link| link.name() == oldest.name() || left(link));
+        Ok(open)
+    }
+
+    /// Whether a flush on a connection makes what was written durable.
+    fn covers(&self, link: &Link, written: &Written) -> bool {
+        written.covered_by(link.name(), self.links.facts().has(TransmissionFlags::CAN_MULTI_CONN))
+    }
+
+    async fn flush_on(&self, link: &Link) -> Result<()> {
+        let asked = Asked { command: Command::Flush, offset: 0, length: 0 };
+        let reply = link.request(asked, CommandFlags::empty(), &[], None).await;
+        reply.map(|_| ()).map_err(|failure| self.failed(Operation::Flush, failure))
+    }
+}
+
+impl Activity for Client {
+    fn moved(&self) -> u64 {
+        self.links.moved()
     }
 }
 

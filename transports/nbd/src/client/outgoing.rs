@@ -152,6 +152,12 @@ impl Outgoing {
         self.waiting.drain(..).for_each(Waker::wake);
     }
 
+    /// Lets go of the stream, as [`crate::client::incoming::Incoming::release`].
+    pub(crate) fn release(&mut self) {
+        self.close();
+        self.stream = Box::new(tokio::io::sink());
+    }
+
     /// Tells the other side that nothing more comes.
     pub(crate) fn poll_shutdown(&mut self, context: &mut Context<'_>) -> Poll<()> {
         Pin::new(&mut self.stream).poll_shutdown(context).map(|_| ())

@@ -177,3 +177,65 @@ async fn a_write_that_was_given_up_never_lands_late() {
         }
     }
 }
+
+/// A slow line is no dead one: what moves is counted, over connections that come and go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_moves_is_counted() {
+    let mut place = Place::new("memory 4M", ClientSettings::default()).await;
+    let client = place.client.clone();
+    let activity = client.capabilities().activity.expect("its bytes rest elsewhere");
+    let mut before = activity.moved();
+    for _ in 0..3 {
+        client.write_at(0, &fill::bytes(0, 1 << 20, 1)).await.unwrap();
+        let (written, now) = (before, activity.moved());
+        assert!(now - written >= 1 << 20, "{} bytes", now - written);
+        client.read_at(0, &mut vec![0; 1 << 20]).await.unwrap();
+        before = activity.moved();
+        assert!(before - now >= 1 << 20, "{} bytes", before - now);
+        place.restart("memory 4M");
+        client.read_at(0, &mut [0; 1]).await.unwrap();
+        assert!(activity.moved() >= before, "it never goes back");
+        before = activity.moved();
+    }
+}
+
+/// A connection on which the server lied is closed, although the client keeps it in mind.
+#[tokio::test]
+async fn a_lost_connection_is_closed_at_once() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let directory = tempfile::tempdir().unwrap();
+    let listener = tokio::net::UnixListener::bind(socket_in(directory.path())).unwrap();
+    let serve = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"NBDMAGICIHAVEOPT\x00\x03").await.unwrap();
+        stream.read_exact(&mut [0; 4]).await.unwrap();
+        let mut option = [0; 16];
+        // Everything is unsupported up to EXPORT_NAME.
+        loop {
+            stream.read_exact(&mut option).await.unwrap();
+            let length = u32::from_be_bytes(option[12..].try_into().unwrap());
+            stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+            if option[11] == 1 {
+                break;
+            }
+            let mut reply = 0x0003_e889_0455_65a9u64.to_be_bytes().to_vec();
+            reply.extend(&option[8..12]);
+            reply.extend([0x80, 0, 0, 1, 0, 0, 0, 0]);
+            stream.write_all(&reply).await.unwrap();
+        }
+        stream.write_all(&[0, 0, 0, 0, 0, 16, 0, 0, 0, 1]).await.unwrap();
+        stream.read_exact(&mut [0; 28]).await.unwrap();
+        stream.write_all(&[b'?'; 16]).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), stream.read(&mut [0; 1])).await.expect("it is closed").unwrap()
+    };
+    let client = async {
+        let client =
+            Client::connect(unix_uri(&socket_in(directory.path()), ""), ClientSettings::default()).await.unwrap();
+        assert_eq!(client.size(), 1 << 20);
+        let error = client.read_at(0, &mut [0; 10]).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        client
+    };
+    let (read, _client) = tokio::join!(serve, client);
+    assert_eq!(read, 0, "the end of the stream");
+}
