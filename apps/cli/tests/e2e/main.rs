@@ -14,6 +14,7 @@ mod entries;
 mod exercisers;
 mod file_systems;
 mod lifecycle;
+mod nbd;
 mod never_zeros;
 mod options;
 mod server_gone;
