@@ -52,13 +52,19 @@ pub(crate) enum Command {
 Examples:
   r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337
   r3map serve file:/data/new.img --create --size 4GiB --listen grpc+unix:///run/r3map.sock
-  r3map serve memory: --size 1GiB --listen grpc://[::1]:0")]
+  r3map serve memory: --size 1GiB --listen grpc://[::1]:0
+  r3map serve file:/data/disk.img --listen nbd://0.0.0.0/disk --listen 'nbd+unix:///disk?socket=/run/disk.sock'
+  r3map serve file:/data/disk.img --listen 'nbds://0.0.0.0/disk?tls-certificates=/etc/pki/nbd'
+
+A directory of certificates holds server-cert.pem and server-key.pem. With nbds every client must use TLS, with nbd and
+tls-certificates it may; with tls-verify-peer=1 it must show a certificate that ca-cert.pem there vouches for.")]
 pub(crate) struct Serve {
     /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337,
     /// nbd://host/disk.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
-    /// Where to listen: grpc://ADDRESS:PORT or grpc+unix://PATH; may be given several times.
+    /// Where to listen: grpc://ADDRESS:PORT, grpc+unix://PATH, nbd://ADDRESS[:PORT]/NAME or
+    /// nbd+unix:///NAME?socket=PATH; may be given several times.
     #[arg(long, required = true, value_name = "URI", value_parser = parse_uri)]
     pub(crate) listen: Vec<Uri>,
     /// Refuse writes.

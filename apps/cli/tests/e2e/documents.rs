@@ -106,6 +106,7 @@ fn stage(scene: &Scene, number: usize, word: &str, server: &str) -> String {
     }
     match word {
         "grpc://0.0.0.0:1337" | "grpc://127.0.0.1:1337" => "grpc://127.0.0.1:0".to_owned(),
+        "nbd://0.0.0.0:10809/disk" => "nbd://127.0.0.1:0/disk".to_owned(),
         "grpc://host:1337" => server.to_owned(),
         "grpc+unix:///run/r3map.sock" => format!("grpc+unix://{}", scene.name(&format!("socket{number}"))),
         "./region" => scene.name(&format!("region{number}")),
