@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let files = protox::compile(["r3map/region/v1/region.proto", "r3map/mount/v1/mount.proto"], ["proto"])?;
+    let names = ["region/v1/region", "mount/v1/mount", "migration/v1/migration", "migration/v1/seeder"];
+    let files = protox::compile(names.map(|name| format!("r3map/{name}.proto")), ["proto"])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     for (folder, services) in [("messages", false), ("peer", true)] {
         let folder = out.join(folder);

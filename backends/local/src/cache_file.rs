@@ -121,6 +121,19 @@ impl CacheFile {
         Ok(Self { table: Arc::new(table), window })
     }
 
+    /// What the region in an existing cache file is called, and how it is cut. Does not take the file into use.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn describe(path: impl AsRef<Path>) -> Result<(String, Geometry)> {
+        let path = path.as_ref();
+        let mut page = [0; header::LEN];
+        let read = fs::File::open(path).and_then(|file| file.read_exact_at(&mut page, 0));
+        read.map_err(|error| Error::from_io(Operation::Open, format!("{} is no cache file", path.display()), error))?;
+        let header = Header::from_page(&page).map_err(|error| error.context(path.display()))?;
+        Ok((header.identity, header.geometry))
+    }
+
     fn check(&self, operation: Operation, offset: u64, len: u64) -> Result<()> {
         check_range(operation, self.window.len(), offset, len)
     }

@@ -39,6 +39,24 @@ impl BlockSet {
         }
     }
 
+    /// Takes all blocks of another set out.
+    pub fn subtract(&mut self, other: &Self) {
+        self.leaves.retain(|leaf, ours| {
+            let Some(theirs) = other.leaves.get(leaf) else { return true };
+            ours.iter_mut().zip(theirs.iter()).for_each(|(ours, theirs)| *ours &= !theirs);
+            ours.iter().any(|word| *word != 0)
+        });
+    }
+
+    /// The blocks from 0 to `count` that are not in the set.
+    #[must_use]
+    pub fn complement(&self, count: u64) -> Self {
+        let mut others = Self::default();
+        others.insert(0..count);
+        others.subtract(self);
+        others
+    }
+
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -148,6 +166,12 @@ mod tests {
             let geometry = Geometry::new(20_300 * 4096 - 5, ChunkSize::new(16384).unwrap()).unwrap();
             let chunks: BTreeSet<_> = model.iter().map(|block| block / 4).collect();
             prop_assert_eq!(ours.chunks(&geometry).collect::<Vec<_>>(), runs_of(&chunks));
+            let absent = (0..20_300).filter(|block| !model.contains(block)).collect();
+            prop_assert_eq!(ours.complement(20_300).runs().collect::<Vec<_>>(), runs_of(&absent));
+            prop_assert!(theirs.runs().flatten().all(|block| model.remove(&block)));
+            ours.subtract(&theirs);
+            prop_assert_eq!(ours.runs().collect::<Vec<_>>(), runs_of(&model));
+            prop_assert_eq!(ours.is_empty(), model.is_empty());
         }
     }
 

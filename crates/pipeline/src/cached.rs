@@ -27,7 +27,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::{Local, Recorded, StateRecord};
+use crate::{BlockSet, Local, Recorded, StateRecord};
 
 mod buffers;
 mod placer;
@@ -40,7 +40,9 @@ mod tests;
 
 use buffers::Buffers;
 use report::Report;
-pub use settings::{CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings};
+pub use settings::{
+    CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings, Writes,
+};
 
 /// The longest demand pull in bytes: a longer read is several, side by side.
 const DEMAND_REQUEST: u64 = 1 << 20;
@@ -161,6 +163,26 @@ impl Cached {
         self.inner.demand(range).await
     }
 
+    /// The blocks that are local now.
+    #[must_use]
+    pub fn local_blocks(&self) -> BlockSet {
+        let (mut blocks, mut at) = (BlockSet::default(), 0);
+        while let Some(run) = self.inner.table.next_valid(at) {
+            at = run.end;
+            blocks.insert(run);
+        }
+        blocks
+    }
+
+    /// Searches for what was written through a mapping before the call, and tells [`CachedParts::tracker`] of it; the
+    /// search that comes after it finds what was written later. Nothing where writes are calls.
+    ///
+    /// # Errors
+    /// When the kernel does not answer; what it has not answered for is found the next time.
+    pub async fn collect_written(&self) -> Result<()> {
+        self.inner.collect_all().await
+    }
+
     /// Waits until the whole region is local.
     ///
     /// # Errors
@@ -201,6 +223,12 @@ impl Cached {
     pub fn abandon(&self) {
         self.inner.abandon();
     }
+
+    /// The same, and waits until everything that was under way has ended: nothing more is put in place afterwards.
+    pub async fn abandoned(&self) {
+        self.inner.abandon();
+        self.inner.tasks.wait().await;
+    }
 }
 
 impl Drop for Cached {
@@ -219,7 +247,8 @@ impl Inner {
         settings.validate()?;
         let geometry = Geometry::new(remote.size(), settings.chunk_size)?;
         let (request_limit, push_unit) = check_sides(&*local, &*remote, &settings, &parts)?;
-        let read_only = settings.read_only || remote.capabilities().read_only;
+        let pushed = settings.writes == Writes::Pushed;
+        let read_only = settings.read_only || pushed && remote.capabilities().read_only;
         let table = Arc::new(open_table(geometry, &parts, read_only)?);
         let pull_request = settings.pull.max_request.get().min(request_limit);
         let mut pull_plan = PullPlan::new(table.clone(), settings.pull.workers, pull_request, parts.priority.clone());
@@ -266,7 +295,7 @@ impl Inner {
         for _ in 0..self.pull_drivers() {
             self.spawn(&self.stop_pulling, self.clone().run_puller());
         }
-        if !self.read_only {
+        if !self.read_only && !self.keeps_writes() {
             self.spawn(&self.stop, self.clone().run_pusher());
         }
     }
@@ -283,6 +312,10 @@ impl Inner {
             Workers::Adaptive => cores,
             Workers::Fixed(limit) => cores.min(limit.get()),
         }
+    }
+
+    fn keeps_writes(&self) -> bool {
+        self.settings.writes == Writes::Kept
     }
 
     /// The time since the region was opened, for the plans.
@@ -494,7 +527,7 @@ impl Inner {
 
     /// Back-pressure: waits while the dirty budget is used up.
     async fn wait_for_budget(&self, operation: Operation) -> Result<()> {
-        if self.table.unpushed_bytes() < self.settings.push.dirty_budget.get() {
+        if self.keeps_writes() || self.table.unpushed_bytes() < self.settings.push.dirty_budget.get() {
             return Ok(());
         }
         loop {
@@ -679,6 +712,7 @@ fn open_table(geometry: Geometry, parts: &CachedParts, read_only: bool) -> Resul
     if parts.hooks.on_chunk_local.is_some() {
         table = table.reporting_chunks();
     }
+    restore_present(&table, parts)?;
     let Some(record) = &parts.record else { return Ok(table) };
     let mut fits = true;
     record.load(&mut |blocks, state| {
@@ -693,6 +727,24 @@ fn open_table(geometry: Geometry, parts: &CachedParts, read_only: bool) -> Resul
         return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
     }
     Ok(table)
+}
+
+/// Takes over what is in place already, and has the record know of it.
+fn restore_present(table: &Table, parts: &CachedParts) -> Result<()> {
+    for run in parts.present.runs() {
+        if run.end > table.geometry().block_count() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                Operation::Open,
+                "blocks past the region's end are present",
+            ));
+        }
+        if let Some(record) = &parts.record {
+            record.record(run.clone(), Recorded::Clean)?;
+        }
+        table.restore(run, false);
+    }
+    Ok(())
 }
 
 /// A length of something in memory.

@@ -10,19 +10,21 @@ mod local;
 mod record;
 mod retry;
 mod tracked;
+mod tracker;
 
 pub use aligned::Aligned;
 pub use block_set::BlockSet;
 pub use cached::{
-    Cached, CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings,
+    Cached, CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings, Writes,
 };
 pub use chunked::Chunked;
 pub use gate::{Closed, Gate, WhenClosed};
 pub use local::{InstallNow, Local, Written};
 pub use r3map_core::pull::{Priority, Workers};
 pub use record::{Recorded, StateRecord};
-pub use retry::{Backoff, Outage, Retry, RetrySettings};
-pub use tracked::{Taken, Tracked};
+pub use retry::{Backoff, Outage, Retry, RetrySettings, retrying};
+pub use tracked::Tracked;
+pub use tracker::{Taken, Tracker};
 
 /// Why a stage may expect an ability of the backend inside: it was asked for through its own capabilities.
 const DECLARED: &str = "a stage declares only abilities that the backend inside has";

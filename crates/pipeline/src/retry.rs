@@ -317,6 +317,34 @@ impl Drop for Trouble<'_> {
     }
 }
 
+/// Makes attempts at something that is no backend's call until one succeeds, fails for good, or the limit is reached,
+/// as [`Retry`] does. What is attempted must change nothing when it is done again.
+///
+/// # Errors
+/// The last attempt's.
+pub async fn retrying<T, F>(settings: &RetrySettings, operation: Operation, mut attempt: impl FnMut() -> F) -> Result<T>
+where
+    F: Future<Output = Result<T>>,
+{
+    let (start, mut wait) = (Instant::now(), settings.backoff.initial);
+    loop {
+        let left = settings.limit.map_or(Duration::MAX, |limit| limit.saturating_sub(start.elapsed()));
+        let allowed = settings.attempt_timeout.min(left);
+        let silence = || Error::new(ErrorKind::Unavailable, operation, format!("no answer within {allowed:?}"));
+        let error = match timeout(allowed, attempt()).await.unwrap_or_else(|_| Err(silence())) {
+            Err(error) if error.kind().is_retryable() => error,
+            other => return other,
+        };
+        let left = settings.limit.map_or(Duration::MAX, |limit| limit.saturating_sub(start.elapsed()));
+        tokio::time::sleep(wait.min(left)).await;
+        if left <= wait {
+            let tried = start.elapsed();
+            return Err(error.context(format!("gave up after {tried:.1?}; check that the remote is up and reachable")));
+        }
+        wait = wait.mul_f64(settings.backoff.multiplier).min(settings.backoff.max);
+    }
+}
+
 #[async_trait]
 impl Backend for Retry {
     fn size(&self) -> u64 {

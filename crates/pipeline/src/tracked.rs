@@ -2,13 +2,12 @@
 //!
 //! Writes that go past it (through a mapping, or by somebody else to the same backend) it cannot see.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use r3map_core::{Backend, Capabilities, ChunkSize, Geometry, Operation, Result, Trim, WriteZeroes, check_range};
 
-use crate::{BlockSet, DECLARED};
+use crate::{DECLARED, Taken, Tracker};
 
 /// A backend that can record what is written, trimmed or zeroed.
 ///
@@ -20,20 +19,7 @@ use crate::{BlockSet, DECLARED};
 pub struct Tracked {
     inner: Arc<dyn Backend>,
     geometry: Geometry,
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    tracking: AtomicBool,
-    record: Mutex<Record>,
-}
-
-#[derive(Default)]
-struct Record {
-    /// Which tracking this is: what was taken from an earlier one is not put back.
-    tracking: u64,
-    blocks: BlockSet,
+    tracker: Tracker,
 }
 
 impl Tracked {
@@ -43,32 +29,24 @@ impl Tracked {
     /// `InvalidInput` if the size of `inner` is no region's, as [`Geometry::new`].
     pub fn new(inner: Arc<dyn Backend>) -> Result<Self> {
         let geometry = Geometry::new(inner.size(), ChunkSize::MIN)?;
-        Ok(Self { inner, geometry, shared: Arc::default() })
+        Ok(Self { inner, geometry, tracker: Tracker::default() })
     }
 
     /// Starts to record, with an empty record. Whatever ended before this call is not in it; whatever ends after it is.
     pub fn track(&self) {
-        self.restart(true);
+        self.tracker.track();
     }
 
     /// Stops recording, and forgets the record.
     pub fn stop(&self) {
-        self.restart(false);
-    }
-
-    fn restart(&self, tracking: bool) {
-        let mut record = self.shared.record();
-        *record = Record { tracking: record.tracking + 1, blocks: BlockSet::default() };
-        self.shared.tracking.store(tracking, Ordering::SeqCst);
+        self.tracker.stop();
     }
 
     /// Takes the record so far; recording goes on with an empty one. What is taken is put back unless it is
     /// [confirmed](Taken::confirm).
     #[must_use = "what is not confirmed is put back"]
     pub fn take(&self) -> Taken {
-        let mut record = self.shared.record();
-        let blocks = std::mem::take(&mut record.blocks);
-        Taken { tracking: record.tracking, blocks, shared: self.shared.clone() }
+        self.tracker.take()
     }
 
     fn change(&self, operation: Operation, offset: u64, len: u64) -> Result<Change<'_>> {
@@ -76,12 +54,6 @@ impl Tracked {
         let change = Change { tracked: self, offset, len };
         change.record();
         Ok(change)
-    }
-}
-
-impl Shared {
-    fn record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,15 +66,9 @@ struct Change<'a> {
 
 impl Change<'_> {
     fn record(&self) {
-        let shared = &self.tracked.shared;
-        if !shared.tracking.load(Ordering::SeqCst) {
-            return;
-        }
-        let blocks = self.tracked.geometry.blocks_touched(&(self.offset..self.offset + self.len));
-        let mut record = shared.record();
-        // Under the lock, so that nothing is left in the record of a tracking that was stopped.
-        if shared.tracking.load(Ordering::SeqCst) {
-            record.blocks.insert(blocks);
+        let tracked = self.tracked;
+        if tracked.tracker.is_tracking() {
+            tracked.tracker.note(tracked.geometry.blocks_touched(&(self.offset..self.offset + self.len)));
         }
     }
 }
@@ -110,37 +76,6 @@ impl Change<'_> {
 impl Drop for Change<'_> {
     fn drop(&mut self) {
         self.record();
-    }
-}
-
-/// A record that was taken, and whose receiver does not have it yet. Dropping it puts it back, unless tracking was
-/// started anew or stopped meanwhile.
-#[must_use = "what is not confirmed is put back"]
-pub struct Taken {
-    tracking: u64,
-    blocks: BlockSet,
-    shared: Arc<Shared>,
-}
-
-impl Taken {
-    /// What was written.
-    #[must_use]
-    pub fn blocks(&self) -> &BlockSet {
-        &self.blocks
-    }
-
-    /// The receiver has it: it is not put back.
-    pub fn confirm(mut self) -> BlockSet {
-        std::mem::take(&mut self.blocks)
-    }
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        let mut record = self.shared.record();
-        if record.tracking == self.tracking {
-            record.blocks.union(&self.blocks);
-        }
     }
 }
 
@@ -192,7 +127,7 @@ impl WriteZeroes for Tracked {
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use r3map_core::ErrorKind;
     use r3map_testkit::faults::{Faults, Pause, Rule, cancel_after};

@@ -11,6 +11,8 @@
 mod copy;
 pub mod engine;
 mod families;
+#[cfg(all(feature = "file", feature = "slice"))]
+pub mod migration;
 mod mount;
 mod registry;
 mod settings;

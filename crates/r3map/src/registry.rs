@@ -157,6 +157,8 @@ pub struct Family {
 #[derive(Clone, Default)]
 pub struct Registry {
     families: BTreeMap<&'static str, Family>,
+    #[cfg(all(feature = "file", feature = "slice"))]
+    carriers: BTreeMap<&'static str, Arc<dyn crate::migration::Carry>>,
 }
 
 impl Registry {
@@ -177,6 +179,20 @@ impl Registry {
     /// Adds a scheme, or replaces it.
     pub fn register(&mut self, family: Family) {
         self.families.insert(family.scheme, family);
+    }
+
+    /// Has the transport of a scheme carry migrations too.
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub fn register_carrier(&mut self, scheme: &'static str, carrier: Arc<dyn crate::migration::Carry>) {
+        self.carriers.insert(scheme, carrier);
+    }
+
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub(crate) fn carry(&self, uri: &Uri) -> Result<Arc<dyn crate::migration::Carry>> {
+        self.carriers.get(uri.scheme()).cloned().ok_or_else(|| {
+            let known: Vec<_> = self.carriers.keys().map(|scheme| format!("{scheme}://")).collect();
+            uri.invalid(&format!("no region can be migrated over it; it takes: {}", known.join(", ")))
+        })
     }
 
     /// The schemes, in alphabetical order.

@@ -26,7 +26,8 @@ pub enum Protection {
 /// - A pager writes to pages that are there ([`Pager::write`]) only after [`Mapping::share`] has taken the views away
 ///   for good.
 /// - Write-protecting pages and finding written ones changes no byte.
-/// - Discarding happens to poisoned pages only, which nobody can have read.
+/// - Discarding happens to poisoned pages, which nobody can have read, and under an exclusive borrow of the mapping, when
+///   there is no view.
 ///
 /// Bytes are read in the background while a `&mut [u8]` is alive ([`Pager::read`]). The kernel reads them, as it would
 /// for a debugger; to the program this is no access at all, and what comes out may mix old and new bytes. Such a page
@@ -90,6 +91,16 @@ impl Mapping {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Makes whole pages missing again, whatever they hold. There is no view while this runs, and a later one finds the
+    /// pages filled anew.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a range that is not whole pages of the mapping; some of the pages may be discarded then.
+    pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        // SAFETY: `self` is borrowed exclusively, and views borrow it: nobody sees what the pages hold.
+        unsafe { self.pager.discard(offset, len) }
     }
 
     /// Gives up the views for good; from now on the pager may write to pages that are there.

@@ -322,6 +322,36 @@ impl Pager {
         }
     }
 
+    /// Makes every later store of the application a segmentation fault, and returns when none is under way that was not
+    /// one: what is found to be written from now on was written before. Loads, filling and reading go on.
+    ///
+    /// # Errors
+    /// When the kernel refuses; stores are allowed as before then.
+    pub fn freeze(&self) -> io::Result<()> {
+        self.span.allow(Protection::ReadOnly)
+    }
+
+    /// Allows again what the application may do.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn thaw(&self) -> io::Result<()> {
+        self.span.allow(self.protection)
+    }
+
+    /// Makes whole pages missing.
+    ///
+    /// # Safety
+    /// Nobody sees what the pages hold.
+    pub(crate) unsafe fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_pages(offset, len)?;
+        let mut poisoned = self.write_poisoned();
+        // SAFETY: the caller's.
+        unsafe { self.span.discard(offset, len.next_multiple_of(PAGE_SIZE)) }?;
+        poisoned.retain(|page, _| !(offset..offset + len).contains(page));
+        Ok(())
+    }
+
     /// Copies bytes out. The kernel reads them (`process_vm_readv(2)` on this very process): the application may be
     /// writing to them at the same time, and a page that cannot be had is an error and not a signal. A missing page is
     /// waited for where the kernel's faults are served, and is an error where they are not.

@@ -5,12 +5,14 @@
 //! [`r3map_pipeline::Cached`]; what the kernel is asked is in [`r3map_sys`].
 
 mod pages;
+mod prepared;
 mod runtime;
 mod server;
 mod settings;
 mod slice;
 mod task;
 
+pub use prepared::Prepared;
 pub use r3map_sys::{FaultScope, ScopeWanted};
 pub use settings::{SliceParts, SliceSettings};
 pub use slice::{Slice, SliceHandle, map};

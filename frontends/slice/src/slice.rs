@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use r3map_core::{Access, Backend, Capabilities, Error, ErrorKind, Geometry, Operation, Result, check_range};
-use r3map_pipeline::{Cached, Progress};
-use r3map_sys::{FaultScope, Mapping, Pager, Protection};
+use r3map_pipeline::{BlockSet, Cached, Progress, Tracker, Writes};
+use r3map_sys::{FaultScope, Mapping, Pager, Protection, ScopeWanted};
 use tokio::sync::watch;
 
 use crate::pages::Pages;
@@ -65,15 +65,24 @@ impl Slice {
     /// `Denied` where the kernel forbids this process to handle page faults, naming what to change; `Exhausted` when
     /// there is no room in the address space; `InvalidInput` for settings that contradict each other or the remote.
     pub fn open(remote: Arc<dyn Backend>, settings: SliceSettings, parts: SliceParts) -> Result<Self> {
+        let pushed = settings.region.writes == Writes::Pushed;
+        let read_only = settings.region.read_only || pushed && remote.capabilities().read_only;
+        let protection = if read_only { Protection::ReadOnly } else { Protection::Tracked };
+        Self::open_on(map_bytes(remote.size(), protection, settings.scope)?, remote, settings, parts)
+    }
+
+    /// The same on memory that is mapped already, and not in anybody's view.
+    pub(crate) fn open_on(
+        mapping: Mapping,
+        remote: Arc<dyn Backend>,
+        settings: SliceSettings,
+        parts: SliceParts,
+    ) -> Result<Self> {
         settings.validate()?;
         if parts.region.record.is_some() {
             let message = "memory does not survive the process, so that a slice cannot have a record of it";
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
         }
-        let read_only = settings.region.read_only || remote.capabilities().read_only;
-        let protection = if read_only { Protection::ReadOnly } else { Protection::Tracked };
-        let mapping = Mapping::new(remote.size(), protection, settings.scope)
-            .map_err(|error| Error::from_io(Operation::Mount, "cannot map the region into memory", error))?;
         let inner = Inner::open(mapping.pager().clone(), remote, settings, parts)?;
         Ok(Self { mapping, open: Open(inner), closing: false })
     }
@@ -220,6 +229,12 @@ impl Deref for Slice {
     }
 }
 
+/// Memory whose pages are all missing.
+pub(crate) fn map_bytes(size: u64, protection: Protection, scope: ScopeWanted) -> Result<Mapping> {
+    Mapping::new(size, protection, scope)
+        .map_err(|error| Error::from_io(Operation::Mount, "cannot map the region into memory", error))
+}
+
 /// Maps all of a backend into memory, to be read: each chunk is read when it is first touched, and nothing else is
 /// done, by nobody else.
 ///
@@ -266,6 +281,7 @@ struct Inner {
     pager: Arc<Pager>,
     server: Mutex<Option<Server>>,
     background: Background,
+    tracker: Tracker,
     kept: AtomicBool,
 }
 
@@ -277,6 +293,7 @@ impl Inner {
         parts: SliceParts,
     ) -> Result<Arc<Self>> {
         let background = Background::new(parts.runtime, settings.workers)?;
+        let tracker = parts.region.tracker.clone();
         let region = {
             let _inside = background.handle().enter();
             block_on(pin!(Cached::open(Arc::new(Pages::new(pager.clone())), remote, settings.region, parts.region)))?
@@ -288,7 +305,7 @@ impl Inner {
             heal_after: settings.heal_after,
         };
         let server = Mutex::new(Some(Server::start(handler, settings.fault_threads)?));
-        Ok(Arc::new(Self { region, pager, server, background, kept: AtomicBool::new(false) }))
+        Ok(Arc::new(Self { region, pager, server, background, tracker, kept: AtomicBool::new(false) }))
     }
 
     /// Gives up what was not stored, then takes the memory away: nobody reads zeros or waits for ever.
@@ -334,10 +351,63 @@ impl SliceHandle {
         self.inner.region.close().await
     }
 
+    /// Starts to record which blocks are written, with an empty record: what was written before the call is not in it.
+    /// Costs the application a cheap fault for each page that it writes from now on; while nothing is recorded and
+    /// nothing pushed there is none.
+    ///
+    /// # Errors
+    /// As [`Cached::collect_written`]; nothing is recorded then.
+    pub async fn track(&self) -> Result<()> {
+        self.inner.region.collect_written().await?;
+        self.inner.tracker.track();
+        Ok(())
+    }
+
+    /// Takes what was written since the last call of this, or of [`Self::track`]; nothing if nothing is recorded.
+    ///
+    /// # Errors
+    /// As [`Cached::collect_written`]; what was found is given by the next call.
+    pub async fn take_written(&self) -> Result<BlockSet> {
+        self.inner.region.collect_written().await?;
+        Ok(self.inner.tracker.take().confirm())
+    }
+
+    /// Stops recording, and forgets the record.
+    pub fn untrack(&self) {
+        self.inner.tracker.stop();
+    }
+
+    /// Makes every store to the memory a segmentation fault from now on: what is taken afterwards is the last of it.
+    /// Reading goes on, here and in the application.
+    ///
+    /// # Errors
+    /// When the kernel refuses; nothing has changed then.
+    pub fn freeze(&self) -> Result<()> {
+        self.inner.pager.freeze().map_err(cannot_protect)
+    }
+
+    /// Lets the application write again.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn thaw(&self) -> Result<()> {
+        self.inner.pager.thaw().map_err(cannot_protect)
+    }
+
+    /// How the region is cut.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        self.inner.region.geometry()
+    }
+
     /// Ends the slice at once, without storing what was written: whoever waits for a page gets SIGBUS.
     pub fn abandon(&self) {
         self.inner.region.abandon();
     }
+}
+
+fn cannot_protect(error: std::io::Error) -> Error {
+    Error::from_io(Operation::Close, "the memory's protection cannot be changed", error)
 }
 
 #[async_trait]

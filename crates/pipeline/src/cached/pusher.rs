@@ -46,6 +46,9 @@ impl Inner {
     /// Makes everything durable that was written before the call, as far as the settings ask for it.
     pub(super) async fn flush(self: &Arc<Self>) -> Result<()> {
         self.before_flush().await?;
+        if self.keeps_writes() {
+            return self.flush_local().await;
+        }
         match self.settings.durability {
             Durability::Local => {
                 self.collect_all().await?;
@@ -176,7 +179,7 @@ impl Inner {
 
     /// [`Self::collect`], without missing anything that was written before the call: not even to blocks whose bytes are
     /// in place and that do not count as present yet.
-    async fn collect_all(&self) -> Result<()> {
+    pub(super) async fn collect_all(&self) -> Result<()> {
         if self.local.written().is_some() {
             self.table.installations_ended().await;
         }
@@ -202,7 +205,9 @@ impl Inner {
         while let Some(run) = self.next_valid_run(at) {
             at = run.end;
             written.collect(geometry.blocks_range(&run), &mut |found| {
-                let marked = self.table.mark_dirty(geometry.blocks_touched(&found));
+                let blocks = geometry.blocks_touched(&found);
+                self.parts.tracker.note(blocks.clone());
+                let marked = self.table.mark_dirty(blocks);
                 if journalled.is_ok() {
                     journalled = marked;
                 }
@@ -283,7 +288,7 @@ impl Inner {
 
     /// Stores everything; nobody writes any more.
     pub(super) async fn drain(self: &Arc<Self>) -> Result<()> {
-        if self.read_only {
+        if self.read_only || self.keeps_writes() {
             return self.flush_local().await;
         }
         {

@@ -10,7 +10,7 @@ use futures_util::future::BoxFuture;
 use r3map_core::pull::{Priority, Workers};
 use r3map_core::{BLOCK_SIZE, ChunkSize, Error, ErrorKind, Operation, Result};
 
-use crate::StateRecord;
+use crate::{BlockSet, StateRecord, Tracker};
 
 /// How a cached region works.
 #[derive(Debug, Clone)]
@@ -24,8 +24,10 @@ pub struct CachedSettings {
     pub push: PushSettings,
     /// What a flush waits for.
     pub durability: Durability,
+    /// Where writes go. Default to the remote.
+    pub writes: Writes,
     /// Writes are answered with `Denied`, and nothing is pushed. Default no. A remote that is read-only makes the
-    /// region read-only whatever is set here.
+    /// region read-only whatever is set here, unless writes are kept here.
     pub read_only: bool,
 }
 
@@ -36,6 +38,7 @@ impl Default for CachedSettings {
             pull: PullSettings::default(),
             push: PushSettings::default(),
             durability: Durability::Remote,
+            writes: Writes::Pushed,
             read_only: false,
         }
     }
@@ -103,6 +106,18 @@ pub enum Durability {
     Local,
 }
 
+/// Where what is written to a region goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Writes {
+    /// To the remote, in the background.
+    #[default]
+    Pushed,
+    /// Nowhere: the remote only has what is still missing here, as after a migration. A flush makes the local side
+    /// durable, the dirty budget and whether the remote is read-only do not matter, and a close leaves what was not
+    /// pulled missing.
+    Kept,
+}
+
 impl CachedSettings {
     /// Checks what does not depend on the local and the remote side.
     ///
@@ -161,6 +176,11 @@ pub struct CachedParts {
     pub priority: Priority,
     /// Chunks to pull before everything but demand: what the other side of a migration changed last.
     pub urgent: Vec<u64>,
+    /// Blocks that are in place already, and clean.
+    pub present: BlockSet,
+    /// Told of every block that is found to be written through a mapping. Writes that are calls it is not told of: see
+    /// [`Tracked`](crate::Tracked).
+    pub tracker: Tracker,
 }
 
 impl fmt::Debug for CachedParts {
@@ -170,6 +190,8 @@ impl fmt::Debug for CachedParts {
             .field("record", &self.record.is_some())
             .field("priority", &self.priority)
             .field("urgent", &self.urgent.len())
+            .field("present", &self.present.len())
+            .field("tracker", &self.tracker)
             .finish()
     }
 }

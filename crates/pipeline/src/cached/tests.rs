@@ -5,6 +5,7 @@
 
 mod fakes;
 mod faults;
+mod kept;
 mod promises;
 mod pulling;
 mod pushing;

@@ -22,7 +22,14 @@ pub(super) fn register(registry: &mut Registry) {
     };
     add("grpc", "grpc://HOST:PORT", "a region on another host");
     add("grpc+unix", "grpc+unix://PATH", "a region behind a Unix socket");
+    #[cfg(all(feature = "file", feature = "slice"))]
+    ["grpc", "grpc+unix"]
+        .into_iter()
+        .for_each(|scheme| registry.register_carrier(scheme, Arc::new(carry::GrpcCarrier)));
 }
+
+#[cfg(all(feature = "file", feature = "slice"))]
+mod carry;
 
 struct Grpc;
 

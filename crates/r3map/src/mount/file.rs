@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
+#[cfg(feature = "slice")]
+use std::sync::Arc;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile, Show};
@@ -10,6 +12,8 @@ use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile, Show};
 use super::Mount;
 use super::region::{self, Region};
 use crate::Settings;
+#[cfg(feature = "slice")]
+use crate::migration::{FileSource, Syncing};
 
 impl Mount {
     /// Shows the region as the file `path`, which must not exist yet, or be empty; with
@@ -21,15 +25,10 @@ impl Mount {
     pub async fn path(self, path: impl AsRef<Path>) -> Result<PathMount> {
         let path = path.as_ref().to_owned();
         crate::engine::run(async move {
-            let settings = file_settings(&self.settings, self.managed);
+            let (settings, managed) = (self.settings.clone(), self.managed);
             // Before anything is made or pulled.
-            settings.validate()?;
-            let region = region::build(self).await?;
-            let shown = match Fuse::open(region.backend(), &path, settings).await {
-                Ok(shown) => shown,
-                Err(error) => return Err(region.given_up(error)),
-            };
-            Ok(PathMount { region, shown })
+            file_settings(&settings, managed).validate()?;
+            PathMount::show(region::build(self).await?, &path, &settings, managed).await
         })
         .await
     }
@@ -40,13 +39,8 @@ impl Mount {
     /// As [`Self::path`].
     pub async fn file(self) -> Result<FileMount> {
         crate::engine::run(async move {
-            let settings = file_settings(&self.settings, self.managed);
-            let region = region::build(self).await?;
-            let opened = match OpenedFile::open(region.backend(), settings).await {
-                Ok(opened) => opened,
-                Err(error) => return Err(region.given_up(error)),
-            };
-            Ok(FileMount { region, opened })
+            let (settings, managed) = (self.settings.clone(), self.managed);
+            FileMount::show(region::build(self).await?, &settings, managed).await
         })
         .await
     }
@@ -87,6 +81,33 @@ pub struct PathMount {
 }
 
 impl PathMount {
+    /// Shows a region. Runs on the engine.
+    pub(crate) async fn show(region: Region, path: &Path, settings: &Settings, managed: bool) -> Result<Self> {
+        match Fuse::open(region.backend(), path, file_settings(settings, managed)).await {
+            Ok(shown) => Ok(Self { shown, region }),
+            Err(error) => Err(region.given_up(error)),
+        }
+    }
+
+    /// The region as one that can leave for another host; see [`crate::migration`].
+    ///
+    /// # Errors
+    /// `InvalidInput` unless the mount was made to be [migratable](Mount::migratable).
+    #[cfg(feature = "slice")]
+    pub fn source(&self) -> Result<Arc<dyn r3map_migrate::Source>> {
+        Ok(Arc::new(FileSource { guarded: self.region.guarded()?, sync: self.syncing() }))
+    }
+
+    /// Has the kernel hand over what it holds, from now on whenever it is called.
+    #[cfg(feature = "slice")]
+    pub(crate) fn syncing(&self) -> Syncing {
+        let path = self.path().to_owned();
+        Arc::new(move || {
+            let path = path.clone();
+            Box::pin(sync(move || File::open(path)))
+        })
+    }
+
     /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -157,6 +178,35 @@ pub struct FileMount {
 }
 
 impl FileMount {
+    /// Shows a region. Runs on the engine.
+    pub(crate) async fn show(region: Region, settings: &Settings, managed: bool) -> Result<Self> {
+        match OpenedFile::open(region.backend(), file_settings(settings, managed)).await {
+            Ok(opened) => Ok(Self { opened, region }),
+            Err(error) => Err(region.given_up(error)),
+        }
+    }
+
+    /// The region as one that can leave for another host; see [`crate::migration`].
+    ///
+    /// # Errors
+    /// `InvalidInput` unless the mount was made to be [migratable](Mount::migratable); `Exhausted` if there are no
+    /// descriptors left.
+    #[cfg(feature = "slice")]
+    pub fn source(&self) -> Result<Arc<dyn r3map_migrate::Source>> {
+        Ok(Arc::new(FileSource { guarded: self.region.guarded()?, sync: self.syncing()? }))
+    }
+
+    /// Has the kernel hand over what it holds, from now on whenever it is called.
+    #[cfg(feature = "slice")]
+    pub(crate) fn syncing(&self) -> Result<Syncing> {
+        let cannot = |error| Error::from_io(Operation::Open, "the file cannot be opened once more", error);
+        let file = Arc::new(self.file().try_clone().map_err(cannot)?);
+        Ok(Arc::new(move || {
+            let file = file.clone();
+            Box::pin(sync(move || file.try_clone()))
+        }))
+    }
+
     /// The file. Use it from threads that may wait: a read can take as long as the remote.
     #[must_use]
     pub fn file(&self) -> &File {

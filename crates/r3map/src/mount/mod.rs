@@ -59,6 +59,7 @@ pub struct Mount {
     settings: Settings,
     hooks: Hooks,
     priority: Priority,
+    migratable: bool,
 }
 
 impl Mount {
@@ -75,7 +76,7 @@ impl Mount {
 
     fn new(remote: Arc<dyn Backend>, managed: bool) -> Self {
         let (settings, hooks) = (Settings::default(), Hooks::default());
-        Self { remote, identity: None, managed, settings, hooks, priority: Priority::None }
+        Self { remote, identity: None, managed, settings, hooks, priority: Priority::None, migratable: false }
     }
 
     /// With these settings instead of the default ones.
@@ -105,6 +106,13 @@ impl Mount {
     /// Pulls these chunks first, or those with the highest value of a function. What is touched always goes before.
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
+        self
+    }
+
+    /// Made so that it can be [migrated](crate::migration) while it is used: then every access passes one more stage, which
+    /// can record what is written. A slice always can be.
+    pub fn migratable(mut self) -> Self {
+        self.migratable = true;
         self
     }
 

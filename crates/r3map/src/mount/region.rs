@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Geometry, Operation, Result};
 use r3map_local::{CacheFile, Memory, Stored};
+use r3map_migrate::Guarded;
 use r3map_pipeline::{
-    Aligned, Cached, CachedParts, CachedSettings, Durability, Local, Outage, Progress, Retry, StateRecord,
+    Aligned, Cached, CachedParts, CachedSettings, Durability, Local, Outage, Progress, Retry, StateRecord, Writes,
 };
 use tokio::sync::watch;
 
@@ -20,6 +21,7 @@ pub struct Region {
     copy: Copy,
     retry: Arc<Retry>,
     read_only: bool,
+    guarded: Option<Arc<Guarded>>,
 }
 
 /// The local copy, whose progress is the mount's.
@@ -43,7 +45,40 @@ impl fmt::Debug for Region {
 impl Region {
     pub(super) fn new(backend: Arc<dyn Backend>, copy: Copy, retry: Arc<Retry>, read_only: bool) -> Self {
         let read_only = read_only || retry.capabilities().read_only;
-        Self { backend, copy, retry, read_only }
+        Self { backend, copy, retry, read_only, guarded: None }
+    }
+
+    /// A region that a migration has brought, and whose writes stay here.
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub(crate) fn arrived(cached: Arc<Cached>, guarded: Arc<Guarded>, retry: Arc<Retry>) -> Self {
+        let (backend, copy) = (guarded.front(), Copy::Below(cached));
+        Self { backend, copy, retry, read_only: false, guarded: Some(guarded) }
+    }
+
+    /// The same, in memory.
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub(crate) fn arrived_in_memory(slice: r3map_slice::SliceHandle, retry: Arc<Retry>) -> Self {
+        let (backend, copy) = (Arc::new(slice.clone()), Copy::Slice(slice));
+        Self { backend, copy, retry, read_only: false, guarded: None }
+    }
+
+    /// What records writes, where the mount was made to be migrated.
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub(super) fn guarded(&self) -> Result<Arc<Guarded>> {
+        self.guarded.clone().ok_or_else(|| {
+            let message = "the mount was not made to be migrated: make it with `migratable`";
+            Error::new(ErrorKind::InvalidInput, Operation::Mount, message)
+        })
+    }
+
+    /// The same, ready to be migrated if it shall be.
+    fn guard(mut self, migratable: bool, chunk_size: ChunkSize) -> Result<Self> {
+        if migratable {
+            let guarded = Arc::new(Guarded::new(self.backend, chunk_size)?);
+            self.backend = guarded.front();
+            self.guarded = Some(guarded);
+        }
+        Ok(self)
     }
 
     /// The region's size in bytes.
@@ -128,13 +163,16 @@ pub(super) async fn build(mount: Mount) -> Result<Region> {
         if mount.settings.pull_first {
             cached.pulled().await?;
         }
-        return Ok(Region::new(cached.clone(), Copy::Below(cached), retry, mount.settings.read_only));
+        let chunk_size = cached.geometry().chunk_size();
+        let region = Region::new(cached.clone(), Copy::Below(cached), retry, mount.settings.read_only);
+        return region.guard(mount.migratable, chunk_size);
     }
+    let chunk_size = chunk_size(&mount, &*retry)?;
     let backend: Arc<dyn Backend> = match retry.capabilities().access {
         Access::Any => retry.clone(),
         Access::WholeChunks(_) => Arc::new(Aligned::new(retry.clone())?),
     };
-    Ok(Region::new(backend, Copy::None, retry, mount.settings.read_only))
+    Region::new(backend, Copy::None, retry, mount.settings.read_only).guard(mount.migratable, chunk_size)
 }
 
 /// A local copy in memory or in a file, in front of `remote`.
@@ -175,6 +213,7 @@ pub(super) fn cached_settings(mount: &Mount, chunk_size: ChunkSize) -> CachedSet
         pull: settings.pull.clone(),
         push: settings.push.clone(),
         durability: settings.durability,
+        writes: Writes::Pushed,
         read_only: settings.read_only,
     }
 }

@@ -79,6 +79,19 @@ pub struct SliceMount {
 }
 
 impl SliceMount {
+    #[cfg(feature = "file")]
+    pub(crate) fn new(slice: Slice, region: Region) -> Self {
+        Self { slice, region }
+    }
+
+    /// The region as one that can leave for another host; see [`crate::migration`]. While it leaves, writing to the memory
+    /// is a segmentation fault from the moment on when the other side may run.
+    #[cfg(feature = "file")]
+    #[must_use]
+    pub fn source(&self) -> Arc<dyn r3map_migrate::Source> {
+        Arc::new(crate::migration::SliceSource(self.slice.handle()))
+    }
+
     /// The bytes.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {

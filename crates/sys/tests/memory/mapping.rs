@@ -1,9 +1,10 @@
 //! The promises of `Mapping` and `Pager` to their users.
 
 use std::io::ErrorKind;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::common::{PAGE, Server, byte, bytes, install, present, tracked, written};
+use crate::common::{PAGE, Server, byte, bytes, in_child, install, present, tracked, written};
 use r3map_sys::{Event, Install, Mapping, PAGE_SIZE, Protection, ScopeWanted, Woken};
 
 #[test]
@@ -199,4 +200,54 @@ fn no_write_is_lost_between_collecting_and_copying() {
     sync(&mut copy);
     assert!(copy == mapping.as_slice());
     assert_eq!(written(mapping.pager()), [0; 0]);
+}
+
+#[test]
+fn discarded_pages_are_filled_anew() {
+    let mut mapping = tracked(4);
+    let pager = mapping.pager().clone();
+    install(&pager, 0, 3);
+    pager.poison(3 * PAGE_SIZE).unwrap();
+    mapping.discard(PAGE_SIZE, PAGE_SIZE).unwrap();
+    mapping.discard(3 * PAGE_SIZE, PAGE_SIZE).unwrap();
+    assert_eq!(present(&pager), [0, 2]);
+    pager.install(PAGE_SIZE, &bytes(7, PAGE), Install::Clean).unwrap();
+    pager.install(3 * PAGE_SIZE, &bytes(9, PAGE), Install::Clean).unwrap();
+    assert_eq!(written(&pager), [0; 0], "filled clean");
+    let view = mapping.as_mut_slice().unwrap();
+    assert_eq!((&view[PAGE..2 * PAGE], &view[3 * PAGE..]), (&bytes(7, PAGE)[..], &bytes(9, PAGE)[..]));
+    view[PAGE] = 0;
+    assert_eq!(written(&pager), [1]);
+    assert_eq!(mapping.discard(1, PAGE_SIZE).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(mapping.discard(3 * PAGE_SIZE, 2 * PAGE_SIZE).unwrap_err().kind(), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn what_was_written_before_it_was_frozen_is_found_and_so_is_what_is_written_after() {
+    let mut mapping = tracked(4);
+    let pager = mapping.pager().clone();
+    install(&pager, 0, 3);
+    mapping.as_mut_slice().unwrap()[PAGE] = 0;
+    pager.freeze().unwrap();
+    install(&pager, 3, 1);
+    assert_eq!(mapping.as_slice()[2 * PAGE..], bytes(2 * PAGE, 2 * PAGE), "it can be read and filled");
+    assert_eq!(written(&pager), [1]);
+    assert_eq!(written(&pager), [0; 0]);
+    pager.thaw().unwrap();
+    mapping.as_mut_slice().unwrap()[2 * PAGE] = 0;
+    mapping.as_mut_slice().unwrap()[3 * PAGE] = 0;
+    assert_eq!(written(&pager), [2, 3]);
+}
+
+#[test]
+fn writing_to_frozen_memory_is_a_segmentation_fault() {
+    let test = "mapping::writing_to_frozen_memory_is_a_segmentation_fault";
+    let Some(status) = in_child(test, &[]) else {
+        let mut mapping = tracked(1);
+        install(&mapping.pager().clone(), 0, 1);
+        mapping.pager().freeze().unwrap();
+        std::hint::black_box(mapping.as_mut_slice().unwrap())[0] = 1;
+        std::process::exit(0);
+    };
+    assert_eq!(status.signal(), Some(11), "{status}");
 }

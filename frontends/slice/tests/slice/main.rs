@@ -9,5 +9,6 @@ mod bytes;
 mod common;
 mod ending;
 mod failures;
+mod leaving;
 mod map;
 mod writes;

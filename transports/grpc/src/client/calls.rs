@@ -126,7 +126,7 @@ impl Shared {
         let length = i32::try_from(len).unwrap_or(i32::MAX);
         let request = message::encode(&go::ReadAtArgs { length, off: offset.cast_signed() });
         let open = self.links.next(Operation::Read).await?;
-        let arriving = open.link.start(path::GO_READ_AT, request).await;
+        let arriving = open.link.start(self.links.go_read(), request).await;
         let arriving = arriving.map_err(|error| error.into_error(Operation::Read, self.links.target()))?;
         Ok(Reply::go(open, arriving, len))
     }

@@ -8,7 +8,7 @@ use r3map_core::{ChunkSize, Error, ErrorKind, Geometry, MAX_REGION_SIZE, Operati
 use tonic::Code;
 
 use crate::client::link::{CallError, Link};
-use crate::client::{GoRegion, GoRequests};
+use crate::client::{ClientSettings, GoRegion, GoRequests};
 use crate::message;
 use crate::proto::{go, region};
 use crate::target::Target;
@@ -45,15 +45,16 @@ pub(crate) enum Protocol {
     Go,
 }
 
-/// Asks the server what it is. `id` names the link, `epoch` counts its connections; `told` is what the user says about a Go server's region.
+/// Asks the server what it is. `id` names the link, `epoch` counts its connections; `settings` have what the user says
+/// about a Go server's region.
 ///
 /// # Errors
 /// `InvalidInput` for another version, for a server that has neither service, and for a Go server of which the user
 /// told nothing or too large a size; otherwise as the call.
-pub(crate) async fn describe(link: &Link, id: [u8; 16], epoch: u64, told: Option<GoRegion>) -> Result<Facts> {
+pub(crate) async fn describe(link: &Link, id: [u8; 16], epoch: u64, settings: &ClientSettings) -> Result<Facts> {
     match ask(link, Bytes::copy_from_slice(&id), epoch).await {
         Ok(reply) => Facts::new(&reply, link.target()),
-        Err(CallError::Status(status)) if status.code() == Code::Unimplemented => probe(link, told).await,
+        Err(CallError::Status(status)) if status.code() == Code::Unimplemented => probe(link, settings).await,
         Err(error) => Err(error.into_error(Operation::Open, link.target())),
     }
 }
@@ -66,9 +67,9 @@ async fn ask(link: &Link, id: Bytes, epoch: u64) -> Result<region::DescribeReply
 }
 
 /// Reads the last chunk from a Go server, as a Go client would, to see that it is one and has the size.
-async fn probe(link: &Link, told: Option<GoRegion>) -> Result<Facts> {
+pub(super) async fn probe(link: &Link, settings: &ClientSettings) -> Result<Facts> {
     let target = link.target();
-    let Some(GoRegion { size, chunk_size, requests }) = told else {
+    let Some(GoRegion { size, chunk_size, requests }) = settings.go else {
         let message = format!(
             "{target} speaks only the protocol of the Go programs, which does not tell the region's size: pass --size"
         );
@@ -86,7 +87,7 @@ async fn probe(link: &Link, told: Option<GoRegion>) -> Result<Facts> {
         protocol: Protocol::Go,
         geometry,
         whole_chunks: requests == GoRequests::OneChunk,
-        read_only: false,
+        read_only: settings.go_seeder,
         max_request: if requests == GoRequests::OneChunk { chunk_size.bytes() } else { GO_LONGEST },
         trim: false,
         write_zeroes: false,
@@ -96,7 +97,7 @@ async fn probe(link: &Link, told: Option<GoRegion>) -> Result<Facts> {
     let last = geometry.chunk_range(geometry.chunk_count() - 1);
     let (offset, len) = (last.start, (last.end - last.start).min(GO_LONGEST));
     let args = go::ReadAtArgs { length: i32::try_from(len).unwrap_or(i32::MAX), off: offset.cast_signed() };
-    match link.call(path::GO_READ_AT, message::encode(&args), SMALL + args.length as usize).await {
+    match link.call(settings.go_read(), message::encode(&args), SMALL + args.length as usize).await {
         Ok(_) => Ok(facts),
         Err(CallError::Status(status)) if status.code() == Code::Unimplemented => {
             let message = format!("{target} speaks gRPC, but serves no r3map region");

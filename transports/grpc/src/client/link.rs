@@ -16,6 +16,7 @@ use r3map_core::{Error, ErrorKind, Operation, Result};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
 
+use crate::REGION_HEADER;
 use crate::exchange::{self, Arriving, Failure, Outgoing};
 use crate::rope::Rope;
 use crate::status;
@@ -37,6 +38,8 @@ pub(crate) struct Link {
     sender: SendRequest<Outgoing>,
     target: Target,
     authority: Authority,
+    /// Which of the server's regions calls are about.
+    region: u32,
     traffic: Traffic,
     broken: Arc<OnceLock<String>>,
     closed: CancellationToken,
@@ -71,7 +74,7 @@ impl Link {
     ///
     /// # Errors
     /// As [`Stream::connect`].
-    pub(crate) async fn open(target: &Target) -> Result<Self> {
+    pub(crate) async fn open(target: &Target, region: u32) -> Result<Self> {
         let stream = Stream::connect(target).await?;
         let traffic = stream.traffic();
         let closed = CancellationToken::new();
@@ -96,6 +99,7 @@ impl Link {
             sender,
             target: target.clone(),
             authority: target.authority(),
+            region,
             traffic,
             broken: Arc::default(),
             _close: closed.clone().drop_guard(),
@@ -187,6 +191,9 @@ impl Link {
         *request.method_mut() = http::Method::POST;
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
         request.headers_mut().insert(CONTENT_TYPE, exchange::CONTENT_TYPE);
+        if self.region > 0 {
+            request.headers_mut().insert(REGION_HEADER, self.region.into());
+        }
         request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
         request
     }

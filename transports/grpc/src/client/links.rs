@@ -77,6 +77,11 @@ impl Links {
         &self.opener.target
     }
 
+    /// How a Go server is read.
+    pub(crate) fn go_read(&self) -> &'static str {
+        self.opener.settings.go_read()
+    }
+
     /// The runtime that the connections live on.
     pub(crate) fn runtime(&self) -> &Handle {
         &self.opener.runtime
@@ -142,8 +147,8 @@ impl Opener {
 
     async fn open_unlimited(&self, id: [u8; 16]) -> Result<Arc<OpenLink>> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
-        let link = Arc::new(Link::open(&self.target).await?);
-        let facts = describe(&link, id, serial, self.settings.go).await?;
+        let link = Arc::new(Link::open(&self.target, self.settings.region).await?);
+        let facts = describe(&link, id, serial, &self.settings).await?;
         self.facts.get_or_init(|| facts.clone()).same_region(&facts, &self.target)?;
         if facts.is_ours() {
             link.watch(self.settings.keep_alive, Facts::ping);

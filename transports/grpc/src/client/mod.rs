@@ -8,6 +8,7 @@ mod facts;
 mod link;
 mod links;
 mod reply;
+mod seeder;
 mod unflushed;
 
 use std::num::NonZeroUsize;
@@ -22,12 +23,14 @@ use r3map_core::{
     RangeGuard, RangeLock, ReadMany, ReadOp, ReadPieces, Result, Trim, WriteZeroes, check_range,
 };
 
+use crate::path;
 use crate::target::Target;
 use calls::Calls;
 use facts::{Facts, Protocol};
 use reply::Reply;
 
 pub(crate) use links::random;
+pub use seeder::SeederClient;
 
 /// Requests of one call that are under way at once, where the call is too long for one request: at least this many, and
 /// so many more as make up the same bytes where they are short.
@@ -51,6 +54,17 @@ pub struct ClientSettings {
     pub connections: NonZeroUsize,
     /// What a Go server cannot tell. Without it a Go server is refused; with it other servers are not affected.
     pub go: Option<GoRegion>,
+    /// Which of a server's regions. The first.
+    pub region: u32,
+    /// Whether a Go server is a seeder, which has another service. No.
+    pub go_seeder: bool,
+}
+
+impl ClientSettings {
+    /// How a Go server is read.
+    fn go_read(&self) -> &'static str {
+        if self.go_seeder { path::GO_SEEDER_READ_AT } else { path::GO_READ_AT }
+    }
 }
 
 /// The region of a server that speaks only the Go programs' protocol.
@@ -84,6 +98,8 @@ impl Default for ClientSettings {
             keep_alive: Duration::from_secs(5),
             connections: NonZeroUsize::MIN,
             go: None,
+            region: 0,
+            go_seeder: false,
         }
     }
 }

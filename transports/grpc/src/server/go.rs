@@ -15,18 +15,30 @@ use crate::status::{GO_END, GO_TOO_LONG};
 
 impl Session {
     pub(crate) async fn go_read_at(&self, request: go::ReadAtArgs) -> Result<Rope, Status> {
-        let go::ReadAtArgs { length, off } = request;
+        let (len, offset) = self.go_range(&request)?;
+        check_range(Operation::Read, self.shared.geometry.size(), offset, len).map_err(|_| Status::unknown(GO_END))?;
+        self.go_read(offset, len, len).await
+    }
+
+    /// Length and offset of a read, which is not too long.
+    pub(crate) fn go_range(&self, request: &go::ReadAtArgs) -> Result<(u64, u64), Status> {
+        let &go::ReadAtArgs { length, off } = request;
         let len = u64::try_from(length).map_err(|_| Status::invalid_argument("negative length"))?;
         if len > self.shared.max_request {
             return Err(Status::unknown(GO_TOO_LONG));
         }
-        let offset = offset(off)?;
-        check_range(Operation::Read, self.shared.geometry.size(), offset, len).map_err(|_| Status::unknown(GO_END))?;
-        let share = self.shared.budget.share(room(len)).await;
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let mut buffer = share.buffer(len);
-        answer(self.shared.backend.read_at(offset, buffer.first(len)).await)?;
-        let reply = go::ReadAtReply { n: length, p: Bytes::new() };
+        Ok((len, offset(off)?))
+    }
+
+    /// Reads `len` bytes, and answers with zeros behind them up to `asked`.
+    pub(crate) async fn go_read(&self, offset: u64, len: u64, asked: u64) -> Result<Rope, Status> {
+        let share = self.shared.budget.share(room(asked)).await;
+        let [len, whole] = [len, asked].map(|len| usize::try_from(len).unwrap_or(usize::MAX));
+        let mut buffer = share.buffer(whole);
+        let bytes = buffer.first(whole);
+        bytes[len..].fill(0);
+        answer(self.shared.backend.read_at(offset, &mut bytes[..len]).await)?;
+        let reply = go::ReadAtReply { n: i32::try_from(asked).unwrap_or(i32::MAX), p: Bytes::new() };
         Ok(message::encode_bulk(&reply, buffer.freeze().into()))
     }
 

@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::server::Shared;
+use crate::server::Site;
 use crate::server::session::serve;
 use crate::stream::Stream;
 use crate::target::Target;
@@ -64,16 +64,16 @@ impl Listener {
     /// Serves each connection in a task of its own, for ever.
     pub(crate) async fn accept_all(
         self,
-        shared: Arc<Shared>,
+        site: Arc<Site>,
         tasks: TaskTracker,
         closing: CancellationToken,
         ending: CancellationToken,
     ) {
         loop {
-            let Ok(permit) = shared.connections.clone().acquire_owned().await else { return };
+            let Ok(permit) = site.connections.clone().acquire_owned().await else { return };
             match self.accept().await {
                 Ok(stream) => {
-                    let serving = serve(stream, shared.clone(), tasks.clone(), closing.clone(), ending.clone());
+                    let serving = serve(stream, site.clone(), tasks.clone(), closing.clone(), ending.clone());
                     tasks.spawn(async move {
                         serving.await;
                         drop(permit);

@@ -7,6 +7,7 @@ mod budget;
 mod fence;
 mod go;
 mod listener;
+mod migration;
 mod region;
 mod session;
 
@@ -20,10 +21,12 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::seeding::Seeding;
 use crate::target::Target;
 use budget::Budget;
 use fence::Fences;
 use listener::Listener;
+use migration::Seeder;
 
 /// The limit on a request of the Go programs.
 const DEFAULT_MAX_REQUEST: u64 = 32 << 20;
@@ -69,7 +72,7 @@ impl Default for ServerSettings {
 /// Serves a backend. Dropping it ends everything at once, in the middle of requests; [`Server::close`] lets them end.
 #[derive(Debug)]
 pub struct Server {
-    shared: Arc<Shared>,
+    site: Arc<Site>,
     tasks: TaskTracker,
     /// Listeners end, and connections when they are idle.
     closing: CancellationToken,
@@ -77,7 +80,16 @@ pub struct Server {
     ending: CancellationToken,
 }
 
-/// What all connections share.
+/// Everything that is served.
+#[derive(Debug)]
+pub(crate) struct Site {
+    /// At least one.
+    regions: Vec<Arc<Shared>>,
+    seeder: Option<Seeder>,
+    connections: Arc<Semaphore>,
+}
+
+/// What all connections share of one region.
 pub(crate) struct Shared {
     backend: Arc<dyn Backend>,
     geometry: Geometry,
@@ -85,9 +97,8 @@ pub(crate) struct Shared {
     max_request: u64,
     instance: Bytes,
     region: Bytes,
-    budget: Budget,
+    budget: Arc<Budget>,
     fences: Fences,
-    connections: Arc<Semaphore>,
     patience: Duration,
 }
 
@@ -103,39 +114,39 @@ impl Server {
     /// # Errors
     /// `InvalidInput` for settings that contradict each other or the backend.
     pub fn new(backend: Arc<dyn Backend>, settings: ServerSettings) -> Result<Self> {
+        let budget = Arc::new(Budget::new(settings.in_flight));
+        Ok(Self::with(vec![Arc::new(Shared::new(backend, &settings, budget)?)], None, &settings))
+    }
+
+    /// A seeder that does not listen yet: it serves its regions to be read, and takes the calls that have them change
+    /// hands. Leechers are told the chunk size of each region by the seeder itself, whatever the settings say; they are
+    /// told the [identity](ServerSettings::identity) of the settings, with the region's number behind it.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and for a seeder without regions.
+    pub async fn seeding(seeder: Arc<dyn Seeding>, settings: ServerSettings) -> Result<Self> {
+        let budget = Arc::new(Budget::new(settings.in_flight));
+        let mut regions = Vec::new();
+        for (index, region) in seeder.describe().await?.regions.iter().enumerate() {
+            let settings = ServerSettings {
+                read_only: true,
+                chunk_size: Some(region.chunk_size),
+                identity: settings.identity.as_ref().map(|identity| format!("{identity}#{index}")),
+                ..settings.clone()
+            };
+            regions.push(Arc::new(Shared::new(seeder.region(index), &settings, budget.clone())?));
+        }
+        if regions.is_empty() {
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "a seeder has at least one region"));
+        }
+        Ok(Self::with(regions, Some(Seeder::new(seeder)), &settings))
+    }
+
+    fn with(regions: Vec<Arc<Shared>>, seeder: Option<Seeder>, settings: &ServerSettings) -> Self {
         crate::heap::keep();
-        let geometry = Geometry::new(backend.size(), chunk_size(&*backend, &settings)?)?;
-        let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
-        let limit = backend.capabilities().max_request.unwrap_or(u64::MAX).min(settings.max_request);
-        let whole_chunks = backend.capabilities().access != Access::Any;
-        if limit == 0 || limit > u64::from(u32::MAX / 2) {
-            return invalid(format!("a largest request of {limit} bytes is not between 1 byte and 2 GiB"));
-        }
-        if whole_chunks && limit < geometry.chunk_size().bytes() {
-            let chunk = geometry.chunk_size();
-            return invalid(format!("requests of at most {limit} bytes cannot hold a whole chunk of {chunk}"));
-        }
-        if settings.patience.is_zero() {
-            return invalid("patience for no time at all serves nobody".to_owned());
-        }
-        if settings.in_flight < limit {
-            return invalid(format!("{} bytes in flight cannot hold a request of {limit}", settings.in_flight));
-        }
-        let instance = Bytes::copy_from_slice(&crate::client::random());
-        let shared = Shared {
-            geometry,
-            read_only: settings.read_only || backend.capabilities().read_only,
-            max_request: limit,
-            region: identity(&*backend, &settings).unwrap_or_else(|| instance.clone()),
-            instance,
-            budget: Budget::new(settings.in_flight),
-            fences: Fences::default(),
-            connections: Arc::new(Semaphore::new(settings.connections.get().min(Semaphore::MAX_PERMITS))),
-            patience: settings.patience,
-            backend,
-        };
+        let connections = Arc::new(Semaphore::new(settings.connections.get().min(Semaphore::MAX_PERMITS)));
         let (closing, ending) = (CancellationToken::new(), CancellationToken::new());
-        Ok(Self { shared: Arc::new(shared), tasks: TaskTracker::new(), closing, ending })
+        Self { site: Arc::new(Site { regions, seeder, connections }), tasks: TaskTracker::new(), closing, ending }
     }
 
     /// Listens, also on more than one target, and serves on the current tokio runtime from now on. Returns the target
@@ -153,7 +164,7 @@ impl Server {
         let listener = Listener::bind(target).await?;
         let bound = listener.target().clone();
         let (closing, ending) = (self.closing.clone(), self.ending.clone());
-        let accepting = listener.accept_all(self.shared.clone(), self.tasks.clone(), closing.clone(), ending.clone());
+        let accepting = listener.accept_all(self.site.clone(), self.tasks.clone(), closing.clone(), ending.clone());
         self.tasks.spawn(async move {
             tokio::select! {
                 () = accepting => {}
@@ -185,6 +196,41 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.ending.cancel();
+    }
+}
+
+impl Shared {
+    fn new(backend: Arc<dyn Backend>, settings: &ServerSettings, budget: Arc<Budget>) -> Result<Self> {
+        let geometry = Geometry::new(backend.size(), chunk_size(&*backend, settings)?)?;
+        let invalid = |message: String| Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+        let limit = backend.capabilities().max_request.unwrap_or(u64::MAX).min(settings.max_request);
+        let whole_chunks = backend.capabilities().access != Access::Any;
+        if limit == 0 || limit > u64::from(u32::MAX / 2) {
+            return invalid(format!("a largest request of {limit} bytes is not between 1 byte and 2 GiB"));
+        }
+        if whole_chunks && limit < geometry.chunk_size().bytes() {
+            let chunk = geometry.chunk_size();
+            return invalid(format!("requests of at most {limit} bytes cannot hold a whole chunk of {chunk}"));
+        }
+        if settings.patience.is_zero() {
+            return invalid("patience for no time at all serves nobody".to_owned());
+        }
+        if settings.in_flight < limit {
+            return invalid(format!("{} bytes in flight cannot hold a request of {limit}", settings.in_flight));
+        }
+        let instance = Bytes::copy_from_slice(&crate::client::random());
+        let shared = Shared {
+            geometry,
+            read_only: settings.read_only || backend.capabilities().read_only,
+            max_request: limit,
+            region: identity(&*backend, settings).unwrap_or_else(|| instance.clone()),
+            instance,
+            budget,
+            fences: Fences::default(),
+            patience: settings.patience,
+            backend,
+        };
+        Ok(shared)
     }
 }
 

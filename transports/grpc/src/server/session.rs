@@ -21,12 +21,12 @@ use tonic::Status;
 
 use crate::exchange::{self, Arriving, Failure, Fields, Outgoing};
 use crate::message::{self, Bulk};
-use crate::path;
 use crate::rope::Rope;
-use crate::server::Shared;
 use crate::server::budget::{Buffer, room};
 use crate::server::fence::Gate;
+use crate::server::{Shared, Site};
 use crate::stream::{Stream, Traffic};
+use crate::{REGION_HEADER, path};
 
 /// How much a client may send over one connection before it is told that bytes were taken.
 const WINDOW: u32 = 16 << 20;
@@ -58,14 +58,15 @@ const RANGES: usize = 32 << 10;
 /// Serves one connection to its end.
 pub(crate) async fn serve(
     stream: Stream,
-    shared: Arc<Shared>,
+    site: Arc<Site>,
     tasks: TaskTracker,
     closing: CancellationToken,
     ending: CancellationToken,
 ) {
     let traffic = stream.traffic();
+    let shared = site.regions[0].clone();
     let patience = shared.patience;
-    let session = Session { shared, gate: Arc::default(), traffic: traffic.clone() };
+    let session = Session { site, shared, gate: Arc::default(), traffic: traffic.clone() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
         .initial_connection_window_size(WINDOW)
@@ -134,6 +135,8 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Tasks {
 /// What the requests of one connection share.
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
+    pub(crate) site: Arc<Site>,
+    /// The region that is asked for.
     pub(crate) shared: Arc<Shared>,
     pub(crate) gate: Arc<Gate>,
     traffic: Traffic,
@@ -158,13 +161,27 @@ impl Session {
             *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
             return response;
         }
-        match self.call_method(request).await {
+        let session = match self.about(&request) {
+            Ok(session) => session,
+            Err(status) => return status.into_http(),
+        };
+        match session.call_method(request).await {
             Ok(reply) => {
                 let mut response = Response::new(Outgoing::reply(reply));
                 response.headers_mut().insert(CONTENT_TYPE, exchange::CONTENT_TYPE);
                 response
             }
             Err(status) => status.into_http(),
+        }
+    }
+
+    /// The same for the region that a request is about.
+    fn about(&self, request: &Request<Incoming>) -> Result<Self, Status> {
+        let Some(value) = request.headers().get(REGION_HEADER) else { return Ok(self.clone()) };
+        let index = value.to_str().ok().and_then(|value| value.parse::<usize>().ok());
+        match index.and_then(|index| self.site.regions.get(index)) {
+            Some(shared) => Ok(Self { shared: shared.clone(), ..self.clone() }),
+            None => Err(Status::not_found("there is no region of that number")),
         }
     }
 
@@ -178,6 +195,16 @@ impl Session {
             path::TRIM => self.trim(self.small(body).await?).await,
             path::WRITE_ZEROES => self.write_zeroes(self.small(body).await?).await,
             path::EXTENTS => self.extents(self.small(body).await?).await,
+            path::MIGRATION_DESCRIBE => self.migration_describe(self.small(body).await?).await,
+            path::MIGRATION_TRACK => self.migration_track(self.small(body).await?).await,
+            path::MIGRATION_DIRTY => self.migration_dirty(self.small(body).await?).await,
+            path::MIGRATION_FINALIZE => self.migration_finalize(self.small(body).await?).await,
+            path::MIGRATION_CONFIRM => self.migration_confirm(self.small(body).await?).await,
+            path::MIGRATION_ABORT => self.migration_abort(self.small(body).await?).await,
+            path::GO_SEEDER_READ_AT => self.go_seeder_read_at(self.small(body).await?).await,
+            path::GO_SEEDER_TRACK => self.go_seeder_track(self.small(body).await?).await,
+            path::GO_SEEDER_SYNC => self.go_seeder_sync(self.small(body).await?).await,
+            path::GO_SEEDER_CLOSE => self.go_seeder_close(self.small(body).await?).await,
             path::GO_READ_AT => self.go_read_at(self.small(body).await?).await,
             path::GO_WRITE_AT => self.go_write_at(self.large(body).await?).await,
             path::GO_SYNC => self.go_sync(self.small(body).await?).await,

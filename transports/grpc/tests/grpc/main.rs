@@ -9,4 +9,5 @@ mod faults;
 mod foreign;
 mod lies;
 mod limits;
+mod migration;
 mod slow_lines;

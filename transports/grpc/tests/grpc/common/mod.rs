@@ -23,6 +23,9 @@ pub(crate) mod peer {
     pub(crate) mod go {
         include!(concat!(env!("OUT_DIR"), "/peer/com.pojtinger.felicitas.r3map.mount.v1.rs"));
     }
+    pub(crate) mod go_seeder {
+        include!(concat!(env!("OUT_DIR"), "/peer/com.pojtinger.felicitas.r3map.migration.v1.rs"));
+    }
 }
 
 /// No step of a test needs a tenth of this, even on a loaded machine.

@@ -1,0 +1,429 @@
+//! The side that regions come to, up to the moment when they change hands.
+
+use std::fmt;
+use std::sync::Arc;
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_pipeline::{BlockSet, Priority, Retry, retrying};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::copying::{Copying, Lane};
+use crate::hooks::{self, Hooks};
+use crate::protocol::{Description, Handover, MigrationId};
+use crate::running::{Running, Settled};
+use crate::seeder::bytes;
+use crate::settings::PullPhase;
+use crate::{Downtime, Ledger, LeecherSettings, Peer, PullProgress, Report, Shown, Standing, Target};
+
+/// What can be plugged into a leecher.
+#[derive(Clone, Default)]
+pub struct LeecherParts {
+    /// The application.
+    pub hooks: Hooks,
+    /// What to pull first, for each region; nothing for those past its end.
+    pub priorities: Vec<Priority>,
+    /// Where it is written down who owns the regions.
+    pub ledger: Option<Arc<dyn Ledger>>,
+}
+
+/// A leecher; its state says what can be done with it.
+pub struct Leecher<S> {
+    pub(crate) state: S,
+}
+
+/// The application runs over there, and its regions are being copied.
+pub struct Pulling<T: Target> {
+    parts: LeecherParts,
+    progress: watch::Receiver<PullProgress>,
+    stop: CancellationToken,
+    /// Taken by whoever consumes the leecher.
+    copying: Option<Work<T>>,
+}
+
+/// How copying ended: all there is, and why.
+type Ended<T> = (Copying<T>, Result<()>);
+
+enum Work<T: Target> {
+    Running(JoinHandle<Ended<T>>),
+    /// It was asked to finalize, and nobody knows yet what came of it.
+    Stopped(Box<Copying<T>>),
+}
+
+impl<T: Target> Drop for Pulling<T> {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl<S> fmt::Debug for Leecher<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Leecher").finish_non_exhaustive()
+    }
+}
+
+/// Why the regions did not change hands, and what can be done.
+pub struct FinalizeError<T: Target> {
+    /// What went wrong.
+    pub error: Error,
+    /// What is left.
+    pub then: Unsettled<T>,
+}
+
+/// What is left of a migration that could not be finalized.
+pub enum Unsettled<T: Target> {
+    /// The seeder refused: the application runs on over there, and copying goes on.
+    Refused(Leecher<Pulling<T>>),
+    /// The seeder does not answer, so that it may have handed over or not. [Finalize](Leecher::finalize) asks again, and
+    /// [abort](Leecher::abort) gives up. Until one of them succeeds the application may be stopped over there.
+    Unknown(Leecher<Pulling<T>>),
+    /// The regions could not be shown, and went back: the application runs on over there.
+    Returned,
+    /// They could not be shown, and the seeder does not answer: the application is stopped over there until
+    /// [`Owed::abort`] reaches it.
+    Owed(Owed),
+}
+
+/// An abort that has not reached the seeder.
+pub struct Owed {
+    peer: Arc<dyn Peer>,
+    id: MigrationId,
+    settings: LeecherSettings,
+}
+
+impl fmt::Debug for Owed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Owed").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Owed {
+    /// Gives the regions back, so that the application runs on over there.
+    ///
+    /// # Errors
+    /// `Unavailable` while the seeder does not answer: call it again.
+    pub async fn abort(&self) -> Result<()> {
+        let Self { peer, id, settings } = self;
+        retrying(&settings.before, Operation::Close, || peer.abort(*id)).await
+    }
+}
+
+impl<T: Target> fmt::Display for FinalizeError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let then = match self.then {
+            Unsettled::Refused(_) | Unsettled::Returned => "the application runs on over there",
+            Unsettled::Unknown(_) | Unsettled::Owed(_) => {
+                "it is not known whether the application runs over there: ask again, or give up"
+            }
+        };
+        write!(f, "{}; {then}", self.error)
+    }
+}
+
+impl<T: Target> fmt::Debug for FinalizeError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FinalizeError").field("error", &self.error).field("then", &self.then).finish()
+    }
+}
+
+impl<T: Target> fmt::Debug for Unsettled<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Refused(_) => "Refused",
+            Self::Unknown(_) => "Unknown",
+            Self::Returned => "Returned",
+            Self::Owed(_) => "Owed",
+        })
+    }
+}
+
+impl<T: Target> std::error::Error for FinalizeError<T> {}
+
+impl<T: Target> Leecher<Pulling<T>> {
+    /// Asks a seeder what it has, has `targets` make a place for each region, and starts to copy. `id` names this
+    /// migration and no other one ever. Works on the current tokio runtime.
+    ///
+    /// # Errors
+    /// What the seeder and `targets` answer; `InvalidInput` where these do not fit.
+    pub async fn start(
+        peer: Arc<dyn Peer>,
+        id: MigrationId,
+        targets: impl AsyncFnOnce(&Description) -> Result<Vec<T>>,
+        settings: LeecherSettings,
+        parts: LeecherParts,
+    ) -> Result<Self> {
+        settings.before.validate()?;
+        settings.after.validate()?;
+        let begun = Instant::now();
+        let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
+        let lanes = lanes(&description, targets(&description).await?, &parts)?;
+        retrying(&settings.before, Operation::Open, || peer.track(id)).await?;
+        let size = lanes.iter().map(|lane| lane.geometry.size()).sum();
+        let progress = Arc::new(watch::Sender::new(PullProgress { size, ..PullProgress::default() }));
+        let copying = Copying {
+            peer,
+            id,
+            settings,
+            on_chunk_local: parts.hooks.on_chunk_local.clone(),
+            lanes,
+            rounds: 0,
+            pulled: 0,
+            begun,
+            runtime: Handle::current(),
+            precopy: description.precopy,
+            progress,
+        };
+        Ok(Self::copy(copying, parts))
+    }
+
+    /// Copies, or goes on to.
+    fn copy(copying: Copying<T>, parts: LeecherParts) -> Self {
+        let (stop, progress) = (CancellationToken::new(), copying.progress.subscribe());
+        copying.progress.send_modify(|progress| {
+            (progress.phase, progress.error) = (PullPhase::Pulling, None);
+        });
+        let runtime = copying.runtime.clone();
+        let copying = Some(Work::Running(runtime.spawn(copying.run(stop.clone()))));
+        Self { state: Pulling { parts, progress, stop, copying } }
+    }
+
+    /// Keeps what is copied, without going on to copy.
+    fn stopped(copying: Copying<T>, parts: LeecherParts) -> Self {
+        let progress = copying.progress.subscribe();
+        let copying = Some(Work::Stopped(Box::new(copying)));
+        Self { state: Pulling { parts, progress, stop: CancellationToken::new(), copying } }
+    }
+
+    /// How far it is, now and as it changes.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<PullProgress> {
+        self.state.progress.clone()
+    }
+
+    /// Waits until the application may be moved, as [`crate::Precopy`] says. It can be moved before, too.
+    ///
+    /// # Errors
+    /// What ended the copying; the application runs on over there.
+    pub async fn ready(&self) -> Result<PullProgress> {
+        let mut progress = self.progress();
+        let reached = progress.wait_for(|progress| progress.phase != PullPhase::Pulling).await;
+        let reached = reached.map_err(|_| gone())?.clone();
+        match (reached.phase, &reached.error) {
+            (PullPhase::Stopped, Some(error)) => Err(error.clone()),
+            (PullPhase::Stopped, None) => Err(gone()),
+            _ => Ok(reached),
+        }
+    }
+
+    /// Moves the application: it is suspended over there, and runs here when this returns. Dropping the future leaves it
+    /// unknown where the region is; do not.
+    ///
+    /// # Errors
+    /// As [`FinalizeError`] says. Nobody runs on both sides, whatever goes wrong.
+    pub async fn finalize(self) -> Result<Leecher<Running<T::Shown>>, FinalizeError<T>> {
+        let (copying, parts) = self.into_copying().await?;
+        let runtime = copying.runtime.clone();
+        let died = |_| FinalizeError { error: gone(), then: Unsettled::Returned };
+        runtime.spawn(Self::finalize_here(copying, parts)).await.map_err(died)?
+    }
+
+    async fn finalize_here(
+        copying: Copying<T>,
+        parts: LeecherParts,
+    ) -> Result<Leecher<Running<T::Shown>>, FinalizeError<T>> {
+        let asked = Instant::now();
+        let handover = match ask(&copying, &parts).await {
+            Ok(handover) => handover,
+            Err(error) if error.kind().is_retryable() => {
+                let then = Unsettled::Unknown(Self::stopped(copying, parts));
+                return Err(FinalizeError { error, then });
+            }
+            Err(error) => return Err(FinalizeError { error, then: Unsettled::Refused(Self::copy(copying, parts)) }),
+        };
+        let answered = Instant::now();
+        let (suspend, flush) = (handover.suspend, handover.flush);
+        let round_trip = (answered - asked).saturating_sub(suspend + flush);
+        let Arrived { shown, owed, mut report } = arrive(copying, &parts, &handover).await?;
+        let resumed = hooks::call(parts.hooks.resume.as_ref()).await;
+        report.downtime = Downtime { suspend, flush, round_trip, resume: answered.elapsed() };
+        let arrival = Settled { peer: owed.peer, id: owed.id, settings: owed.settings, ledger: parts.ledger, report };
+        Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
+    }
+
+    /// Goes on where a leecher was that was killed after it had asked for the regions: as the ledger says, from which
+    /// `standing` comes. `targets` have what survived of it; where the ledger says no more than that it was
+    /// [asking](Standing::Asking), that is nothing, and they must be empty.
+    ///
+    /// # Errors
+    /// `Conflict` if the regions were not handed over, so that they are still over there: start anew, with another name.
+    /// `InvalidInput` for a standing from which there is nothing to go on. Others leave it as it was: call it again.
+    pub async fn resume(
+        peer: Arc<dyn Peer>,
+        standing: &Standing,
+        targets: impl AsyncFnOnce(&Description) -> Result<Vec<T>>,
+        settings: LeecherSettings,
+        parts: LeecherParts,
+    ) -> Result<Leecher<Running<T::Shown>>> {
+        let begun = Instant::now();
+        let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
+        let regions = description.check()?;
+        let (id, handover) = match standing {
+            // A number of records that it never had: only one who has handed over answers.
+            Standing::Asking { id } => {
+                (*id, retrying(&settings.handover(), Operation::Close, || peer.finalize(*id, u64::MAX)).await?)
+            }
+            Standing::Arrived { id, epoch } => {
+                let dirty = vec![BlockSet::default(); regions.len()];
+                (*id, Handover { epoch: *epoch, dirty, ..Handover::default() })
+            }
+            _ => return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "no migration was under way")),
+        };
+        let mut copying = Copying {
+            lanes: lanes(&description, targets(&description).await?, &parts)?,
+            peer,
+            id,
+            settings,
+            on_chunk_local: parts.hooks.on_chunk_local.clone(),
+            rounds: 0,
+            pulled: 0,
+            begun,
+            runtime: Handle::current(),
+            precopy: false,
+            progress: Arc::default(),
+        };
+        let report = Report { size: regions.iter().map(r3map_core::Geometry::size).sum(), ..Report::default() };
+        let shown = show(&mut copying, &parts, &handover).await?;
+        let resumed = hooks::call(parts.hooks.resume.as_ref()).await;
+        let Copying { peer, settings, .. } = copying;
+        let arrival = Settled { peer, id, settings, ledger: parts.ledger, report };
+        Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
+    }
+
+    /// Stops copying, and has everything that there is.
+    async fn into_copying(mut self) -> Result<(Copying<T>, LeecherParts), FinalizeError<T>> {
+        self.state.stop.cancel();
+        let parts = self.state.parts.clone();
+        match self.state.copying.take() {
+            None => Err(FinalizeError { error: gone(), then: Unsettled::Returned }),
+            Some(Work::Stopped(copying)) => Ok((*copying, parts)),
+            Some(Work::Running(task)) => match task.await {
+                Ok((copying, Ok(()))) => Ok((copying, parts)),
+                Ok((copying, Err(error))) => {
+                    let owed = Owed { peer: copying.peer, id: copying.id, settings: copying.settings };
+                    // Nothing was handed over: where this does not arrive, the seeder goes on recording, no more.
+                    let _ = owed.peer.abort(owed.id).await;
+                    Err(FinalizeError { error, then: Unsettled::Returned })
+                }
+                Err(_) => Err(FinalizeError { error: gone(), then: Unsettled::Returned }),
+            },
+        }
+    }
+
+    /// Gives up: the application runs on over there, and what was copied is dropped.
+    ///
+    /// # Errors
+    /// `Unavailable` with what can be asked again. It matters only after a [finalize](Self::finalize) of which nobody
+    /// knows what came.
+    pub async fn abort(self) -> Result<(), (Error, Option<Owed>)> {
+        let (copying, _) = match self.into_copying().await {
+            Ok(copying) => copying,
+            Err(FinalizeError { .. }) => return Ok(()),
+        };
+        let owed = Owed { peer: copying.peer, id: copying.id, settings: copying.settings };
+        match owed.abort().await {
+            Ok(()) => Ok(()),
+            Err(error) => Err((error, Some(owed))),
+        }
+    }
+}
+
+fn gone() -> Error {
+    Error::new(
+        ErrorKind::Cancelled,
+        Operation::Read,
+        "copying has stopped: a hook has panicked, or the runtime has shut down",
+    )
+}
+
+fn lanes<T: Target>(description: &Description, targets: Vec<T>, parts: &LeecherParts) -> Result<Vec<Lane<T>>> {
+    let regions = description.check()?;
+    let fit = |(target, region): (&T, &r3map_core::Geometry)| target.local().size() == region.size();
+    if targets.len() != regions.len() || !targets.iter().zip(&regions).all(fit) {
+        let message = "the places for the regions do not have their number and sizes";
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+    }
+    let priorities = parts.priorities.iter().cloned().chain(std::iter::repeat(Priority::None));
+    let lanes = targets.into_iter().zip(regions).zip(priorities);
+    Ok(lanes.map(|((target, region), priority)| Lane::new(target, region, priority)).collect())
+}
+
+async fn ask<T: Target>(copying: &Copying<T>, parts: &LeecherParts) -> Result<Handover> {
+    let Copying { peer, id, rounds, settings, .. } = copying;
+    if let Some(ledger) = &parts.ledger {
+        ledger.save(&Standing::Asking { id: *id })?;
+    }
+    retrying(&settings.handover(), Operation::Close, || peer.finalize(*id, *rounds)).await
+}
+
+/// Regions that are here, and shown.
+struct Arrived<M> {
+    shown: Vec<M>,
+    owed: Owed,
+    report: Report,
+}
+
+/// Shows everything, or gives everything back.
+async fn arrive<T: Target>(
+    mut copying: Copying<T>,
+    parts: &LeecherParts,
+    handover: &Handover,
+) -> Result<Arrived<T::Shown>, FinalizeError<T>> {
+    let (peer, id, settings) = (copying.peer.clone(), copying.id, copying.settings.clone());
+    let mut report = Report {
+        size: copying.lanes.iter().map(|lane| lane.geometry.size()).sum(),
+        rounds: copying.rounds,
+        pulled_before: copying.pulled,
+        dirty: bytes(&handover.dirty),
+        ..Report::default()
+    };
+    let begun = copying.begun;
+    let owed = Owed { peer, id, settings };
+    match show(&mut copying, parts, handover).await {
+        Ok(shown) => {
+            report.total = begun.elapsed();
+            Ok(Arrived { shown, owed, report })
+        }
+        Err(error) => {
+            let then = match owed.abort().await {
+                Ok(()) => Unsettled::Returned,
+                Err(_) => Unsettled::Owed(owed),
+            };
+            Err(FinalizeError { error, then })
+        }
+    }
+}
+
+/// Shows all regions, then writes down that they are here, then opens them. Only the last cannot fail.
+async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handover: &Handover) -> Result<Vec<T::Shown>> {
+    copying.check(&handover.dirty)?;
+    let hooks: Vec<_> = (0..copying.lanes.len()).map(|index| copying.hook(index)).collect();
+    let mut shown = Vec::new();
+    for (index, (mut lane, hook)) in std::mem::take(&mut copying.lanes).into_iter().zip(hooks).enumerate() {
+        let dirty: &BlockSet = &handover.dirty[index];
+        lane.written(dirty, copying.rounds + 1);
+        lane.take_back()?;
+        let remote = Arc::new(Retry::new(copying.peer.region(index), copying.settings.after.clone())?);
+        let arrival = lane.arrival(remote, dirty, copying.settings.pull.clone(), hook);
+        shown.push(lane.target.show(arrival).await?);
+    }
+    if let Some(ledger) = &parts.ledger {
+        ledger.save(&Standing::Arrived { id: copying.id, epoch: handover.epoch })?;
+    }
+    for region in &shown {
+        region.source().unfence().await;
+    }
+    Ok(shown)
+}

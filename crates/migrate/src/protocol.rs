@@ -1,0 +1,167 @@
+//! The protocol between a leecher and a seeder: its messages as plain data. Transports put them on a wire.
+//!
+//! ```text
+//!  leecher                                          seeder
+//!    | -- describe -----------------------------------> |  which regions there are, and who owns them
+//!    | -- track(id) ----------------------------------> |  from here on every write is recorded
+//!    | == reads ====================================== |  any number, in any order, at any time until confirm
+//!    | -- dirty(id, 1) -------------------------------> |  what was written so far; the application runs on
+//!    | == reads ====================================== |  of that, again
+//!    | -- dirty(id, 2) ...                              |  until the rest is small, or does not become smaller
+//!    | -- finalize(id, rounds) -----------------------> |  suspend, flush, fence; then write down who owns it now
+//!    | <----------------- what was written since, epoch |  here the region changes hands
+//!    |  show, resume                                    |
+//!    | == reads ====================================== |  what is still missing: what is touched first
+//!    | -- confirm(id) --------------------------------> |  nothing is missing: the seeder may go
+//! ```
+//!
+//! The seeder's side as states; a call that is not shown here is answered with a conflict and changes nothing:
+//!
+//! ```text
+//!              track(id)                 finalize(id)
+//!    owner ───────────────▶ tracked(id) ─────────────▶ handed over(id) ──confirm(id)──▶ gone(id)
+//!      ▲                     │   ▲  │ dirty(id, n)         │ finalize(id): the same      │ confirm(id): again
+//!      │                     │   └──┘                      │ answer again
+//!      ├──── abort(id) ──────┤ track(other): tracked(other)│
+//!      └──── abort(id): with a higher epoch ◀──────────────┘
+//! ```
+//!
+//! # Who owns a region
+//! Exactly one side may write. Up to *handed over* it is the seeder; from there on it is the leecher, and nobody but the
+//! leecher can give it back: by `abort`, which it sends only if it has not run and never will. A seeder that has handed
+//! over waits, whatever becomes of the leecher; it cannot know whether the answer arrived. Whoever does know (a person)
+//! can take it back by hand.
+//!
+//! # Lost replies
+//! Each call may be made again with the same arguments and gives the same answer. `dirty` is numbered: the same number
+//! gives the same record again, the next number says that the last one arrived. `finalize` says how many arrived. A call
+//! that comes late, after its caller has gone on, finds another state and changes nothing.
+//!
+//! # Versions
+//! Transports announce a version of their own service; the states above are what every version of it speaks of. A peer
+//! that lacks iterative pre-copy says so in [`Description::precopy`].
+
+use std::fmt;
+use std::time::Duration;
+
+use r3map_core::{ChunkSize, Error, ErrorKind, Geometry, Operation, Result};
+use r3map_pipeline::BlockSet;
+
+/// Names one attempt to migrate: sixteen random bytes that the leecher chooses.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MigrationId(pub [u8; 16]);
+
+impl fmt::Debug for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// The most regions in one migration.
+pub const MAX_REGIONS: usize = 64;
+
+/// What a seeder has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Counts changes of ownership: whoever names a lower one no longer owns the region.
+    pub epoch: u64,
+    /// The regions, in an order that stays the same.
+    pub regions: Vec<RegionFacts>,
+    /// Whether it can say what was written so far without suspending anybody.
+    pub precopy: bool,
+}
+
+impl Description {
+    /// Checks what a peer said.
+    ///
+    /// # Errors
+    /// `Corrupt` for no regions, too many, or regions that cannot be.
+    pub fn check(&self) -> Result<Vec<Geometry>> {
+        let wrong = |message: String| Error::new(ErrorKind::Corrupt, Operation::Open, message);
+        if self.regions.is_empty() || self.regions.len() > MAX_REGIONS {
+            return Err(wrong(format!("the seeder describes {} regions", self.regions.len())));
+        }
+        self.regions.iter().map(RegionFacts::geometry).collect()
+    }
+}
+
+/// One region of a migration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegionFacts {
+    /// What the application calls it, to tell several regions apart.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// The unit of transfer.
+    pub chunk_size: ChunkSize,
+}
+
+impl RegionFacts {
+    /// How it is cut.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a size that cannot be.
+    pub fn geometry(&self) -> Result<Geometry> {
+        Geometry::new(self.size, self.chunk_size)
+    }
+}
+
+/// The answer to `finalize`: the region changes hands with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Handover {
+    /// The epoch that begins with the new owner.
+    pub epoch: u64,
+    /// For each region the blocks that were written since the last record that arrived.
+    pub dirty: Vec<BlockSet>,
+    /// How long the application took to stop.
+    pub suspend: Duration,
+    /// How long it took until everything written was recorded and nothing could be written any more.
+    pub flush: Duration,
+}
+
+/// Checks that a peer's record speaks of the regions that there are.
+///
+/// # Errors
+/// `Corrupt` if not.
+pub fn check_dirty(dirty: &[BlockSet], regions: &[Geometry]) -> Result<()> {
+    let inside = |(set, region): (&BlockSet, &Geometry)| set.runs().all(|run| run.end <= region.block_count());
+    if dirty.len() == regions.len() && dirty.iter().zip(regions).all(inside) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Corrupt, Operation::Read, "the seeder names blocks that the regions do not have"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(size: u64) -> RegionFacts {
+        RegionFacts { name: "a".into(), size, chunk_size: ChunkSize::MIN }
+    }
+
+    #[test]
+    fn what_a_peer_describes_is_checked() {
+        let description = |sizes: &[u64]| Description {
+            epoch: 1,
+            regions: sizes.iter().map(|size| facts(*size)).collect(),
+            precopy: true,
+        };
+        assert_eq!(description(&[1, 4097]).check().unwrap().len(), 2);
+        for wrong in [vec![], vec![0], vec![u64::MAX], vec![1; MAX_REGIONS + 1]] {
+            assert!(description(&wrong).check().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn records_of_other_regions_are_refused() {
+        let regions = [facts(4097).geometry().unwrap(), facts(1).geometry().unwrap()];
+        let set = |blocks| {
+            let mut set = BlockSet::default();
+            set.insert(blocks);
+            set
+        };
+        assert!(check_dirty(&[set(0..2), set(0..1)], &regions).is_ok());
+        assert!(check_dirty(&[set(0..3), set(0..1)], &regions).is_err());
+        assert!(check_dirty(&[set(0..2)], &regions).is_err());
+    }
+}

@@ -1,0 +1,169 @@
+//! The side that regions have come to: the application runs here, what is missing is pulled, and then they can go on to
+//! the next.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_pipeline::retrying;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::leecher::Leecher;
+use crate::protocol::MigrationId;
+use crate::{Ledger, LeecherSettings, Peer, Report, Seeder, SeederParts, Shown, Source, Standing};
+
+/// How long to wait after something could not be had.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// The application runs here.
+pub struct Running<M> {
+    shown: Vec<Arc<M>>,
+    epoch: u64,
+    report: Report,
+    resumed: Result<()>,
+    began: Instant,
+    settled: watch::Receiver<Settling>,
+    _settling: AbortOnDropHandle<()>,
+}
+
+/// How far the rest of a migration is.
+#[derive(Debug, Clone, Default)]
+enum Settling {
+    /// Something is missing.
+    #[default]
+    Missing,
+    /// Everything is here, since then; the seeder knows, or what it answered when it was told.
+    Here(Duration, Result<()>),
+    /// The region was closed before.
+    Closed(Error),
+}
+
+/// What there is beside the regions when they have come.
+pub(crate) struct Settled {
+    pub(crate) peer: Arc<dyn Peer>,
+    pub(crate) id: MigrationId,
+    pub(crate) settings: LeecherSettings,
+    pub(crate) ledger: Option<Arc<dyn Ledger>>,
+    pub(crate) report: Report,
+}
+
+impl Settled {
+    /// Everything is here: writes that down, and tells the seeder.
+    async fn confirm(&self, epoch: u64) -> Result<()> {
+        if let Some(ledger) = &self.ledger {
+            ledger.save(&Standing::Owner { epoch })?;
+        }
+        retrying(&self.settings.after, Operation::Close, || self.peer.confirm(self.id)).await
+    }
+}
+
+impl<M: Shown> Running<M> {
+    pub(crate) fn new(shown: Vec<M>, arrival: Settled, epoch: u64, resumed: Result<()>) -> Self {
+        let report = arrival.report.clone();
+        let shown: Vec<_> = shown.into_iter().map(Arc::new).collect();
+        let began = Instant::now();
+        let (settling, settled) = watch::channel(Settling::default());
+        let rest = shown.clone();
+        let task = tokio::spawn(async move {
+            let outcome = match all_here(&rest).await {
+                Err(error) => Settling::Closed(error),
+                Ok(()) => {
+                    let here = began.elapsed();
+                    Settling::Here(here, arrival.confirm(epoch).await)
+                }
+            };
+            settling.send_replace(outcome);
+        });
+        Self { shown, epoch, report, resumed, began, settled, _settling: AbortOnDropHandle::new(task) }
+    }
+}
+
+impl<M: Shown> Leecher<Running<M>> {
+    /// The regions, in the seeder's order.
+    #[must_use]
+    pub fn regions(&self) -> &[Arc<M>] {
+        &self.state.shown
+    }
+
+    /// The epoch that began with this owner.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.state.epoch
+    }
+
+    /// Whether the hook that lets the application run succeeded. The regions are here either way.
+    ///
+    /// # Errors
+    /// What the hook answered.
+    pub fn resumed(&self) -> Result<()> {
+        self.state.resumed.clone()
+    }
+
+    /// What it took so far.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let came = |region: &Arc<M>| region.progress().borrow().pulled_bytes;
+        let since = match &*self.state.settled.borrow() {
+            Settling::Here(here, _) => *here,
+            _ => self.state.began.elapsed(),
+        };
+        let pulled_after = self.state.shown.iter().map(came).sum();
+        Report { pulled_after, total: self.state.report.total + since, ..self.state.report.clone() }
+    }
+
+    /// Waits until everything is here, and the seeder has been told. While it does not answer, this waits.
+    ///
+    /// # Errors
+    /// `Cancelled` if a region is closed before.
+    pub async fn pulled(&self) -> Result<Report> {
+        let mut settled = self.state.settled.clone();
+        let ended = settled.wait_for(|settling| !matches!(settling, Settling::Missing)).await;
+        match ended.map(|settling| settling.clone()) {
+            Ok(Settling::Here(..)) => Ok(self.report()),
+            Ok(Settling::Closed(error)) => Err(error),
+            _ => Err(Error::new(ErrorKind::Cancelled, Operation::Read, "the runtime has shut down")),
+        }
+    }
+
+    /// Whether the seeder knows that everything is here. It serves on for nothing as long as it does not.
+    ///
+    /// # Errors
+    /// What it answered, or that something is missing still.
+    pub fn confirmed(&self) -> Result<()> {
+        match &*self.state.settled.borrow() {
+            Settling::Here(_, confirmed) => confirmed.clone(),
+            _ => Err(Error::new(ErrorKind::Unavailable, Operation::Close, "something is missing still")),
+        }
+    }
+
+    /// Waits until everything is here, and offers the regions to the next leecher, while the application runs on. Each
+    /// region is offered under the name that it is given here, in order.
+    ///
+    /// # Errors
+    /// `Cancelled` if a region is closed before; as [`Seeder::new`].
+    pub async fn release(self, names: Vec<String>, parts: SeederParts) -> Result<(Vec<Arc<M>>, Seeder)> {
+        self.pulled().await?;
+        let sources = self.state.shown.iter().map(|region| region.source());
+        let regions: Vec<(String, Arc<dyn Source>)> = names.into_iter().zip(sources).collect();
+        if regions.len() != self.state.shown.len() {
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "each region needs a name"));
+        }
+        let seeder = Seeder::new(regions, SeederParts { epoch: Some(self.state.epoch), ..parts }).await?;
+        Ok((self.state.shown.clone(), seeder))
+    }
+}
+
+/// Waits until nothing is missing, however often something cannot be had.
+async fn all_here<M: Shown>(shown: &[Arc<M>]) -> Result<()> {
+    loop {
+        let Err(error) = try_join_all(shown.iter().map(|region| region.pulled())).await else { return Ok(()) };
+        if matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::InvalidInput) {
+            return Err(error);
+        }
+        tracing::warn!(%error, "what is missing could not be had; it is tried again");
+        tokio::time::sleep(PAUSE).await;
+    }
+}

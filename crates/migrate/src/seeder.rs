@@ -1,0 +1,480 @@
+//! The side that regions leave: does what the [protocol](crate::protocol)'s states say, one call after another.
+//!
+//! It serves no bytes itself: a transport reads from the sources. It never resumes on its own what it has handed over.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
+use r3map_pipeline::BlockSet;
+use tokio::sync::{Mutex, watch};
+use tokio::time::{Instant, timeout};
+
+use crate::hooks::{self, Hooks};
+use crate::protocol::{Description, Handover, MAX_REGIONS, MigrationId, RegionFacts};
+use crate::seat::{Abort, Confirm, Dirty, Finalize, Seat, Track};
+use crate::{Ledger, Secret, Source, Standing};
+
+/// How long suspending and flushing may take, unless told otherwise.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What can be plugged into a seeder, and chosen.
+#[derive(Clone, Default)]
+pub struct SeederParts {
+    /// The application.
+    pub hooks: Hooks,
+    /// What a leecher must know. Nothing: whoever can reach the seeder may take the regions away.
+    pub secret: Option<Secret>,
+    /// Where it is written down who owns the regions. Without one a seeder that is started again takes itself for the
+    /// owner, so have one wherever regions outlive the process.
+    pub ledger: Option<Arc<dyn Ledger>>,
+    /// How long suspending, and then flushing and fencing, may each take before the migration is refused. Default 30 s.
+    pub limit: Option<Duration>,
+    /// How the regions stand that arrived here before, from [`crate::Leecher::release`]. Default epoch 1.
+    pub epoch: Option<u64>,
+}
+
+/// What a seeder is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SeederPhase {
+    /// The application runs here, and nobody takes the regions away.
+    #[default]
+    Owner,
+    /// A leecher copies while the application runs here.
+    Tracked,
+    /// The application is being stopped.
+    Suspending,
+    /// The application runs there, and what is missing there is read here.
+    HandedOver,
+    /// The leecher has everything.
+    Gone,
+}
+
+/// Where a seeder stands.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SeederProgress {
+    /// What it is doing.
+    pub phase: SeederPhase,
+    /// The epoch of the present owner.
+    pub epoch: u64,
+    /// Records that were taken in this migration.
+    pub rounds: u64,
+    /// Bytes in the last one, in whole blocks.
+    pub dirty_bytes: u64,
+    /// How long the application took to stop, and how long it took to record and fence everything.
+    pub suspend: Duration,
+    /// See `suspend`.
+    pub flush: Duration,
+}
+
+/// Regions that may leave together. Dropping it ends nothing: transports hold it too.
+#[derive(Clone)]
+pub struct Seeder {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    names: Vec<String>,
+    sources: Vec<Arc<dyn Source>>,
+    parts: SeederParts,
+    progress: watch::Sender<SeederProgress>,
+    /// One call at a time.
+    work: Mutex<Work>,
+}
+
+struct Work {
+    seat: Seat,
+    /// The last numbered record, which may not have arrived.
+    unconfirmed: Vec<BlockSet>,
+    /// What was taken from the sources and is in no numbered record yet: a finalize or a record that failed half-way.
+    carried: Vec<BlockSet>,
+}
+
+impl Work {
+    fn new(seat: Seat, regions: usize) -> Self {
+        Self { seat, unconfirmed: vec![BlockSet::default(); regions], carried: vec![BlockSet::default(); regions] }
+    }
+
+    fn forget(&mut self) {
+        self.unconfirmed.fill_with(BlockSet::default);
+        self.carried.fill_with(BlockSet::default);
+    }
+}
+
+impl std::fmt::Debug for Seeder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Seeder").field("progress", &*self.shared.progress.borrow()).finish_non_exhaustive()
+    }
+}
+
+impl Seeder {
+    /// Offers regions, each with a name. Where the ledger says that they were handed over, the application must not run:
+    /// they are fenced, and [`Self::owns`] says so.
+    ///
+    /// # Errors
+    /// `InvalidInput` for no regions or too many; `Conflict` where the ledger says that they are not here; what the
+    /// ledger and fencing answer.
+    pub async fn new(regions: Vec<(String, Arc<dyn Source>)>, parts: SeederParts) -> Result<Self> {
+        if regions.is_empty() || regions.len() > MAX_REGIONS {
+            let message = format!("a migration has between 1 and {MAX_REGIONS} regions");
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+        }
+        let standing = parts.ledger.as_ref().map_or(Ok(None), |ledger| ledger.load())?;
+        let seat = Seat::new(parts.epoch.unwrap_or(1), standing)?;
+        let (names, sources): (_, Vec<_>) = regions.into_iter().unzip();
+        if !seat.owns() {
+            for source in &sources {
+                source.fence().await?;
+            }
+        }
+        let work = Mutex::new(Work::new(seat, sources.len()));
+        let shared = Shared { names, sources, parts, progress: watch::Sender::default(), work };
+        let seeder = Self { shared: Arc::new(shared) };
+        seeder.shared.publish(&*seeder.shared.work.lock().await);
+        Ok(seeder)
+    }
+
+    /// Lets a leecher in that knows the secret, or any where there is none.
+    ///
+    /// # Errors
+    /// `Denied` for another.
+    pub fn admit(&self, shown: &[u8]) -> Result<Admitted> {
+        match &self.shared.parts.secret {
+            Some(secret) if !secret.is(shown) => {
+                let message = "this leecher may not take the region away: give it the seeder's secret";
+                Err(Error::new(ErrorKind::Denied, Operation::Open, message))
+            }
+            _ => Ok(Admitted { shared: self.shared.clone() }),
+        }
+    }
+
+    /// What there is.
+    ///
+    /// # Errors
+    /// `Cancelled` when the runtime shuts down.
+    pub async fn describe(&self) -> Result<Description> {
+        let facts = |(name, source): (&String, &Arc<dyn Source>)| RegionFacts {
+            name: name.clone(),
+            size: source.backend().size(),
+            chunk_size: source.chunk_size(),
+        };
+        let regions = self.shared.names.iter().zip(&self.shared.sources).map(facts).collect();
+        Ok(Description { epoch: self.shared.progress.borrow().epoch, regions, precopy: true })
+    }
+
+    /// A region's bytes, for leechers.
+    ///
+    /// # Panics
+    /// If there is no region of that number.
+    #[must_use]
+    pub fn region(&self, index: usize) -> Arc<dyn Backend> {
+        self.shared.sources[index].backend()
+    }
+
+    /// How many regions there are.
+    #[must_use]
+    pub fn regions(&self) -> usize {
+        self.shared.sources.len()
+    }
+
+    /// Whether the application here may run.
+    #[must_use]
+    pub fn owns(&self) -> bool {
+        let phase = self.shared.progress.borrow().phase;
+        !matches!(phase, SeederPhase::HandedOver | SeederPhase::Gone)
+    }
+
+    /// Where it stands, now and as it changes.
+    #[must_use]
+    pub fn progress(&self) -> watch::Receiver<SeederProgress> {
+        self.shared.progress.subscribe()
+    }
+
+    /// Waits until a leecher has everything, and answers how it went.
+    pub async fn gone(&self) -> SeederProgress {
+        let mut progress = self.progress();
+        let gone = progress.wait_for(|progress| progress.phase == SeederPhase::Gone).await;
+        gone.map(|progress| progress.clone()).unwrap_or_default()
+    }
+
+    /// Takes back regions that were handed over. **Only for somebody who knows that the leecher does not run and never
+    /// will**: the protocol cannot know, and two sides that run destroy the region. A leecher does this itself by
+    /// aborting where it can.
+    ///
+    /// # Errors
+    /// `Conflict` if they were not handed over, or everything was confirmed to be there; what the ledger, the fence and
+    /// the hook answer.
+    pub async fn take_back(&self) -> Result<()> {
+        let Standing::HandedOver { id, .. } = self.shared.work.lock().await.seat.standing() else {
+            return Err(Error::new(ErrorKind::Conflict, Operation::Open, "the region was not handed over"));
+        };
+        Admitted { shared: self.shared.clone() }.abort(id).await
+    }
+
+    /// Stops recording for a leecher that has not finalized; it must start again.
+    ///
+    /// # Errors
+    /// `Cancelled` when the runtime shuts down.
+    pub async fn stop_tracking(&self) -> Result<()> {
+        self.shared
+            .run(|shared| async move {
+                let mut work = shared.work.lock().await;
+                if work.seat.is_tracked() {
+                    shared.untrack(&mut work).await;
+                }
+                Ok(())
+            })
+            .await
+    }
+}
+
+/// The calls of a leecher that may make them. Each runs to its end even if its future is dropped.
+#[derive(Clone)]
+pub struct Admitted {
+    shared: Arc<Shared>,
+}
+
+impl Admitted {
+    /// As [`crate::Peer::track`].
+    ///
+    /// # Errors
+    /// As [`crate::Peer::track`].
+    pub async fn track(&self, id: MigrationId) -> Result<()> {
+        self.shared.run(move |shared| async move { shared.track(id).await }).await
+    }
+
+    /// As [`crate::Peer::dirty`].
+    ///
+    /// # Errors
+    /// As [`crate::Peer::dirty`].
+    pub async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
+        self.shared.run(move |shared| async move { shared.dirty(id, round).await }).await
+    }
+
+    /// As [`crate::Peer::finalize`].
+    ///
+    /// # Errors
+    /// As [`crate::Peer::finalize`].
+    pub async fn finalize(&self, id: MigrationId, rounds: u64) -> Result<Handover> {
+        self.shared.run(move |shared| async move { shared.finalize(id, rounds).await }).await
+    }
+
+    /// As [`crate::Peer::confirm`].
+    ///
+    /// # Errors
+    /// As [`crate::Peer::confirm`].
+    pub async fn confirm(&self, id: MigrationId) -> Result<()> {
+        self.shared.run(move |shared| async move { shared.confirm(id).await }).await
+    }
+
+    /// As [`crate::Peer::abort`].
+    ///
+    /// # Errors
+    /// As [`crate::Peer::abort`].
+    pub async fn abort(&self, id: MigrationId) -> Result<()> {
+        self.shared.run(move |shared| async move { shared.abort(id).await }).await
+    }
+}
+
+impl Shared {
+    /// Runs a call to its end, whoever waits for it.
+    async fn run<T, F>(self: &Arc<Self>, call: impl FnOnce(Arc<Self>) -> F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        tokio::spawn(call(self.clone())).await.unwrap_or_else(|error| {
+            let message = "the seeder's runtime is shutting down, or a hook has panicked";
+            Err(Error::new(ErrorKind::Cancelled, Operation::Open, message).with_source(error))
+        })
+    }
+
+    async fn track(&self, id: MigrationId) -> Result<()> {
+        let mut work = self.work.lock().await;
+        if work.seat.track(id)? == Track::Start {
+            for source in &self.sources {
+                if let Err(error) = source.track().await {
+                    self.untrack(&mut work).await;
+                    return Err(error);
+                }
+            }
+            work.seat.tracked(id);
+            work.forget();
+            self.publish(&work);
+        }
+        Ok(())
+    }
+
+    async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
+        let mut work = self.work.lock().await;
+        if work.seat.dirty(id, round)? == Dirty::Next {
+            self.take(&mut work.carried).await?;
+            work.seat.took();
+            let empty = vec![BlockSet::default(); self.sources.len()];
+            work.unconfirmed = std::mem::replace(&mut work.carried, empty);
+            self.publish_taken(&work, round);
+        }
+        Ok(work.unconfirmed.clone())
+    }
+
+    /// Adds all records to `into`, where they stay whatever comes of it.
+    async fn take(&self, into: &mut [BlockSet]) -> Result<()> {
+        for (source, into) in self.sources.iter().zip(into) {
+            into.union(&source.take().await?);
+        }
+        Ok(())
+    }
+
+    async fn finalize(&self, id: MigrationId, rounds: u64) -> Result<Handover> {
+        let mut work = self.work.lock().await;
+        let received = match work.seat.finalize(id, rounds)? {
+            Finalize::Again(answer) => return Ok(answer),
+            Finalize::Start { received } => received,
+        };
+        self.progress.send_modify(|progress| progress.phase = SeederPhase::Suspending);
+        match self.hand_over(&mut work, id, received).await {
+            Ok(answer) => {
+                self.publish(&work);
+                Ok(answer)
+            }
+            Err(error) => {
+                self.resume().await;
+                self.publish(&work);
+                Err(as_refusal(error))
+            }
+        }
+    }
+
+    async fn hand_over(&self, work: &mut Work, id: MigrationId, received: bool) -> Result<Handover> {
+        let limit = self.parts.limit.unwrap_or(LIMIT);
+        let begun = Instant::now();
+        within(limit, "suspending the application", hooks::call(self.parts.hooks.suspend.as_ref())).await?;
+        let suspend = begun.elapsed();
+        within(limit, "flushing", self.fence(&mut work.carried)).await?;
+        let (mut dirty, flush) = (work.carried.clone(), begun.elapsed() - suspend);
+        if !received {
+            dirty.iter_mut().zip(&work.unconfirmed).for_each(|(dirty, last)| dirty.union(last));
+        }
+        let next = work.seat.handed_over(id, Handover { dirty, suspend, flush, ..Handover::default() });
+        // The one step that hands over: before it is written down this side owns the regions, after it the other.
+        self.write_down(&next)?;
+        work.seat = next;
+        for source in &self.sources {
+            source.untrack().await;
+        }
+        match work.seat.finalize(id, 0)? {
+            Finalize::Again(answer) => Ok(answer),
+            Finalize::Start { .. } => unreachable!("it was handed over just now"),
+        }
+    }
+
+    /// Ends writing everywhere, and takes what was written.
+    async fn fence(&self, into: &mut [BlockSet]) -> Result<()> {
+        for source in &self.sources {
+            source.flush().await?;
+        }
+        for source in &self.sources {
+            source.fence().await?;
+        }
+        self.take(into).await
+    }
+
+    /// The application goes on here.
+    async fn resume(&self) {
+        for source in &self.sources {
+            source.unfence().await;
+        }
+        if let Err(error) = hooks::call(self.parts.hooks.resume.as_ref()).await {
+            tracing::error!(%error, "the application could not be resumed");
+        }
+    }
+
+    async fn confirm(&self, id: MigrationId) -> Result<()> {
+        let mut work = self.work.lock().await;
+        if work.seat.confirm(id)? == Confirm::Gone {
+            let gone = work.seat.gone(id);
+            self.write_down(&gone)?;
+            work.seat = gone;
+            if let Err(error) = hooks::call(self.parts.hooks.before_close.as_ref()).await {
+                tracing::error!(%error, "the hook before closing failed");
+            }
+            self.publish(&work);
+        }
+        Ok(())
+    }
+
+    async fn abort(&self, id: MigrationId) -> Result<()> {
+        let mut work = self.work.lock().await;
+        match work.seat.abort(id)? {
+            Abort::Nothing => {}
+            Abort::Untrack => self.untrack(&mut work).await,
+            Abort::TakeBack => {
+                let back = work.seat.taken_back();
+                self.write_down(&back)?;
+                work.seat = back;
+                self.resume().await;
+                self.publish(&work);
+            }
+        }
+        Ok(())
+    }
+
+    async fn untrack(&self, work: &mut Work) {
+        for source in &self.sources {
+            source.untrack().await;
+        }
+        work.seat.untracked();
+        self.publish(work);
+    }
+
+    fn write_down(&self, seat: &Seat) -> Result<()> {
+        self.parts.ledger.as_ref().map_or(Ok(()), |ledger| ledger.save(&seat.standing()))
+    }
+
+    fn publish(&self, work: &Work) {
+        let phase = match &work.seat {
+            seat if seat.is_tracked() => SeederPhase::Tracked,
+            seat if seat.owns() => SeederPhase::Owner,
+            seat if seat.is_gone() => SeederPhase::Gone,
+            _ => SeederPhase::HandedOver,
+        };
+        let times = match work.seat.standing() {
+            Standing::HandedOver { id, .. } => work.seat.finalize(id, 0).ok(),
+            _ => None,
+        };
+        self.progress.send_modify(|progress| {
+            (progress.phase, progress.epoch) = (phase, work.seat.epoch());
+            if let Some(Finalize::Again(answer)) = &times {
+                (progress.suspend, progress.flush) = (answer.suspend, answer.flush);
+                progress.dirty_bytes = bytes(&answer.dirty);
+            }
+        });
+    }
+
+    fn publish_taken(&self, work: &Work, round: u64) {
+        self.progress.send_modify(|progress| {
+            (progress.rounds, progress.dirty_bytes) = (round, bytes(&work.unconfirmed));
+        });
+    }
+}
+
+/// What records amount to, in whole blocks.
+pub(crate) fn bytes(dirty: &[BlockSet]) -> u64 {
+    dirty.iter().map(BlockSet::len).sum::<u64>() * r3map_core::BLOCK_SIZE
+}
+
+/// An error that says that nothing was handed over; one that a leecher would take for silence must not.
+fn as_refusal(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Unavailable => Error::new(ErrorKind::Cancelled, Operation::Close, error.reason()),
+        _ => error,
+    }
+}
+
+async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(limit, work).await.unwrap_or_else(|_| {
+        let message = format!("{what} took longer than {limit:?}");
+        Err(Error::new(ErrorKind::Cancelled, Operation::Close, message))
+    })
+}

@@ -1,0 +1,51 @@
+//! A region that can leave this host.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, ChunkSize, Result};
+use r3map_pipeline::BlockSet;
+
+/// What a seeder needs of a frontend. Calls are made one after another; they are not cancelled half-way.
+#[async_trait]
+pub trait Source: Send + Sync + 'static {
+    /// The region for leechers to read. It gives what was written last, while the application writes and after
+    /// [`Self::fence`].
+    fn backend(&self) -> Arc<dyn Backend>;
+
+    /// The unit of transfer that suits it.
+    fn chunk_size(&self) -> ChunkSize;
+
+    /// Starts to record which blocks are written, with an empty record. What was written before the call is visible to
+    /// every read after it.
+    ///
+    /// # Errors
+    /// When nothing can be recorded.
+    async fn track(&self) -> Result<()>;
+
+    /// Takes what was written since [`Self::track`] or the last call. Every write that returned before the call is in
+    /// this record or an earlier one, and visible to every read after it.
+    ///
+    /// # Errors
+    /// When it is not known what was written; nothing is forgotten then.
+    async fn take(&self) -> Result<BlockSet>;
+
+    /// Stops recording.
+    async fn untrack(&self);
+
+    /// Hands over what a kernel holds of earlier writes, so that the next [`Self::take`] knows of it.
+    ///
+    /// # Errors
+    /// When something may not have been handed over.
+    async fn flush(&self) -> Result<()>;
+
+    /// Ends writing: every write of the application fails from now on, those under way have ended when this returns, and
+    /// the next [`Self::take`] is the last and complete.
+    ///
+    /// # Errors
+    /// When writing cannot be ended; it goes on then.
+    async fn fence(&self) -> Result<()>;
+
+    /// Lets the application write again.
+    async fn unfence(&self);
+}

@@ -1,0 +1,191 @@
+//! Migrations that nothing happens to.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use r3map_core::ErrorKind;
+use r3map_migrate::{
+    Hooks, Leecher, LeecherParts, LeecherSettings, Precopy, PullPhase, Pulling, Seeder, SeederPhase, Unconverged,
+    Verdict,
+};
+use r3map_pipeline::Priority;
+
+use crate::support::application::Application;
+use crate::support::disk::Disk;
+use crate::support::host::{Place, hooks, seed};
+use crate::support::link::{End, Link};
+use crate::support::{fresh_id, geometry, settings};
+
+async fn leech(link: &Arc<Link>, settings: LeecherSettings, parts: LeecherParts) -> Leecher<Pulling<Place>> {
+    let disk = Disk::new();
+    let targets = async move |_: &_| Ok(vec![Place { disk }]);
+    Leecher::start(Arc::new(End(link.clone())), fresh_id(), targets, settings, parts).await.unwrap()
+}
+
+/// A busy application on host A, and a link to it.
+async fn busy(pause: Duration) -> (Arc<Application>, impl Sized, Seeder, Arc<Link>) {
+    let app = Application::new();
+    let (here, seeder) = seed(&app, "A", &Disk::new()).await;
+    let running = app.start(1, pause);
+    tokio::time::sleep(pause * 200).await;
+    let link = Link::healthy(seeder.clone());
+    (app, (here, running), seeder, link)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_application_goes_on_where_it_was_and_the_report_says_what_it_took() {
+    let (app, _running, seeder, link) = busy(Duration::from_millis(3)).await;
+    let leecher = leech(&link, settings(), LeecherParts::default()).await;
+    let ready = leecher.ready().await.unwrap();
+    assert_eq!((ready.phase, ready.size), (PullPhase::Ready, geometry().size()));
+    assert!(app.refused() == 0 && app.host().await == Some("A"));
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::Tracked);
+    let running = leecher.finalize().await.unwrap();
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    let report = running.pulled().await.unwrap();
+    assert_eq!(
+        report.pulled_before + report.pulled_after,
+        ready.pulled.max(report.pulled_before) + report.pulled_after
+    );
+    assert!(report.pulled_before >= geometry().size() / 4096 * 4096, "{report:?}");
+    assert!(report.rounds >= 1 && report.downtime.total() >= Duration::from_millis(10), "{report:?}");
+    assert!(report.downtime.total() < Duration::from_millis(30), "a round trip and little else: {report:?}");
+    assert!(report.dirty <= report.pulled_after + 4096, "{report:?}");
+    running.confirmed().unwrap();
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::Gone);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    app.check().await.unwrap();
+    assert_eq!((app.refused(), app.host().await), (0, Some("B")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_can_be_finalized_before_anything_was_pulled() {
+    let (app, _running, _, link) = busy(Duration::from_millis(1)).await;
+    let running = leech(&link, settings(), LeecherParts::default()).await.finalize().await.unwrap();
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    app.check().await.unwrap();
+    running.pulled().await.unwrap();
+    app.check().await.unwrap();
+    assert_eq!(app.refused(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_application_that_writes_too_fast_is_moved_all_the_same_or_left_alone() {
+    let fast = Duration::from_micros(20);
+    let tight = |unconverged| {
+        let precopy = Precopy { target: Duration::from_micros(1), unconverged, ..settings().precopy };
+        LeecherSettings { precopy, ..settings() }
+    };
+    let (app, _running, seeder, link) = busy(fast).await;
+    let leecher = leech(&link, tight(Unconverged::GiveUp), LeecherParts::default()).await;
+    let error = leecher.ready().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
+    let left = leecher.finalize().await.unwrap_err();
+    assert!(left.to_string().contains("runs on over there"), "{left}");
+    assert_eq!((seeder.progress().borrow().phase, app.refused()), (SeederPhase::Owner, 0));
+
+    let leecher = leech(&link, tight(Unconverged::Finalize), LeecherParts::default()).await;
+    let ready = leecher.ready().await.unwrap();
+    assert!(ready.verdict.is_some_and(Verdict::is_unconverged), "{ready:?}");
+    let running = leecher.finalize().await.unwrap();
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    running.pulled().await.unwrap();
+    app.check().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn hooks_are_called_in_their_order() {
+    let app = Application::new();
+    let disk = Disk::new();
+    let (here, _) = seed(&app, "A", &disk).await;
+    let told: Arc<Mutex<Vec<&str>>> = Arc::default();
+    let tell = |what: &'static str| {
+        let told = told.clone();
+        move || {
+            told.lock().unwrap().push(what);
+            async { Ok(()) }
+        }
+    };
+    let hooks_of = Hooks::default().on_suspend(tell("suspend")).on_before_close(tell("before close"));
+    let parts = r3map_migrate::SeederParts { hooks: hooks_of, ..Default::default() };
+    let seeder = Seeder::new(vec![("a".into(), here.guarded.clone() as _)], parts).await.unwrap();
+    let chunks = Arc::new(AtomicU64::new(0));
+    let counted = chunks.clone();
+    let hooks = Hooks::default().on_resume(tell("resume")).on_chunk_local(move |region, _| {
+        assert_eq!(region, 0);
+        counted.fetch_add(1, Ordering::SeqCst);
+    });
+    let leecher = leech(&Link::healthy(seeder), settings(), LeecherParts { hooks, ..Default::default() }).await;
+    leecher.ready().await.unwrap();
+    assert_eq!(chunks.load(Ordering::SeqCst), geometry().chunk_count());
+    let running = leecher.finalize().await.unwrap();
+    running.pulled().await.unwrap();
+    running.resumed().unwrap();
+    assert_eq!(*told.lock().unwrap(), ["suspend", "resume", "before close"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_priority_is_pulled_first() {
+    let (_, _running, _, link) = busy(Duration::from_secs(1)).await;
+    let order: Arc<Mutex<Vec<u64>>> = Arc::default();
+    let seen = order.clone();
+    let hooks = Hooks::default().on_chunk_local(move |_, chunk| seen.lock().unwrap().push(chunk));
+    let priorities = vec![Priority::Function(Arc::new(|chunk| i64::try_from(chunk).unwrap()))];
+    let mut settings = settings();
+    settings.pull.workers = r3map_pipeline::Workers::Fixed(std::num::NonZeroUsize::MIN);
+    settings.pull.max_request = std::num::NonZeroU64::MIN;
+    let leecher = leech(&link, settings, LeecherParts { hooks, priorities, ..Default::default() }).await;
+    leecher.ready().await.unwrap();
+    let expected: Vec<u64> = (0..geometry().chunk_count()).rev().collect();
+    assert_eq!(order.lock().unwrap()[..expected.len()], expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leecher_that_is_dropped_leaves_the_application_alone() {
+    let (app, _running, seeder, link) = busy(Duration::from_millis(1)).await;
+    let leecher = leech(&link, settings(), LeecherParts::default()).await;
+    leecher.ready().await.unwrap();
+    drop(leecher);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    seeder.stop_tracking().await.unwrap();
+    assert_eq!((seeder.progress().borrow().phase, app.refused()), (SeederPhase::Owner, 0));
+    let leecher = leech(&link, settings(), LeecherParts::default()).await;
+    leecher.ready().await.unwrap();
+    leecher.abort().await.unwrap();
+    assert_eq!((seeder.progress().borrow().phase, app.refused()), (SeederPhase::Owner, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_regions_are_one_migration() {
+    let app = Application::new();
+    let (first, second) = (Disk::new(), Disk::new());
+    let (a, _) = seed(&app, "A", &first).await;
+    let (b, _) = seed(&app, "A", &second).await;
+    let parts = r3map_migrate::SeederParts { hooks: hooks(&app, "A", b.guarded.front()), ..Default::default() };
+    let regions = vec![("memory".into(), a.guarded.clone() as _), ("disk".into(), b.guarded.clone() as _)];
+    let seeder = Seeder::new(regions, parts).await.unwrap();
+    a.guarded.front().write_at(5000, &[1]).await.unwrap();
+    b.guarded.front().write_at(5000, &[2]).await.unwrap();
+    let targets = async |description: &r3map_migrate::protocol::Description| {
+        let names: Vec<_> = description.regions.iter().map(|region| region.name.as_str()).collect();
+        assert_eq!(names, ["memory", "disk"]);
+        Ok(names.iter().map(|_| Place { disk: Disk::new() }).collect())
+    };
+    let peer = Arc::new(End(Link::healthy(seeder.clone())));
+    let leecher = Leecher::start(peer, fresh_id(), targets, settings(), LeecherParts::default()).await.unwrap();
+    leecher.ready().await.unwrap();
+    a.guarded.front().write_at(9000, &[3]).await.unwrap();
+    b.guarded.front().write_at(70_000, &[4]).await.unwrap();
+    let running = leecher.finalize().await.unwrap();
+    for (region, offset, value) in [(0, 5000, 1), (1, 5000, 2), (0, 9000, 3), (1, 70_000, 4)] {
+        let mut byte = [0];
+        running.regions()[region].guarded.front().read_at(offset, &mut byte).await.unwrap();
+        assert_eq!(byte, [value], "region {region} at {offset}");
+    }
+    for region in [&a, &b] {
+        assert!(region.guarded.front().write_at(0, &[1]).await.is_err(), "both are fenced");
+    }
+    running.pulled().await.unwrap();
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::Gone);
+}

@@ -1,0 +1,8 @@
+//! Whole migrations between two hosts in one process and in virtual time: what goes well, what fails at each step, and
+//! what must hold whatever happens.
+
+mod chains;
+mod failures;
+mod going_well;
+mod refusals;
+mod support;

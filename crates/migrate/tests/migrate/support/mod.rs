@@ -1,0 +1,44 @@
+//! Two hosts, a link between them, and an application that runs on one of them.
+
+pub(crate) mod application;
+pub(crate) mod disk;
+pub(crate) mod host;
+pub(crate) mod link;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use r3map_core::{ChunkSize, Geometry};
+use r3map_migrate::protocol::MigrationId;
+use r3map_migrate::{LeecherSettings, Precopy};
+use r3map_pipeline::{PullSettings, RetrySettings};
+
+/// Not a multiple of anything.
+pub(crate) const SIZE: u64 = 61 * 4096 + 77;
+
+pub(crate) fn geometry() -> Geometry {
+    Geometry::new(SIZE, ChunkSize::new(16 << 10).unwrap()).unwrap()
+}
+
+pub(crate) fn settings() -> LeecherSettings {
+    let patience = |seconds| RetrySettings {
+        limit: Some(Duration::from_secs(seconds)),
+        attempt_timeout: Duration::from_secs(1),
+        ..RetrySettings::default()
+    };
+    LeecherSettings {
+        precopy: Precopy { recheck: Duration::from_millis(100), ..Precopy::default() },
+        pull: PullSettings { retry_pause: Duration::from_millis(500), ..PullSettings::default() },
+        before: patience(20),
+        after: patience(5),
+        handover_timeout: Duration::from_secs(4),
+    }
+}
+
+/// A name that no other migration of this process has.
+pub(crate) fn fresh_id() -> MigrationId {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+    MigrationId(id)
+}

@@ -1,0 +1,190 @@
+//! A ledger in a file.
+//!
+//! ```text
+//!    0  magic "r3mledgr"
+//!    8  format version, u32           (all numbers are little-endian)
+//!   12  checksum, u32: CRC-32C of all that follows
+//!   16  standing, u32: 1 owner, 2 handed over, 3 gone, 4 arrived, 5 asking
+//!   20  epoch, u64
+//!   28  name of the migration, 16 bytes
+//!   44  regions, u32; then for each of them its runs, u64, and each run's first block and the one after its last, u64
+//! ```
+//! It is replaced as a whole: written beside, synced, renamed, and the folder synced.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_migrate::protocol::{MAX_REGIONS, MigrationId};
+use r3map_migrate::{Ledger, Standing};
+use r3map_pipeline::BlockSet;
+
+const MAGIC: &[u8; 8] = b"r3mledgr";
+const VERSION: u32 = 1;
+
+/// A ledger in a file, which is made when there is something to write.
+#[derive(Debug, Clone)]
+pub struct FileLedger {
+    path: PathBuf,
+}
+
+impl FileLedger {
+    /// The ledger at `path`.
+    #[must_use]
+    pub fn new(path: impl AsRef<Path>) -> Self {
+        Self { path: path.as_ref().to_owned() }
+    }
+
+    fn replace(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut beside = self.path.clone().into_os_string();
+        beside.push(".new");
+        let mut file = File::create(&beside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&beside, &self.path)?;
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    }
+
+    fn damaged(&self) -> Error {
+        let message = format!("{} is damaged, or no ledger of this version: who owns the region?", self.path.display());
+        Error::new(ErrorKind::Corrupt, Operation::Open, message)
+    }
+}
+
+impl Ledger for FileLedger {
+    fn load(&self) -> Result<Option<Standing>> {
+        match fs::read(&self.path) {
+            Ok(bytes) => decode(&bytes).map(Some).ok_or_else(|| self.damaged()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => {
+                Err(Error::from_io(Operation::Open, format!("{} cannot be read", self.path.display()), error))
+            }
+        }
+    }
+
+    fn save(&self, standing: &Standing) -> Result<()> {
+        self.replace(&encode(standing)).map_err(|error| {
+            Error::from_io(Operation::Write, format!("{} cannot be written", self.path.display()), error)
+        })
+    }
+}
+
+fn encode(standing: &Standing) -> Vec<u8> {
+    let none = MigrationId([0; 16]);
+    let (kind, epoch, id, dirty): (u32, u64, _, &[BlockSet]) = match standing {
+        Standing::Owner { epoch } => (1, *epoch, none, &[]),
+        Standing::HandedOver { id, epoch, dirty } => (2, *epoch, *id, dirty),
+        Standing::Gone { id, epoch } => (3, *epoch, *id, &[]),
+        Standing::Arrived { id, epoch } => (4, *epoch, *id, &[]),
+        Standing::Asking { id } => (5, 0, *id, &[]),
+    };
+    let mut body = Vec::new();
+    body.extend(kind.to_le_bytes());
+    body.extend(epoch.to_le_bytes());
+    body.extend(id.0);
+    body.extend(u32::try_from(dirty.len()).unwrap_or(u32::MAX).to_le_bytes());
+    for blocks in dirty {
+        body.extend((blocks.runs().count() as u64).to_le_bytes());
+        blocks.runs().for_each(|run| [run.start, run.end].iter().for_each(|at| body.extend(at.to_le_bytes())));
+    }
+    [&MAGIC[..], &VERSION.to_le_bytes(), &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
+}
+
+fn decode(bytes: &[u8]) -> Option<Standing> {
+    let mut head = Fields(bytes);
+    if head.take::<8>()? != *MAGIC || head.u32()? != VERSION || head.u32()? != crc32c::crc32c(head.0) {
+        return None;
+    }
+    let mut body = head;
+    let (kind, epoch, id) = (body.u32()?, body.u64()?, MigrationId(body.take()?));
+    let regions = body.u32()?;
+    if regions as usize > MAX_REGIONS {
+        return None;
+    }
+    let mut dirty = Vec::new();
+    for _ in 0..regions {
+        let mut blocks = BlockSet::default();
+        for _ in 0..body.u64()? {
+            blocks.insert(body.u64()?..body.u64()?);
+        }
+        dirty.push(blocks);
+    }
+    Some(match kind {
+        1 => Standing::Owner { epoch },
+        2 => Standing::HandedOver { id, epoch, dirty },
+        3 => Standing::Gone { id, epoch },
+        4 => Standing::Arrived { id, epoch },
+        5 => Standing::Asking { id },
+        _ => return None,
+    })
+}
+
+/// What is left to read.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (first, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.take().map(u64::from_le_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standings() -> Vec<Standing> {
+        let mut blocks = BlockSet::default();
+        [0..3, 9..10, 5000..90_000].into_iter().for_each(|run| blocks.insert(run));
+        let (id, epoch) = (MigrationId([7; 16]), 1 << 40);
+        vec![
+            Standing::Owner { epoch },
+            Standing::HandedOver { id, epoch, dirty: vec![blocks, BlockSet::default()] },
+            Standing::Gone { id, epoch },
+            Standing::Arrived { id, epoch },
+            Standing::Asking { id },
+        ]
+    }
+
+    #[test]
+    fn what_was_written_last_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = FileLedger::new(folder.path().join("ledger"));
+        assert_eq!(ledger.load().unwrap(), None);
+        for standing in standings() {
+            ledger.save(&standing).unwrap();
+            assert_eq!(ledger.load().unwrap(), Some(standing));
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+        let nowhere = FileLedger::new(folder.path().join("no/such/folder"));
+        assert!(nowhere.save(&standings()[0]).is_err() && nowhere.load().unwrap().is_none());
+    }
+
+    #[test]
+    fn any_damage_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = FileLedger::new(folder.path().join("ledger"));
+        for standing in standings() {
+            let good = encode(&standing);
+            for at in 0..good.len() {
+                let mut bad = good.clone();
+                bad[at] ^= 0x10;
+                fs::write(&ledger.path, &bad).unwrap();
+                assert_eq!(ledger.load().unwrap_err().kind(), ErrorKind::Corrupt, "byte {at}");
+                fs::write(&ledger.path, &good[..at]).unwrap();
+                assert!(ledger.load().is_err(), "cut at {at}");
+            }
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Moving regions between hosts while an application uses them.
+//!
+//! A [`Migration`] says what matters to both sides. On the host that has the regions, [`Migration::seed`] offers what
+//! mounts show; on the host that wants them, [`Migration::leech`] copies them, and
+//! [`finalize`](r3map_migrate::Leecher::finalize) has the application change sides. Where bytes go and what shows them is
+//! a [`Place`] for each region. Everything runs on the [engine](crate::engine). What the two sides promise each other is in
+//! [`r3map_migrate::protocol`].
+
+mod carry;
+mod ledger;
+mod place;
+mod sources;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_migrate::protocol::{Description, MigrationId};
+use r3map_migrate::{LeecherParts, SeederParts};
+use r3map_pipeline::Priority;
+
+use crate::{Listener, Registry, Uri};
+
+pub use r3map_migrate::{
+    Downtime, FinalizeError, Guarded, Hooks, Ledger, Leecher, LeecherSettings, Owed, Peer, Precopy, PullPhase,
+    PullProgress, Pulling, Report, Running, Secret, Seeder, SeederPhase, SeederProgress, Source, Standing, Unconverged,
+    Unsettled, Verdict,
+};
+
+pub use carry::{Carry, LeechOptions, SeedOptions};
+pub use ledger::FileLedger;
+pub use place::{Arrived, Landing, Place, open_cache};
+pub(crate) use sources::{FileSource, SliceSource, Syncing};
+
+/// What matters to a migration, on either side.
+///
+/// ```
+/// # fn main() -> r3map::Result<()> {
+/// use r3map::migration::{Migration, Place};
+/// use r3map::{Mount, OpenOptions, Registry};
+///
+/// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+/// let registry = Registry::standard();
+/// // On the host that has it:
+/// let memory = registry.open(&"memory:?size=1MiB".parse()?, &OpenOptions::default()).await?;
+/// let mut there = Mount::managed(memory).slice().await?;
+/// there.write_at(4096, b"hello")?;
+/// let seeding = Migration::new()
+///     .seed(&registry, &["grpc://127.0.0.1:0".parse()?], vec![("state".into(), there.source())])
+///     .await?;
+///
+/// // On the host that wants it:
+/// let leecher = Migration::new().leech(&registry, &seeding.uris()[0].parse()?, vec![Place::slice()]).await?;
+/// leecher.ready().await?;
+/// let running = leecher.finalize().await.map_err(|left| left.error)?;
+/// let here = running.regions()[0].take_slice().expect("it is a slice");
+/// let mut bytes = [0; 5];
+/// here.read_at(4096, &mut bytes)?;
+/// assert_eq!(&bytes, b"hello");
+/// println!("it took {}", running.pulled().await?.downtime);
+/// # Ok(()) })
+/// # }
+/// ```
+#[derive(Clone, Default)]
+pub struct Migration {
+    hooks: Hooks,
+    secret: Option<Secret>,
+    ledger: Option<Arc<dyn Ledger>>,
+    settings: LeecherSettings,
+    priorities: Vec<Priority>,
+    /// Of a server that cannot tell.
+    go: LeechOptions,
+    identity: Option<String>,
+}
+
+impl Migration {
+    /// With nothing chosen.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With these hooks for the application.
+    #[must_use]
+    pub fn hooks(mut self, hooks: Hooks) -> Self {
+        self.hooks = hooks;
+        self
+    }
+
+    /// Only leechers that know `secret` may take the regions; as a leecher, this is what is shown.
+    #[must_use]
+    pub fn secret(mut self, secret: impl Into<Vec<u8>>) -> Self {
+        self.secret = Some(Secret::new(secret));
+        self
+    }
+
+    /// With what must survive the process written down in the file `path`: who owns the regions.
+    #[must_use]
+    pub fn ledger(mut self, path: impl AsRef<Path>) -> Self {
+        self.ledger = Some(Arc::new(FileLedger::new(path)));
+        self
+    }
+
+    /// As a leecher, with these settings.
+    #[must_use]
+    pub fn settings(mut self, settings: LeecherSettings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// As a leecher, with these chunks of the regions first.
+    #[must_use]
+    pub fn priorities(mut self, priorities: Vec<Priority>) -> Self {
+        self.priorities = priorities;
+        self
+    }
+
+    /// As a leecher of a Go seeder, with what it does not tell.
+    #[must_use]
+    pub fn go(mut self, options: LeechOptions) -> Self {
+        self.go = options;
+        self
+    }
+
+    /// As a seeder, with a name that stays the same for as long as the regions' bytes live, so that leechers know them
+    /// again when it is started anew. Without one they end with the process.
+    #[must_use]
+    pub fn identity(mut self, identity: Option<String>) -> Self {
+        self.identity = identity;
+        self
+    }
+
+    /// Offers regions, each with a name, at `uris`.
+    ///
+    /// # Errors
+    /// As [`Seeder::new`] and [`Registry::listen`].
+    pub async fn seed(
+        self,
+        registry: &Registry,
+        uris: &[Uri],
+        regions: Vec<(String, Arc<dyn Source>)>,
+    ) -> Result<Seeding> {
+        let parts = self.seeder_parts();
+        let seeder = crate::engine::run(async move { Seeder::new(regions, parts).await }).await?;
+        self.listen(registry, uris, seeder).await
+    }
+
+    /// Offers the regions that have arrived here to the next leecher, once nothing is missing. The application runs on,
+    /// in the same memory and files.
+    ///
+    /// # Errors
+    /// As [`Leecher::release`] and [`Registry::listen`].
+    pub async fn release(
+        self,
+        registry: &Registry,
+        uris: &[Uri],
+        running: Leecher<Running<Arrived>>,
+    ) -> Result<(Vec<Arc<Arrived>>, Seeding)> {
+        let parts = self.seeder_parts();
+        let names = running.regions().iter().map(|region| region.name().to_owned()).collect();
+        let (regions, seeder) = crate::engine::run(async move { running.release(names, parts).await }).await?;
+        Ok((regions, self.listen(registry, uris, seeder).await?))
+    }
+
+    fn seeder_parts(&self) -> SeederParts {
+        SeederParts {
+            hooks: self.hooks.clone(),
+            secret: self.secret.clone(),
+            ledger: self.ledger.clone(),
+            ..SeederParts::default()
+        }
+    }
+
+    async fn listen(self, registry: &Registry, uris: &[Uri], seeder: Seeder) -> Result<Seeding> {
+        let options = SeedOptions { identity: self.identity };
+        let mut listeners = Vec::new();
+        for uri in uris {
+            let (carry, uri, seeder, options) = (registry.carry(uri)?, uri.clone(), seeder.clone(), options.clone());
+            let listening = crate::engine::run(async move { carry.seed(&uri, seeder, &options).await });
+            listeners.push(listening.await?);
+        }
+        Ok(Seeding { seeder, listeners })
+    }
+
+    /// Copies what is seeded at `uri` to `places`, one for each region in the seeder's order. The application runs on
+    /// over there.
+    ///
+    /// # Errors
+    /// As [`Leecher::start`]; `Conflict` where the ledger says that a migration was under way here.
+    pub async fn leech(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Pulling<Landing>>> {
+        if let Some(standing) = self.standing()?
+            && matches!(standing, Standing::Asking { .. } | Standing::Arrived { .. })
+        {
+            let message = "a migration to here was under way: resume it, or remove its ledger";
+            return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
+        }
+        let peer = self.connect(registry, uri).await?;
+        let (parts, settings, id) = (self.leecher_parts(), self.settings.clone(), fresh_id());
+        crate::engine::run(async move {
+            let landings = async move |description: &Description| place::prepare(places, description, false);
+            Leecher::start(peer, id, landings, settings, parts).await
+        })
+        .await
+    }
+
+    /// Goes on with a migration to here whose process was killed after it had asked for the regions, as the ledger says.
+    ///
+    /// # Errors
+    /// As [`Leecher::resume`]; `Conflict` where the regions have not left the seeder: remove the ledger, and start anew.
+    pub async fn resume(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Running<Arrived>>> {
+        let nothing =
+            || Error::new(ErrorKind::InvalidInput, Operation::Open, "the ledger knows of no migration to here");
+        let standing = self.standing()?.ok_or_else(nothing)?;
+        let peer = self.connect(registry, uri).await?;
+        let (parts, settings) = (self.leecher_parts(), self.settings.clone());
+        crate::engine::run(async move {
+            let keep = matches!(standing, Standing::Arrived { .. });
+            let landings = async move |description: &Description| place::prepare(places, description, keep);
+            Leecher::<Pulling<Landing>>::resume(peer, &standing, landings, settings, parts).await
+        })
+        .await
+    }
+
+    /// What the ledger says, if there is one and it says anything.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn standing(&self) -> Result<Option<Standing>> {
+        self.ledger.as_ref().map_or(Ok(None), |ledger| ledger.load())
+    }
+
+    /// Writes into the ledger that regions which were handed over are here again, before they are seeded. **Only for
+    /// somebody who knows that the leecher does not run and never will**: see [`Seeder::take_back`].
+    ///
+    /// # Errors
+    /// `Conflict` if the ledger does not say that they were handed over; when it cannot be read or written.
+    pub fn take_back(&self) -> Result<()> {
+        match (&self.ledger, self.standing()?) {
+            (Some(ledger), Some(Standing::HandedOver { epoch, .. })) => {
+                ledger.save(&Standing::Owner { epoch: epoch + 1 })
+            }
+            _ => Err(Error::new(ErrorKind::Conflict, Operation::Open, "nothing was handed over")),
+        }
+    }
+
+    async fn connect(&self, registry: &Registry, uri: &Uri) -> Result<Arc<dyn Peer>> {
+        let (carry, uri) = (registry.carry(uri)?, uri.clone());
+        let options = LeechOptions { secret: self.secret.clone(), ..self.go.clone() };
+        crate::engine::run(async move { carry.leech(&uri, &options).await }).await
+    }
+
+    fn leecher_parts(&self) -> LeecherParts {
+        let (hooks, priorities, ledger) = (self.hooks.clone(), self.priorities.clone(), self.ledger.clone());
+        LeecherParts { hooks, priorities, ledger }
+    }
+}
+
+fn fresh_id() -> MigrationId {
+    let (mut id, mut filled) = ([0; 16], 0);
+    while filled < id.len() {
+        filled += rustix::rand::getrandom(&mut id[filled..], rustix::rand::GetRandomFlags::empty()).unwrap_or(0);
+    }
+    MigrationId(id)
+}
+
+/// Regions that are offered. Dropping it stops that, in the middle of whatever a leecher is doing.
+pub struct Seeding {
+    seeder: Seeder,
+    listeners: Vec<Box<dyn Listener>>,
+}
+
+impl Seeding {
+    /// Where leechers find it.
+    #[must_use]
+    pub fn uris(&self) -> Vec<String> {
+        self.listeners.iter().map(|listener| listener.uri()).collect()
+    }
+
+    /// What it is doing, and who owns the regions.
+    #[must_use]
+    pub fn seeder(&self) -> &Seeder {
+        &self.seeder
+    }
+
+    /// Takes no new requests, finishes those in flight, and ends.
+    ///
+    /// # Errors
+    /// When requests had to be given up.
+    pub async fn close(self) -> Result<()> {
+        let mut done = Ok(());
+        for listener in self.listeners {
+            done = done.and(listener.shutdown().await);
+        }
+        done
+    }
+}

@@ -1,0 +1,324 @@
+//! Where a region goes, and what shows it there.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use r3map_core::{Backend, Error, ErrorKind, Geometry, Operation, Result};
+use r3map_local::{CacheFile, Memory, Stored};
+use r3map_migrate::protocol::Description;
+use r3map_migrate::{Arrival, Guarded, Shown, Source, Target};
+use r3map_pipeline::{
+    Cached, CachedParts, CachedSettings, Local, Progress, PullSettings, StateRecord, Workers, Writes,
+};
+use r3map_slice::{Prepared, ScopeWanted, SliceHandle, SliceParts, SliceSettings};
+use tokio::sync::watch;
+
+use super::{FileSource, SliceSource};
+use crate::mount::{FileMount, PathMount, Region, SliceMount};
+use crate::{Cache, Settings};
+
+/// What a region that arrives is shown as.
+#[derive(Debug, Clone)]
+enum Show {
+    Slice,
+    Path(PathBuf),
+    File,
+}
+
+/// A place for a region that arrives.
+#[derive(Debug, Clone)]
+pub struct Place {
+    show: Show,
+    settings: Settings,
+}
+
+impl Place {
+    /// As memory of this process.
+    #[must_use]
+    pub fn slice() -> Self {
+        Self { show: Show::Slice, settings: Settings::default() }
+    }
+
+    /// As the file `path`.
+    #[must_use]
+    pub fn path(path: impl AsRef<Path>) -> Self {
+        Self { show: Show::Path(path.as_ref().to_owned()), settings: Settings::default() }
+    }
+
+    /// As an opened file that is on no path.
+    #[must_use]
+    pub fn file() -> Self {
+        Self { show: Show::File, settings: Settings::default() }
+    }
+
+    /// With its bytes in `cache`. Memory by default; a slice has no other.
+    #[must_use]
+    pub fn cache(mut self, cache: Cache) -> Self {
+        self.settings.cache = cache;
+        self
+    }
+
+    /// With these settings; of them the cache and those of files matter.
+    #[must_use]
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+}
+
+/// A place that is made for one region, and not shown yet.
+pub struct Landing {
+    name: String,
+    place: Place,
+    bytes: Bytes,
+}
+
+enum Bytes {
+    Mapping(Prepared),
+    Elsewhere { local: Arc<dyn Local>, record: Option<Arc<dyn StateRecord>> },
+}
+
+/// Makes the places for what a seeder describes. `keep` what survived in cache files; otherwise it is dropped.
+pub(super) fn prepare(places: Vec<Place>, description: &Description, keep: bool) -> Result<Vec<Landing>> {
+    if places.len() != description.regions.len() {
+        let message =
+            format!("{} regions are seeded, and there are {} places", description.regions.len(), places.len());
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+    }
+    let pairs = places.into_iter().zip(&description.regions);
+    pairs.map(|(place, facts)| Landing::new(place, &facts.name, facts.geometry()?, keep)).collect()
+}
+
+/// What a cache file that a migration has filled says of itself.
+fn cache_identity(name: &str) -> String {
+    format!("migrated {name}")
+}
+
+impl Landing {
+    fn new(place: Place, name: &str, geometry: Geometry, keep: bool) -> Result<Self> {
+        let bytes = match (&place.show, &place.settings.cache) {
+            (Show::Slice, Cache::Memory) => Bytes::Mapping(Prepared::new(geometry.size(), ScopeWanted::default())?),
+            (Show::Slice, Cache::File(_)) => {
+                let message = "a slice that arrives has its bytes in memory, and no cache file";
+                return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+            }
+            (_, Cache::Memory) => {
+                let memory = Arc::new(Memory::new(geometry.size())?);
+                Bytes::Elsewhere { local: Arc::new(Stored::memory(memory)), record: None }
+            }
+            (_, Cache::File(path)) => {
+                let file = Arc::new(take_cache(path, name, geometry, keep)?);
+                Bytes::Elsewhere { local: file.clone(), record: Some(file) }
+            }
+        };
+        Ok(Self { name: name.to_owned(), place, bytes })
+    }
+}
+
+fn take_cache(path: &Path, name: &str, geometry: Geometry, keep: bool) -> Result<CacheFile> {
+    let identity = cache_identity(name);
+    let found = path.exists();
+    let file = CacheFile::open(path, &identity, geometry)?;
+    if keep || !found {
+        return Ok(file);
+    }
+    // It is a cache of this region, left by a migration that came to nothing: what is in it may be of yesterday.
+    drop(file);
+    let removed = std::fs::remove_file(path);
+    removed.map_err(|error| Error::from_io(Operation::Open, format!("{} cannot be emptied", path.display()), error))?;
+    CacheFile::open(path, &identity, geometry)
+}
+
+/// Opens a cache file that a migration has filled, as a region of its own, and says what stays the same of it.
+///
+/// # Errors
+/// As [`CacheFile::open`]; `Conflict` if something is missing.
+pub async fn open_cache(path: impl AsRef<Path>) -> Result<(Arc<dyn Backend>, String)> {
+    let path = path.as_ref().to_owned();
+    crate::engine::run(async move {
+        let (identity, geometry) = CacheFile::describe(&path)?;
+        let file = Arc::new(CacheFile::open(&path, &identity, geometry)?);
+        let settings = CachedSettings {
+            chunk_size: geometry.chunk_size(),
+            pull: PullSettings { workers: Workers::Off, ..PullSettings::default() },
+            writes: Writes::Kept,
+            ..CachedSettings::default()
+        };
+        let parts = CachedParts { record: Some(file.clone()), ..CachedParts::default() };
+        let cached = Cached::open(file, Arc::new(Nowhere(geometry.size())), settings, parts).await?;
+        if !cached.is_local(&(0..geometry.size())) {
+            let message = format!("{} does not hold all of its region: go on with the leech", path.display());
+            return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
+        }
+        let place = path.canonicalize().unwrap_or(path);
+        Ok((cached as Arc<dyn Backend>, format!("{identity} in {}", place.display())))
+    })
+    .await
+}
+
+/// Where what is missing does not come from.
+struct Nowhere(u64);
+
+#[async_trait]
+impl Backend for Nowhere {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let message = "this part of the region never arrived";
+        Err(Error::new(ErrorKind::NotFound, Operation::Read, message).at(offset, buf.len() as u64))
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        let message = "what is written is kept here";
+        Err(Error::new(ErrorKind::Internal, Operation::Write, message).at(offset, buf.len() as u64))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Target for Landing {
+    type Shown = Arrived;
+
+    fn local(&self) -> Arc<dyn Local> {
+        match &self.bytes {
+            Bytes::Mapping(prepared) => prepared.local(),
+            Bytes::Elsewhere { local, .. } => local.clone(),
+        }
+    }
+
+    fn forget(&mut self, bytes: std::ops::Range<u64>) -> Result<()> {
+        match &mut self.bytes {
+            Bytes::Mapping(prepared) => prepared.forget(bytes),
+            Bytes::Elsewhere { .. } => Ok(()),
+        }
+    }
+
+    async fn show(self, arrival: Arrival) -> Result<Arrived> {
+        crate::engine::run(async move {
+            let Self { name, place, bytes } = self;
+            match bytes {
+                Bytes::Mapping(prepared) => show_slice(name, prepared, arrival),
+                Bytes::Elsewhere { local, record } => show_file(name, place, local, record, arrival).await,
+            }
+        })
+        .await
+    }
+}
+
+/// Memory that nobody has a view of needs no fence.
+fn show_slice(name: String, prepared: Prepared, arrival: Arrival) -> Result<Arrived> {
+    let settings = SliceSettings { region: arrival.settings(), ..SliceSettings::default() };
+    let parts = SliceParts { region: arrival.parts(), runtime: Some(crate::engine::handle()) };
+    let slice = prepared.open(arrival.remote.clone(), settings, parts)?;
+    let handle = slice.handle();
+    let region = Region::arrived_in_memory(handle.clone(), arrival.remote);
+    let mount = SliceMount::new(slice, region.clone());
+    let kept = Kept::Slice(Mutex::new(Some(mount)), handle.clone());
+    Ok(Arrived { name, region, source: Arc::new(SliceSource(handle)), kept })
+}
+
+async fn show_file(
+    name: String,
+    place: Place,
+    local: Arc<dyn Local>,
+    record: Option<Arc<dyn StateRecord>>,
+    arrival: Arrival,
+) -> Result<Arrived> {
+    let parts = CachedParts { record, ..arrival.parts() };
+    let cached = Cached::open(local, arrival.remote.clone(), arrival.settings(), parts).await?;
+    let guarded = Arc::new(Guarded::new(cached.clone(), arrival.geometry.chunk_size())?);
+    guarded.fence().await?;
+    let region = Region::arrived(cached, guarded.clone(), arrival.remote);
+    let kept = match place.show {
+        Show::Path(path) => Kept::Path(PathMount::show(region.clone(), &path, &place.settings, true).await?),
+        Show::File | Show::Slice => Kept::File(FileMount::show(region.clone(), &place.settings, true).await?),
+    };
+    let sync = match &kept {
+        Kept::Path(mount) => mount.syncing(),
+        Kept::File(mount) => mount.syncing()?,
+        Kept::Slice(..) => unreachable!("it was made a file just now"),
+    };
+    Ok(Arrived { name, region, source: Arc::new(FileSource { guarded, sync }), kept })
+}
+
+enum Kept {
+    Slice(Mutex<Option<SliceMount>>, SliceHandle),
+    Path(PathMount),
+    File(FileMount),
+}
+
+/// A region that has arrived, and what shows it.
+pub struct Arrived {
+    name: String,
+    region: Region,
+    source: Arc<dyn Source>,
+    kept: Kept,
+}
+
+impl Arrived {
+    /// What the seeder calls it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it stands on.
+    #[must_use]
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// The memory, for whoever asks first, if it is memory. It is to be kept: when it is dropped the region ends, also
+    /// for the next leecher.
+    #[must_use]
+    pub fn take_slice(&self) -> Option<SliceMount> {
+        match &self.kept {
+            Kept::Slice(slice, _) => slice.lock().unwrap_or_else(PoisonError::into_inner).take(),
+            _ => None,
+        }
+    }
+
+    /// The mount, if it is on a path.
+    #[must_use]
+    pub fn path(&self) -> Option<&PathMount> {
+        match &self.kept {
+            Kept::Path(mount) => Some(mount),
+            _ => None,
+        }
+    }
+
+    /// The mount, if it is an opened file.
+    #[must_use]
+    pub fn file(&self) -> Option<&FileMount> {
+        match &self.kept {
+            Kept::File(mount) => Some(mount),
+            _ => None,
+        }
+    }
+}
+
+#[async_trait]
+impl Shown for Arrived {
+    fn source(&self) -> Arc<dyn Source> {
+        self.source.clone()
+    }
+
+    async fn pulled(&self) -> Result<()> {
+        self.region.pulled().await
+    }
+
+    fn progress(&self) -> watch::Receiver<Progress> {
+        match (&self.kept, self.region.progress()) {
+            (Kept::Slice(_, handle), _) => handle.progress(),
+            (_, Some(progress)) => progress,
+            // A region that has arrived always has a local copy.
+            (_, None) => watch::channel(Progress::default()).1,
+        }
+    }
+}

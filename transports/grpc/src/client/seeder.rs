@@ -1,0 +1,335 @@
+//! A leecher's way to a seeder: the calls that have regions change hands, and a client for each region's bytes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use r3map_core::{Backend, ChunkSize, Error, ErrorKind, Geometry, Operation, Result};
+use r3map_pipeline::BlockSet;
+use tokio::runtime::Handle;
+use tokio::sync::Mutex;
+use tonic::Code;
+
+use crate::client::facts::{SMALL, probe};
+use crate::client::link::{CallError, Link};
+use crate::client::{Client, ClientSettings};
+use crate::proto::{go_seeder, migration};
+use crate::rope::Rope;
+use crate::seeding::{Handed, Seeded, SeededRegion, from_runs};
+use crate::target::Target;
+use crate::{MAX_RECORD, MIGRATION_VERSION, message, path};
+
+/// The most regions that a seeder may have.
+const MAX_REGIONS: usize = 64;
+
+/// A seeder. It connects again by itself, as [`Client`] does, and makes no call twice.
+///
+/// A Go seeder can hand over once, and cannot take back: where its answer is lost, the next one says that everything was
+/// written, which is always right.
+#[derive(Debug)]
+pub struct SeederClient {
+    calls: Calls,
+    go: bool,
+    geometries: Vec<Geometry>,
+    names: Vec<String>,
+    regions: Vec<Arc<Client>>,
+    /// A Go seeder was asked to hand over.
+    go_asked: AtomicBool,
+}
+
+/// One connection at a time.
+#[derive(Debug)]
+struct Calls {
+    target: Target,
+    settings: ClientSettings,
+    secret: Bytes,
+    runtime: Handle,
+    link: Mutex<Option<Arc<Link>>>,
+}
+
+impl SeederClient {
+    /// Connects to a seeder, and to each of its regions. `secret` is what it may ask for. For a Go seeder
+    /// [`ClientSettings::go`] is needed. Connections live on the current tokio runtime.
+    ///
+    /// # Errors
+    /// As [`Client::connect`]; `InvalidInput` for a server that does not seed.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn connect(target: Target, secret: &[u8], settings: ClientSettings) -> Result<Self> {
+        let settings = ClientSettings { region: 0, go_seeder: true, ..settings };
+        let calls = Calls {
+            target: target.clone(),
+            settings: settings.clone(),
+            secret: Bytes::copy_from_slice(secret),
+            runtime: Handle::current(),
+            link: Mutex::default(),
+        };
+        let (go, regions) = calls.what_is_there().await?;
+        let mut client = Self {
+            geometries: regions
+                .iter()
+                .map(|region| Geometry::new(region.size, region.chunk_size))
+                .collect::<Result<_>>()?,
+            names: regions.into_iter().map(|region| region.name).collect(),
+            regions: Vec::new(),
+            go_asked: AtomicBool::new(false),
+            calls,
+            go,
+        };
+        for (index, geometry) in (0..).zip(&client.geometries) {
+            let region = Client::connect(target.clone(), ClientSettings { region: index, ..settings.clone() }).await?;
+            if region.size() != geometry.size() {
+                return Err(client.calls.corrupt("other sizes of its regions than it described"));
+            }
+            client.regions.push(Arc::new(region));
+        }
+        Ok(client)
+    }
+
+    /// A region's bytes.
+    ///
+    /// # Panics
+    /// If there is no region of that number.
+    #[must_use]
+    pub fn region(&self, index: usize) -> Arc<dyn Backend> {
+        self.regions[index].clone()
+    }
+
+    /// What the seeder has.
+    ///
+    /// # Errors
+    /// As the call; `Conflict` if these are other regions than when it connected.
+    pub async fn describe(&self) -> Result<Seeded> {
+        let epoch = if self.go { 0 } else { self.check(&self.calls.describe().await?)? };
+        let region = |(name, geometry): (&String, &Geometry)| SeededRegion {
+            name: name.clone(),
+            size: geometry.size(),
+            chunk_size: geometry.chunk_size(),
+        };
+        let regions = self.names.iter().zip(&self.geometries).map(region).collect();
+        Ok(Seeded { epoch, regions, precopy: !self.go })
+    }
+
+    fn check(&self, now: &migration::DescribeReply) -> Result<u64> {
+        let same = now.regions.len() == self.geometries.len()
+            && now.regions.iter().zip(&self.geometries).all(|(now, then)| now.size == then.size());
+        match same {
+            true => Ok(now.epoch),
+            false => {
+                let message = format!("{} has other regions than before: start again", self.calls.target);
+                Err(Error::new(ErrorKind::Conflict, Operation::Open, message))
+            }
+        }
+    }
+
+    /// Has the seeder record for `id`.
+    ///
+    /// # Errors
+    /// As the call; so for all.
+    pub async fn track(&self, id: [u8; 16]) -> Result<()> {
+        if self.go {
+            let request = message::encode(&go_seeder::TrackArgs {});
+            return self.calls.call::<go_seeder::TrackReply>(path::GO_SEEDER_TRACK, request, SMALL).await.map(drop);
+        }
+        self.step(path::MIGRATION_TRACK, id).await
+    }
+
+    /// The record of that number, for each region.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a Go seeder, which has none.
+    pub async fn dirty(&self, id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
+        if self.go {
+            let message = "a Go seeder cannot say what was written before it suspends";
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Read, message));
+        }
+        let request = self.calls.request(id, round);
+        let reply: migration::DirtyReply = self.calls.call(path::MIGRATION_DIRTY, request, MAX_RECORD).await?;
+        self.blocks(&reply.regions)
+    }
+
+    /// Has the regions handed over, after so many records have arrived.
+    ///
+    /// # Errors
+    /// See above.
+    pub async fn finalize(&self, id: [u8; 16], rounds: u64) -> Result<Handed> {
+        if self.go {
+            return self.go_finalize().await;
+        }
+        let request = self.calls.request(id, rounds);
+        let reply: migration::HandoverReply = self.calls.call(path::MIGRATION_FINALIZE, request, MAX_RECORD).await?;
+        Ok(Handed {
+            epoch: reply.epoch,
+            dirty: self.blocks(&reply.regions)?,
+            suspend: Duration::from_nanos(reply.suspend_nanoseconds),
+            flush: Duration::from_nanos(reply.flush_nanoseconds),
+        })
+    }
+
+    async fn go_finalize(&self) -> Result<Handed> {
+        let geometry = self.geometries[0];
+        let again = self.go_asked.swap(true, Ordering::SeqCst);
+        let request = message::encode(&go_seeder::SyncArgs {});
+        let reply: go_seeder::SyncReply = self.calls.call(path::GO_SEEDER_SYNC, request, MAX_RECORD).await?;
+        let mut dirty = BlockSet::default();
+        if again {
+            // The answer that had the record is lost; the seeder has forgotten it with that.
+            dirty.insert(0..geometry.block_count());
+        }
+        for offset in reply.dirty_offsets {
+            let start = u64::try_from(offset).ok().filter(|start| *start < geometry.size());
+            let start = start.ok_or_else(|| self.calls.corrupt("an offset past the region's end"))?;
+            let chunk = geometry.chunk_range(geometry.chunk_at(start));
+            let end = (start + geometry.chunk_size().bytes()).max(chunk.end).min(geometry.size());
+            dirty.insert(geometry.blocks_touched(&(chunk.start..end)));
+        }
+        Ok(Handed { epoch: 1, dirty: vec![dirty], ..Handed::default() })
+    }
+
+    /// Tells the seeder that everything is here.
+    ///
+    /// # Errors
+    /// See above. A Go seeder ends with it, and may not answer: that is no error.
+    pub async fn confirm(&self, id: [u8; 16]) -> Result<()> {
+        if self.go {
+            let request = message::encode(&go_seeder::CloseArgs {});
+            let _ = self.calls.call::<go_seeder::CloseReply>(path::GO_SEEDER_CLOSE, request, SMALL).await;
+            return Ok(());
+        }
+        self.step(path::MIGRATION_CONFIRM, id).await
+    }
+
+    /// Gives the regions back.
+    ///
+    /// # Errors
+    /// See above; `Denied` for a Go seeder that was asked to hand over, and cannot take back.
+    pub async fn abort(&self, id: [u8; 16]) -> Result<()> {
+        match self.go {
+            true if self.go_asked.load(Ordering::SeqCst) => {
+                let message = "a Go seeder cannot take a region back: it is stopped, and nobody runs";
+                Err(Error::new(ErrorKind::Denied, Operation::Close, message))
+            }
+            true => Ok(()),
+            false => self.step(path::MIGRATION_ABORT, id).await,
+        }
+    }
+
+    async fn step(&self, path: &'static str, id: [u8; 16]) -> Result<()> {
+        let request = self.calls.request(id, 0);
+        self.calls.call::<migration::StepReply>(path, request, SMALL).await.map(drop)
+    }
+
+    fn blocks(&self, regions: &[migration::Blocks]) -> Result<Vec<BlockSet>> {
+        if regions.len() != self.geometries.len() {
+            return Err(self.calls.corrupt("a record of another number of regions"));
+        }
+        let records = regions.iter().zip(&self.geometries).map(|(record, region)| {
+            let blocks = from_runs(&record.runs, region.block_count());
+            blocks.ok_or_else(|| self.calls.corrupt("a record that no region fits"))
+        });
+        records.collect()
+    }
+}
+
+impl Calls {
+    /// Which service is there, and its regions.
+    async fn what_is_there(&self) -> Result<(bool, Vec<SeededRegion>)> {
+        let link = self.link().await?;
+        match ask(&link).await {
+            Ok(reply) => Ok((false, self.described(reply)?)),
+            Err(CallError::Status(status)) if status.code() == Code::Unimplemented => {
+                if status.message().contains("does not seed") || self.settings.go.is_none() {
+                    let message = format!("{} serves no region that can be migrated: is it a seeder?", self.target);
+                    return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+                }
+                let geometry = probe(&link, &self.settings).await?.geometry;
+                let (size, chunk_size) = (geometry.size(), geometry.chunk_size());
+                Ok((true, vec![SeededRegion { name: String::new(), size, chunk_size }]))
+            }
+            Err(error) => Err(error.into_error(Operation::Open, &self.target)),
+        }
+    }
+
+    async fn describe(&self) -> Result<migration::DescribeReply> {
+        let link = self.link().await?;
+        ask(&link).await.map_err(|error| error.into_error(Operation::Open, &self.target))
+    }
+
+    fn described(&self, reply: migration::DescribeReply) -> Result<Vec<SeededRegion>> {
+        let (major, minor) = MIGRATION_VERSION;
+        if reply.major != major {
+            let message = format!(
+                "{} speaks version {}.{} of the r3map migration protocol and this program version {major}.{minor}: use \
+                 programs of the same major version on both sides",
+                self.target, reply.major, reply.minor
+            );
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+        }
+        if reply.regions.is_empty() || reply.regions.len() > MAX_REGIONS {
+            return Err(self.corrupt("regions that cannot be"));
+        }
+        let region = |region: migration::Region| {
+            let chunk_size = ChunkSize::new(region.chunk_size.into());
+            let fits = chunk_size.and_then(|chunk| Geometry::new(region.size, chunk).map(|_| chunk));
+            let chunk_size = fits.map_err(|_| self.corrupt("regions that cannot be"))?;
+            Ok(SeededRegion { name: region.name, size: region.size, chunk_size })
+        };
+        reply.regions.into_iter().map(region).collect()
+    }
+
+    fn request(&self, id: [u8; 16], round: u64) -> Rope {
+        let (id, secret) = (Bytes::copy_from_slice(&id), self.secret.clone());
+        message::encode(&migration::StepRequest { id, secret, round })
+    }
+
+    async fn call<M>(&self, path: &'static str, request: Rope, limit: usize) -> Result<M>
+    where
+        M: prost::Message + Default,
+    {
+        let link = self.link().await?;
+        let reply = link.call(path, request, limit).await;
+        let reply = reply.map_err(|error| error.into_error(Operation::Close, &self.target))?;
+        message::decode(reply.into_bytes()).map_err(|why| self.corrupt(why.0))
+    }
+
+    /// The connection, or a new one.
+    async fn link(&self) -> Result<Arc<Link>> {
+        let mut slot = self.link.lock().await;
+        if let Some(link) = slot.as_ref().filter(|link| link.is_open()) {
+            return Ok(link.clone());
+        }
+        let (target, settings) = (self.target.clone(), self.settings.clone());
+        let opening = self.runtime.spawn(async move {
+            let link = Arc::new(Link::open(&target, 0).await?);
+            // A Go server does not stand for being asked.
+            if ask(&link).await.is_ok() {
+                link.watch(settings.keep_alive, |link| async move { drop(ask(&link).await) });
+            }
+            Ok(link)
+        });
+        let limit = self.settings.connect_timeout;
+        let silent = || {
+            let message = format!("{} does not answer within {} s", self.target, limit.as_secs_f32());
+            Error::new(ErrorKind::Unavailable, Operation::Open, message)
+        };
+        let opened = tokio::time::timeout(limit, opening).await.map_err(|_| silent())?;
+        let link = opened.map_err(|error| {
+            Error::new(ErrorKind::Cancelled, Operation::Open, "the client's runtime has shut down").with_source(error)
+        })??;
+        *slot = Some(link.clone());
+        Ok(link)
+    }
+
+    fn corrupt(&self, what: &str) -> Error {
+        Error::new(ErrorKind::Corrupt, Operation::Open, format!("{} answered with {what}", self.target))
+    }
+}
+
+async fn ask(link: &Link) -> Result<migration::DescribeReply, CallError> {
+    let (major, minor) = MIGRATION_VERSION;
+    let request = message::encode(&migration::DescribeRequest { major, minor });
+    let reply = link.call(path::MIGRATION_DESCRIBE, request, SMALL).await?;
+    message::decode(reply.into_bytes()).map_err(|why| CallError::Malformed(format!("answered with {}", why.0)))
+}

@@ -1,0 +1,127 @@
+//! What a server needs of a seeder, and what a leecher gets from one: plain data, and a trait.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, ChunkSize, Result};
+use r3map_pipeline::BlockSet;
+
+/// What a seeder has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seeded {
+    /// Counts changes of ownership.
+    pub epoch: u64,
+    /// Its regions.
+    pub regions: Vec<SeededRegion>,
+    /// Whether it can say what was written without suspending anybody. A Go seeder cannot.
+    pub precopy: bool,
+}
+
+/// One region of a seeder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeededRegion {
+    /// What it is called.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// The unit of transfer.
+    pub chunk_size: ChunkSize,
+}
+
+/// What a leecher gets when regions change hands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Handed {
+    /// The epoch that begins with it.
+    pub epoch: u64,
+    /// What was written since the last record that has arrived, for each region.
+    pub dirty: Vec<BlockSet>,
+    /// How long the application took to stop.
+    pub suspend: Duration,
+    /// How long it took to record and fence everything.
+    pub flush: Duration,
+}
+
+/// The calls of a leecher, as they arrive; `secret` is what it showed. Dropping a call's future must not stop it half-way.
+#[async_trait]
+pub trait Seeding: Send + Sync + 'static {
+    /// What there is. The regions stay the same.
+    ///
+    /// # Errors
+    /// As the seeder has it; so for all.
+    async fn describe(&self) -> Result<Seeded>;
+
+    /// A region's bytes.
+    fn region(&self, index: usize) -> Arc<dyn Backend>;
+
+    /// Starts to record for `id`.
+    ///
+    /// # Errors
+    /// See above.
+    async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+
+    /// The record of that number.
+    ///
+    /// # Errors
+    /// See above.
+    async fn dirty(&self, secret: &[u8], id: [u8; 16], round: u64) -> Result<Vec<BlockSet>>;
+
+    /// Hands the regions over.
+    ///
+    /// # Errors
+    /// See above.
+    async fn finalize(&self, secret: &[u8], id: [u8; 16], rounds: u64) -> Result<Handed>;
+
+    /// The leecher has everything.
+    ///
+    /// # Errors
+    /// See above.
+    async fn confirm(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+
+    /// The leecher has not run and never will.
+    ///
+    /// # Errors
+    /// See above.
+    async fn abort(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+}
+
+/// A record as runs: how many blocks are left out, how many are named, and so on.
+pub(crate) fn to_runs(blocks: &BlockSet) -> Vec<u64> {
+    let mut at = 0;
+    let mut runs = Vec::new();
+    for run in blocks.runs() {
+        runs.extend([run.start - at, run.end - run.start]);
+        at = run.end;
+    }
+    runs
+}
+
+/// The record that runs mean, in a region of `count` blocks; nothing if they mean none.
+pub(crate) fn from_runs(runs: &[u64], count: u64) -> Option<BlockSet> {
+    let mut blocks = BlockSet::default();
+    let mut at = 0u64;
+    for run in runs.chunks(2) {
+        let &[gap, length] = run else { return None };
+        let start = at.checked_add(gap)?;
+        at = start.checked_add(length).filter(|end| *end <= count)?;
+        blocks.insert(start..at);
+    }
+    Some(blocks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_go_there_and_back_and_hostile_ones_do_not() {
+        let mut blocks = BlockSet::default();
+        assert_eq!(from_runs(&to_runs(&blocks), 10).unwrap(), blocks);
+        [0..1, 5..9, 4000..70_000].into_iter().for_each(|run| blocks.insert(run));
+        assert_eq!(to_runs(&blocks), [0, 1, 4, 4, 3991, 66_000]);
+        assert_eq!(from_runs(&to_runs(&blocks), 70_000).unwrap(), blocks);
+        for wrong in [&[0][..], &[0, 11], &[u64::MAX, 1], &[1, u64::MAX], &[5, 5, 1, 1]] {
+            assert_eq!(from_runs(wrong, 10), None, "{wrong:?}");
+        }
+    }
+}
