@@ -4,6 +4,7 @@ mod cuts;
 mod edges;
 mod foreign;
 mod handshake;
+mod lending;
 mod limits;
 mod record;
 mod support;
