@@ -107,9 +107,9 @@ Examples:
   r3map mount grpc://host:1337 ./disks --entry sda.img           ./disks/sda.img is the region
   r3map mount 'grpc://host:1337?size=512MiB&chunk=4KiB' ./region from a server of the Go programs
 
-A server of the Go programs does not say what it serves: give --size, and --chunk-size as it was started with. It is asked for
-one chunk at a time, which is right for each of them. One that cuts requests into chunks itself (-chunking, or -backend file or
-memory) is faster to use, and needs no --chunk-size, with chunking=server in its name: grpc://host:1337?chunking=server")]
+A server of the Go programs does not say what it serves: give --size, and --chunk-size as it was started with. It is asked \
+for one chunk at a time, which is right for each of them. One that cuts requests into chunks itself (-chunking, or -backend \
+file or memory) is faster to use, and needs no --chunk-size, with chunking=server in its name: grpc://host:1337?chunking=server")]
 pub(crate) struct Mount {
     /// The region, e.g. grpc://host:1337.
     #[arg(value_parser = parse_uri)]
