@@ -127,3 +127,42 @@ async fn clients_of_several_listeners_do_not_undo_one_another() {
     directory.read_at(0, &mut bytes).await.unwrap();
     assert!(bytes.iter().all(|byte| *byte == 7), "an acknowledged write is gone");
 }
+
+#[tokio::test]
+async fn serves_nbd_and_grpc_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let registry = Registry::standard();
+    let memory = open("memory:?size=1000003", OpenOptions::default()).await.unwrap();
+    let socket = format!("nbd+unix:///disk?socket={}", folder.path().join("s").display());
+    let uris = ["nbd://127.0.0.1:0/a%20name", &socket, "grpc://127.0.0.1:0"].map(|uri| uri.parse().unwrap());
+    let listeners = registry.listen(&uris, memory, &ListenOptions::default()).await.unwrap();
+    for (number, listener) in (1..).zip(&listeners) {
+        let remote = open(&listener.uri(), OpenOptions::default()).await.unwrap();
+        assert_eq!(remote.size(), 1_000_003, "{}", listener.uri());
+        remote.write_at(1_000_003 - number, &[7]).await.unwrap();
+        let mut bytes = [0; 4];
+        remote.read_at(1_000_003 - 4, &mut bytes).await.unwrap();
+        assert_eq!(bytes.iter().filter(|byte| **byte == 7).count() as u64, number);
+    }
+    assert!(listeners[0].uri().ends_with("/a%20name") && !listeners[0].uri().contains(":0/"), "{}", listeners[0].uri());
+    assert_eq!(listeners[1].uri(), socket);
+    for listener in listeners {
+        listener.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn says_what_an_nbd_listener_needs() {
+    let registry = Registry::standard();
+    let memory = open("memory:?size=1MiB", OpenOptions::default()).await.unwrap();
+    let client = ListenOptions { chunking: Chunking::Client, ..ListenOptions::default() };
+    for (uri, options, says) in [
+        ("nbds://127.0.0.1:0", ListenOptions::default(), "tls-certificates=DIR"),
+        ("nbd://127.0.0.1:0?tls-certificates=/nonexistent", ListenOptions::default(), "/nonexistent/server-cert.pem"),
+        ("nbd+unix:///", ListenOptions::default(), "socket"),
+        ("nbd://127.0.0.1:0", client, "let the server do it"),
+    ] {
+        let error = registry.listen(&[uri.parse().unwrap()], memory.clone(), &options).await.err().unwrap().to_string();
+        assert!(error.contains(says) && !error.contains('\n'), "{error}");
+    }
+}

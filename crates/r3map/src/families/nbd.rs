@@ -2,15 +2,21 @@
 
 use std::sync::Arc;
 
-use async_trait::async_trait;
-use r3map_core::{Backend, Result};
-use r3map_nbd::{Address, Client, ClientSettings, Listed, NbdUri};
+use std::time::Duration;
 
-use crate::{Family, Open, OpenOptions, Registry, Uri};
+use async_trait::async_trait;
+use r3map_core::{Access, Backend, Result};
+use r3map_nbd::tls::{ClientCertificates, server_config};
+use r3map_nbd::{Address, Client, ClientSettings, Listed, NbdUri, Server, ServerExport, ServerSettings, Tls};
+
+use crate::{Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry, Uri};
+
+/// How long a server that is told to stop goes on with what is in flight.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn register(registry: &mut Registry) {
     let mut add = |scheme, example, about| {
-        registry.register(Family { scheme, example, about, open: Arc::new(Nbd), listen: None });
+        registry.register(Family { scheme, example, about, open: Arc::new(Nbd), listen: Some(Arc::new(Nbd)) });
     };
     add("nbd", "nbd://HOST/EXPORT", "an export of an NBD server");
     add("nbds", "nbds://HOST/EXPORT", "the same, with TLS");
@@ -50,6 +56,57 @@ impl Open for Nbd {
             tcp => tcp,
         };
         Some(NbdUri { address, tls: None, ..uri }.to_string())
+    }
+}
+
+/// Served under the name's export, which clients also get who name none.
+///
+/// With `nbds` every client must speak TLS, with `nbd` and `tls-certificates` it may. The directory holds
+/// `server-cert.pem` and `server-key.pem`; with `tls-verify-peer=1` clients must show a certificate that `ca-cert.pem`
+/// there vouches for.
+#[async_trait]
+impl Listen for Nbd {
+    async fn listen(&self, uri: &Uri, backend: Arc<dyn Backend>, options: &ListenOptions) -> Result<Box<dyn Listener>> {
+        let named: NbdUri = uri.to_string().parse()?;
+        if backend.capabilities().access != Access::Any {
+            return Err(uri.invalid("NBD clients do not cut requests into whole chunks; let the server do it"));
+        }
+        let mut export = ServerExport::new(&*named.export, backend);
+        export.read_only = options.read_only;
+        export.preferred_block = options.chunk_size;
+        let settings = ServerSettings { tls: tls(uri, &named)?, ..ServerSettings::default() };
+        let server = Server::new(vec![export], settings)?;
+        let address = server.listen(&named.address).await?;
+        Ok(Box::new(Listening { uri: NbdUri { address, ..named }.to_string(), server }))
+    }
+}
+
+fn tls(uri: &Uri, named: &NbdUri) -> Result<Tls> {
+    let Some(options) = &named.tls else { return Ok(Tls::Off) };
+    let Some(directory) = &options.certificates else {
+        return Err(uri.invalid("a server with TLS needs its certificate: give a directory, tls-certificates=DIR"));
+    };
+    let clients = match uri.get("tls-verify-peer") {
+        Some("1") => ClientCertificates::Required,
+        _ => ClientCertificates::None,
+    };
+    let config = server_config(directory, clients)?;
+    Ok(if options.optional { Tls::Optional(config) } else { Tls::Required(config) })
+}
+
+struct Listening {
+    uri: String,
+    server: Server,
+}
+
+#[async_trait]
+impl Listener for Listening {
+    fn uri(&self) -> String {
+        self.uri.clone()
+    }
+
+    async fn shutdown(self: Box<Self>) -> Result<()> {
+        self.server.close(SHUTDOWN_LIMIT).await
     }
 }
 
