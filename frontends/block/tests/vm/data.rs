@@ -104,7 +104,7 @@ async fn what_was_synced_or_written_through_survives_the_remotes_crash() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn discards_trim_and_zeros_are_not_sent() {
+async fn discards_trim_and_zeros_are_zeros() {
     if !in_vm() {
         return;
     }
@@ -119,8 +119,9 @@ async fn discards_trim_and_zeros_are_not_sent() {
         })
         .await;
         assert_eq!(faults.bytes(Operation::Trim), 1 << 20, "{kind}");
-        assert_eq!(faults.bytes(Operation::WriteZeroes), 1 << 16, "{kind}");
-        assert_eq!(faults.bytes(Operation::Write), 0, "{kind}");
+        // The kernel's NBD client knows no writing of zeros: they arrive as bytes.
+        let sent = if kind == Kind::Ublk { (1 << 16, 0) } else { (0, 1 << 16) };
+        assert_eq!((faults.bytes(Operation::WriteZeroes), faults.bytes(Operation::Write)), sent, "{kind}");
         let mut expected = fill::bytes(0, LEN, 1);
         expected[4096..4096 + (1 << 20)].fill(0);
         expected[2 << 20..(2 << 20) + (1 << 16)].fill(0);
