@@ -1,7 +1,7 @@
 //! The command line: what `--help`, the man pages and the shell completions say, and nothing that acts on it.
 
 use std::ffi::OsString;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -230,6 +230,8 @@ pub(crate) struct Nbd {
 #[derive(Subcommand, Debug)]
 pub(crate) enum NbdCommand {
     List(NbdList),
+    Attach(NbdAttach),
+    Detach(NbdDetach),
 }
 
 /// List the exports of an NBD server, with what it says about each.
@@ -243,6 +245,53 @@ pub(crate) struct NbdList {
     /// The server, e.g. nbd://host; an export in it does not matter.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
+}
+
+/// Make a block device, /dev/nbdN, of an export, by the kernel's own client.
+///
+/// Prints the device. No process is needed for it: it stays until `r3map nbd detach`, or until its server is gone. Needs
+/// root and the kernel module `nbd`. There is no local copy and no TLS; for these mount it.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map nbd attach nbd://host/disk
+  r3map nbd attach nbd://host/disk /dev/nbd3 --wait 10m
+  r3map nbd attach nbd://host/disk --take-over                 after the server has restarted")]
+pub(crate) struct NbdAttach {
+    /// The export, e.g. nbd://host/disk.
+    #[arg(value_parser = parse_uri)]
+    pub(crate) uri: Uri,
+    /// The device, e.g. /dev/nbd3; one that is free by default.
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) device: Option<PathBuf>,
+    /// The most connections, where the server allows several.
+    #[arg(long, default_value = "4")]
+    pub(crate) connections: NonZeroUsize,
+    /// How long one request may take before the connection counts as dead.
+    #[arg(long, default_value = "60s", value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) request_timeout: Duration,
+    /// How long readers wait for --take-over when the server is gone, before they get an error.
+    #[arg(long, default_value = "0s", value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) wait: Duration,
+    /// Give the export's device new connections, so that its readers go on; its server has restarted.
+    #[arg(long)]
+    pub(crate) take_over: bool,
+}
+
+/// Detach a block device that was made of an export.
+///
+/// What was written to it is flushed first.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map nbd detach /dev/nbd3")]
+pub(crate) struct NbdDetach {
+    /// The device, e.g. /dev/nbd3.
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) device: PathBuf,
+    /// Detach it even if it is in use, mounted for example; its user gets errors then.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// Copy one region onto another of the same size.

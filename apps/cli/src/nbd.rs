@@ -1,4 +1,4 @@
-//! `r3map nbd`: what an NBD server has.
+//! `r3map nbd`: what an NBD server has, and exports as block devices by the kernel's own client.
 
 use std::fmt::Write;
 
@@ -12,7 +12,32 @@ use crate::output::Output;
 pub(crate) async fn run(args: args::Nbd, output: Output) -> Result<()> {
     match args.command {
         NbdCommand::List(args) => list(&args, output).await,
+        NbdCommand::Attach(args) => attach(args, output).await,
+        NbdCommand::Detach(args) => detach(args, output).await,
     }
+}
+
+async fn attach(args: args::NbdAttach, output: Output) -> Result<()> {
+    let attach = r3map::NbdAttach {
+        device: args.device,
+        connections: args.connections,
+        take_over: args.take_over,
+        request_timeout: args.request_timeout,
+        dead_connection_timeout: args.wait,
+    };
+    let device = r3map::nbd_attach(&args.uri, attach).await?;
+    let device = device.display().to_string();
+    output.event("attached", &device, json!({ "device": device, "uri": args.uri.to_string() }));
+    Ok(())
+}
+
+async fn detach(args: args::NbdDetach, output: Output) -> Result<()> {
+    let device = args.device.display().to_string();
+    r3map::nbd_detach(args.device, args.force).await?;
+    if output.is_json() {
+        output.event("detached", "", json!({ "device": device }));
+    }
+    Ok(())
 }
 
 async fn list(args: &args::NbdList, output: Output) -> Result<()> {

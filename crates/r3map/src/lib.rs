@@ -21,7 +21,7 @@ mod uri;
 
 pub use copy::{CopyProgress, CopySettings, copy};
 #[cfg(feature = "nbd")]
-pub use families::nbd::nbd_list;
+pub use families::nbd::{NbdAttach, nbd_attach, nbd_detach, nbd_list};
 #[cfg(feature = "slice")]
 pub use mount::SliceMount;
 #[cfg(feature = "block")]

@@ -2,6 +2,7 @@
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::support::{MIB, Outcome, SOON, Scene, make_file};
@@ -64,6 +65,30 @@ fn wrong_names() {
             ],
         );
         assert!(scene.path("file").exists(), "what was in the way is left alone");
+    });
+}
+
+#[test]
+fn wrong_block_devices() {
+    Scene::play(LONG, |scene| {
+        refuses(
+            scene,
+            &[
+                ("nbd detach /dev/sda", "/dev/nbdN is wanted"),
+                ("nbd detach /dev/nbd0p1", "/dev/nbdN is wanted"),
+                ("nbd detach", "try --help"),
+                ("nbd attach nbd://127.0.0.1:1 /dev/null", "/dev/nbdN is wanted"),
+                ("nbd attach nbd://127.0.0.1:1 --connections 0", "try --help"),
+                ("nbd attach nbd://127.0.0.1:1 --wait soon", "is not a time"),
+                ("nbd attach memory:?size=1MiB", "nbd"),
+            ],
+        );
+        if !Path::new("/sys/module/nbd").exists() {
+            refuses(
+                scene,
+                &[("nbd attach nbd://127.0.0.1:1", "modprobe nbd"), ("nbd detach /dev/nbd0", "modprobe nbd")],
+            );
+        }
     });
 }
 

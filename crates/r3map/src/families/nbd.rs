@@ -1,11 +1,13 @@
 //! `nbd://HOST[:PORT]/EXPORT`, `nbd+unix:///EXPORT?socket=PATH`, and the same with TLS as `nbds`.
 
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::Arc;
-
 use std::time::Duration;
 
 use async_trait::async_trait;
-use r3map_core::{Access, Backend, Result};
+use r3map_core::{Access, Backend, Error, ErrorKind, Operation, Result};
+use r3map_nbd::kernel::{self, Interface, Settings};
 use r3map_nbd::tls::{ClientCertificates, server_config};
 use r3map_nbd::{Address, Client, ClientSettings, Listed, NbdUri, Server, ServerExport, ServerSettings, Tls};
 
@@ -34,6 +36,91 @@ pub async fn nbd_list(uri: &Uri) -> Result<Vec<Listed>> {
     crate::engine::run(async move { Client::list(uri, &ClientSettings::default()).await }).await
 }
 
+/// How [`nbd_attach`] makes a block device of an export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NbdAttach {
+    /// The device node, `/dev/nbdN`; by default one that is free, or with `take_over` the one that the export has.
+    pub device: Option<PathBuf>,
+    /// The most connections, where the server allows several.
+    pub connections: NonZeroUsize,
+    /// Give a device that is attached, and whose server is gone, new connections, instead of attaching one.
+    pub take_over: bool,
+    /// How long a request may take before its connection counts as dead.
+    pub request_timeout: Duration,
+    /// How long requests wait for a take-over when all connections are dead.
+    pub dead_connection_timeout: Duration,
+}
+
+/// Makes a block device of the export that `uri` names, by the kernel's own client, and gives back its node. No process
+/// is needed for it from then on: it stays until [`nbd_detach`], or until its server is gone.
+///
+/// # Errors
+/// As opening the export; `NotFound` if the kernel has no NBD client loaded, or there is nothing to take over; `Denied`
+/// without privilege; `Conflict` for a device in use; `InvalidInput` with TLS, for a name that is no NBD device, or a size
+/// that is no block device's.
+pub async fn nbd_attach(uri: &Uri, attach: NbdAttach) -> Result<PathBuf> {
+    let uri: NbdUri = uri.to_string().parse()?;
+    crate::engine::run(async move {
+        let limit = ClientSettings::default().connect_timeout;
+        let device = attach.device.as_deref().map(kernel::index_of).transpose()?;
+        kernel::probe()?;
+        let identifier = Some(identity(uri.clone())).filter(|name| name.len() <= kernel::LONGEST_IDENTIFIER);
+        let (sockets, disk) = kernel::connect(uri, attach.connections, limit).await?;
+        let settings = Settings {
+            interface: Interface::Netlink,
+            device,
+            request_timeout: Some(attach.request_timeout),
+            dead_connection_timeout: attach.dead_connection_timeout,
+            identifier,
+            ..Settings::default()
+        };
+        blocking(move || {
+            let device = if attach.take_over {
+                kernel::take_over(to_take_over(&settings)?, &sockets, disk, &settings)?
+            } else {
+                kernel::attach(sockets, disk, &settings)?
+            };
+            let path = device.path();
+            device.keep()?;
+            Ok(path)
+        })
+        .await
+    })
+    .await
+}
+
+/// Detaches a block device that the kernel's NBD client serves, whoever attached it, after everything written to it has
+/// been flushed. With `force` also if it is in use.
+///
+/// # Errors
+/// `InvalidInput` for a name that is no NBD device; `NotFound` if it is not attached; `Conflict` if it is in use; `Denied`
+/// without privilege; the error of the flush, when it has been detached nevertheless.
+pub async fn nbd_detach(device: PathBuf, force: bool) -> Result<()> {
+    crate::engine::run(blocking(move || kernel::detach(kernel::index_of(&device)?, force))).await
+}
+
+fn to_take_over(settings: &Settings) -> Result<u32> {
+    let by_name = || settings.identifier.as_deref().and_then(kernel::find);
+    settings.device.or_else(by_name).ok_or_else(|| {
+        let what = "no device of this export is attached (any more); attach it without taking over";
+        Error::new(ErrorKind::NotFound, Operation::Mount, what)
+    })
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let died = |error| Error::new(ErrorKind::Internal, Operation::Mount, "a background task died").with_source(error);
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(died(error)))
+}
+
+/// The server and the export, however they are written and whatever is said about TLS.
+fn identity(uri: NbdUri) -> String {
+    let address = match uri.address {
+        Address::Unix(path) => Address::Unix(path.canonicalize().unwrap_or(path)),
+        tcp => tcp,
+    };
+    NbdUri { address, tls: None, ..uri }.to_string()
+}
+
 struct Nbd;
 
 #[async_trait]
@@ -48,14 +135,8 @@ impl Open for Nbd {
         }
     }
 
-    /// The server and the export, however they are written and whatever is said about TLS.
     fn identity(&self, uri: &Uri) -> Option<String> {
-        let uri: NbdUri = uri.to_string().parse().ok()?;
-        let address = match uri.address {
-            Address::Unix(path) => Address::Unix(path.canonicalize().unwrap_or(path)),
-            tcp => tcp,
-        };
-        Some(NbdUri { address, tls: None, ..uri }.to_string())
+        Some(identity(uri.to_string().parse().ok()?))
     }
 }
 

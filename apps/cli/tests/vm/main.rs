@@ -1,0 +1,3 @@
+//! The command where the kernel has what the build machine's lacks: the virtual machine of `cargo xtask vm`.
+
+mod nbd;
