@@ -28,6 +28,10 @@ const COMPRESSED: i32 = 4;
 pub(super) fn mount_all() -> Result<()> {
     for (kind, place, options) in MOUNTS {
         std::fs::create_dir_all(place).with_context(|| format!("cannot make {place}"))?;
+        // The host's binaries are at their own places, which may be below /tmp: they must not be hidden.
+        if *kind == "tmpfs" && std::fs::read_dir(place)?.next().is_some() {
+            continue;
+        }
         let options = CString::new(*options)?;
         mount(*kind, *place, *kind, MountFlags::empty(), options.as_c_str())
             .with_context(|| format!("cannot mount {place}"))?;

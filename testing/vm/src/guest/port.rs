@@ -12,8 +12,8 @@ use crate::protocol::Message;
 /// The first port of the first virtio console device.
 const DEVICE: &str = "/dev/vport0p1";
 
-/// How long the device may take to appear.
-const LIMIT: Duration = Duration::from_secs(10);
+/// How long the device may take to appear: an emulated machine on a busy host is slow.
+const LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) struct Port(Mutex<File>);
 
