@@ -74,6 +74,8 @@ pub(crate) struct Calls {
     /// Those of `pending` that are not answered.
     unanswered: usize,
     broken: Option<Failure>,
+    /// The server has said that it is being shut down: nothing more is to be asked of it here.
+    refusing: bool,
     /// The connection's name, and where its acknowledgements are noted.
     link: Moment,
     unflushed: Arc<Unflushed>,
@@ -106,7 +108,16 @@ pub(crate) enum Progress {
 
 impl Calls {
     pub(crate) fn new(link: Moment, unflushed: Arc<Unflushed>, allocation: Option<u32>) -> Self {
-        Self { next: 1, pending: HashMap::new(), unanswered: 0, broken: None, link, unflushed, allocation }
+        Self {
+            next: 1,
+            pending: HashMap::new(),
+            unanswered: 0,
+            broken: None,
+            refusing: false,
+            link,
+            unflushed,
+            allocation,
+        }
     }
 
     /// A request is about to be sent; its cookie.
@@ -139,6 +150,11 @@ impl Calls {
     /// How many requests are not answered.
     pub(crate) fn unanswered(&self) -> usize {
         self.unanswered
+    }
+
+    /// Whether requests are to be made.
+    pub(crate) fn is_open(&self) -> bool {
+        self.broken.is_none() && !self.refusing
     }
 
     pub(crate) fn broken(&self) -> Option<&Failure> {
@@ -243,6 +259,7 @@ impl Calls {
         let (link, unflushed) = (self.link, self.unflushed.clone());
         let pending = self.get(cookie)?;
         let Asked { command, offset, length } = pending.asked;
+        let refusing = matches!(pending.error, Some((Errno::Shutdown, _)));
         let result = match pending.error.take() {
             Some((error, message)) => Err(Failure::Refused(error, message)),
             None if command == Command::Read && !pending.covered.is(&(offset..offset + length)) => {
@@ -257,6 +274,7 @@ impl Calls {
             unflushed.written(link, pending.sent);
         }
         pending.guard = None;
+        self.refusing |= refusing;
         self.done(cookie, result);
         Ok(())
     }
@@ -476,6 +494,21 @@ mod tests {
         drop(guards);
         assert!(ranges.try_lock(0..10).is_some());
         assert!(calls.begin(asked, None).is_err());
+    }
+
+    #[test]
+    fn a_server_that_is_being_shut_down_is_left_in_peace() {
+        let mut calls = calls();
+        let (read, other) = (begin(&mut calls, Command::Read, 0, 10), begin(&mut calls, Command::Read, 20, 10));
+        calls.error(read, Errno::Shutdown, Text::default()).unwrap();
+        assert!(calls.is_open());
+        calls.finish(read).unwrap();
+        assert!(!calls.is_open(), "no new requests");
+        let failure = take(&mut calls, read).unwrap().unwrap_err();
+        assert_eq!(failure.into_error(Operation::Read, &"x").kind(), ErrorKind::Unavailable);
+        calls.hole(other, 20, 10).unwrap();
+        calls.finish(other).unwrap();
+        assert_eq!(take(&mut calls, other), Some(Ok(Reply::default())), "others end as they would");
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Link {
 
     /// Whether requests can be made. One that broke without a word is found out only when it is used.
     pub(crate) fn is_open(&self) -> bool {
-        lock(&self.shared.calls).broken().is_none()
+        lock(&self.shared.calls).is_open()
     }
 
     /// Bytes that came, and that have arrived at the other side as far as the kernel knows.
