@@ -109,7 +109,7 @@ impl Link {
     fn check(path: &Path) -> Result<()> {
         match read_link(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Ok(target) if is_ours(&target) && !target.exists() => Ok(()),
+            Ok(target) if is_left_over(&target) => Ok(()),
             _ => bail!("{} exists already; the link to the device needs a place of its own", path.display()),
         }
     }
@@ -125,6 +125,15 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         let _ = remove_file(&self.0); // somebody else has removed it already
+    }
+}
+
+/// Whether a link leads to a device as we make them, that is none any more: the nodes of some kinds stay.
+fn is_left_over(target: &Path) -> bool {
+    let Some(name) = target.file_name().filter(|_| is_ours(target)) else { return false };
+    match std::fs::read_to_string(Path::new("/sys/block").join(name).join("size")) {
+        Ok(sectors) => sectors.trim() == "0",
+        Err(_) => true,
     }
 }
 

@@ -130,6 +130,12 @@ impl BlockDevice {
         self.on_node(Node::map).await
     }
 
+    /// Whether the device is still served: it was not removed, by us or by somebody else.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        !self.attached.removed.load(Relaxed) && self.attached.node.exists()
+    }
+
     /// Writes what the kernel has cached of it, and makes it durable: `fsync`.
     ///
     /// # Errors

@@ -1,12 +1,13 @@
 //! A slow link, and nothing set for it: time-outs count silence, so what moves gets there.
 
+use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use r3map_testkit::proxy::DelayProxy;
 
-use crate::support::{MIB, Scene, Served, make_file};
+use crate::support::{MIB, SOON, Scene, Served, make_file};
 
 const LONG: Duration = Duration::from_secs(180);
 /// 1 Mbit/s, in bytes.
@@ -39,6 +40,30 @@ fn everything_is_stored_over_a_link_of_half_a_megabit() {
             outcome.events().iter().all(|event| event["event"] != "waiting"),
             "nothing was tried again: {outcome:?}"
         );
+        expected.keep();
+        expected.check_file(&scene.path("source"));
+    });
+}
+
+/// The same through a device, which has a time-out of its own for being removed.
+#[test]
+fn everything_is_stored_through_a_device_over_a_link_of_half_a_megabit() {
+    Scene::with_root(LONG, |scene| {
+        let mut expected = make_file(&scene.path("source"), 8 * MIB, 1);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let (_proxy, uri) = line(&server, 0.5);
+        let device = scene.name("disk");
+        let settings = ["--as", "loop", "--pull-workers", "0", "--push-interval", "1h"];
+        let mut program = scene.r3map(&[&["--json", "mount", &uri, &device], &settings[..]].concat());
+        program.wait_for_event(SOON, "ready");
+        let bytes = expected.write(MIB..6 * MIB, 2);
+        let file = File::options().write(true).open(&device).expect("the link leads to the device");
+        file.write_all_at(&bytes, MIB).expect("it can be written");
+        drop(file);
+        program.terminate();
+        let start = Instant::now();
+        program.end_well(LONG);
+        assert!(start.elapsed() > Duration::from_secs(70), "that was not half a megabit");
         expected.keep();
         expected.check_file(&scene.path("source"));
     });

@@ -248,6 +248,11 @@ impl BlockMount {
     /// # Errors
     /// One that [`is_busy`](Self::is_busy) while the device is in use; what could not be stored.
     pub async fn close(&self) -> Result<()> {
+        // How long storing may take is for the retry stage to say, which counts silence; removing has a time-out of its
+        // own, in which there must be little left to do.
+        if self.shown.device.is_there() {
+            self.flush().await?;
+        }
         self.shown.unmount().await?;
         self.region.close().await
     }
