@@ -8,6 +8,9 @@ pub(crate) enum Unit {
     /// Throughput: more is better.
     #[serde(rename = "MiB/s")]
     MebibytesPerSecond,
+    /// How often something is done: more is better.
+    #[serde(rename = "1/s")]
+    PerSecond,
     /// Size: less is better.
     #[serde(rename = "MB")]
     Megabytes,
@@ -29,6 +32,7 @@ impl Unit {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::MebibytesPerSecond => "MiB/s",
+            Self::PerSecond => "1/s",
             Self::Megabytes => "MB",
             Self::Nanoseconds => "ns",
             Self::Microseconds => "µs",

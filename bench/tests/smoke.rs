@@ -62,6 +62,16 @@ fn figures() -> BTreeSet<String> {
     for connections in ["4 connections", "1 connection"] {
         add("nbd", &format!("client: read, {connections}"));
     }
+    for peer in ["nbdkit", "qemu-nbd"] {
+        for what in [
+            "nbdcopy to null:",
+            "fio random read of 4 KiB, depth 1",
+            "fio random read of 4 KiB, depth 32",
+            "fio sequential read of 1 MiB, depth 8",
+        ] {
+            add("nbd", &format!("server: {what}, to {peer}"));
+        }
+    }
     for shown in ["slice", "file"] {
         for mode in ["managed", "direct"] {
             for rtt in [0, 1, 5, 10, 20, 40] {

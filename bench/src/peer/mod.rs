@@ -4,6 +4,7 @@
 mod roles;
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::Times;
 
-use roles::Serving;
 pub(crate) use roles::{Address, Addresses, Opened};
+use roles::{Serving, ServingNbd};
 
 /// What the other process does.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -22,6 +23,8 @@ pub(crate) use roles::{Address, Addresses, Opened};
 pub(crate) enum Role {
     /// Serves a region in memory over gRPC and over raw TCP, each also behind a round trip for each of `rtts`.
     Serve { size: u64, seed: u64, rtts: Vec<Duration> },
+    /// Serves a region in memory over NBD, on a Unix socket.
+    ServeNbd { size: u64, seed: u64, socket: PathBuf },
     /// Opens a region of `size` zeros and says what that took.
     Open { size: u64, shown: Shown },
 }
@@ -98,6 +101,11 @@ pub(crate) fn play(role: &str) -> Result<()> {
         Role::Serve { size, seed, rtts } => {
             let (_serving, ready) = Serving::start(size, seed, &rtts)?;
             announce(&ready)?;
+            std::io::stdin().read_to_end(&mut Vec::new())?;
+        }
+        Role::ServeNbd { size, seed, socket } => {
+            let _serving = ServingNbd::start(size, seed, socket)?;
+            announce(&())?;
             std::io::stdin().read_to_end(&mut Vec::new())?;
         }
         Role::Open { size, shown } => announce(&Opened::measure(size, shown)?)?,

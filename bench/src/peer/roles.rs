@@ -1,6 +1,7 @@
 //! What the other process does in each role.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,6 +68,23 @@ impl Serving {
         }
         let serving = Self { _server: server, _proxies: proxies, _runtime: runtime };
         Ok((serving, Addresses { direct, delayed }))
+    }
+}
+
+/// An NBD server. It ends with it.
+pub(crate) struct ServingNbd {
+    _server: r3map_nbd::Server,
+    _runtime: Runtime,
+}
+
+impl ServingNbd {
+    /// Serves a filled region in memory.
+    pub(crate) fn start(size: u64, seed: u64, socket: PathBuf) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let export = r3map_nbd::ServerExport::new("", filled(size, seed)?);
+        let server = r3map_nbd::Server::new(vec![export], r3map_nbd::ServerSettings::default())?;
+        runtime.block_on(server.listen(&r3map_nbd::Address::Unix(socket)))?;
+        Ok(Self { _server: server, _runtime: runtime })
     }
 }
 

@@ -5,6 +5,7 @@ pub(crate) mod file;
 pub(crate) mod grpc;
 pub(crate) mod mounted;
 pub(crate) mod nbd;
+pub(crate) mod nbd_server;
 pub(crate) mod open;
 pub(crate) mod rtt;
 pub(crate) mod slice;

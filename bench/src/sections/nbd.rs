@@ -27,6 +27,7 @@ const TIMES: u64 = 4;
 
 pub(crate) fn run(bench: &mut Bench) {
     client(bench);
+    super::nbd_server::run(bench);
 }
 
 /// Reads all of what nbdkit has in memory, connecting included, as nbdcopy does with `null:`.
