@@ -15,7 +15,7 @@ use crate::Cache;
 use crate::settings::{BlockOptions, Kept};
 
 impl Mount {
-    /// Shows the region as a block device, a node in `/dev`: of the kind that [`BlockOptions`](crate::BlockOptions) asks
+    /// Shows the region as a block device, a node in `/dev`: of the kind that [`BlockOptions`] asks
     /// for, or of the best that works here. Needs root. The region's size must be whole sectors.
     ///
     /// # Errors

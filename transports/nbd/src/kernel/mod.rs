@@ -1,7 +1,7 @@
 //! The kernel's own NBD client: a connected socket becomes a block device, `/dev/nbdN`.
 //!
-//! [`connect`] does the handshake before, and [`crate::Server::serve_export`] does without: the kernel speaks only the transmission phase, with simple replies and without
-//! TLS. By generic netlink the kernel owns the device, which lives on when the process ends, and can be given new
+//! [`connect()`] does the handshake before, and [`crate::Server::serve_export`] does without: the kernel speaks only the
+//! transmission phase, with simple replies and without TLS. By generic netlink the kernel owns the device, which lives on when the process ends, and can be given new
 //! sockets; by ioctl a thread of this process serves it, and it ends with the process.
 //!
 //! ```text
