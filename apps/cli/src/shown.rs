@@ -115,7 +115,10 @@ impl Link {
     }
 
     fn make(device: &Path, path: PathBuf) -> Result<Self> {
-        Self::check(&path)?;
+        // What was left behind may lead to where the new device is.
+        if read_link(&path).ok().as_deref() != Some(device) {
+            Self::check(&path)?;
+        }
         let _ = remove_file(&path); // what a killed process left behind
         symlink(device, &path).with_context(|| format!("the link {} cannot be made", path.display()))?;
         Ok(Self(path))
