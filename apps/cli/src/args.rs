@@ -114,9 +114,9 @@ pub(crate) struct Mount {
     /// The region, e.g. grpc://host:1337.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
-    /// The file to show it as: one that does not exist yet, or an empty one; with --entry a directory, likewise. For a block device it can be left out, and is
-    /// a symbolic link to the device otherwise.
-    #[arg(value_hint = ValueHint::AnyPath, required_if_eq("as", "file"))]
+    /// The file to show it as: one that does not exist yet, or an empty one; with --entry a directory, likewise. For a
+    /// block device it can be left out, and is a symbolic link to the device otherwise.
+    #[arg(value_hint = ValueHint::AnyPath, required_unless_present("as"), required_if_eq("as", "file"))]
     pub(crate) path: Option<PathBuf>,
     /// What to show it as.
     #[arg(long, value_enum, default_value_t = As::File)]

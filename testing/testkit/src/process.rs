@@ -123,9 +123,26 @@ impl Process {
         self.signal(Signal::INT);
     }
 
-    /// Stops it in its tracks (SIGSTOP), as a host that is wedged.
+    /// Stops it in its tracks (SIGSTOP), as a host that is wedged. Returns when each of its threads has stopped.
+    ///
+    /// # Panics
+    /// If one goes on for ten seconds.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
+        let end = Instant::now() + Duration::from_secs(10);
+        while !self.is_frozen() {
+            assert!(Instant::now() < end, "{} does not stop", self.name);
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Whether the kernel says of each thread that it is stopped (`T`, proc_pid_stat(5)).
+    fn is_frozen(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        tasks.into_iter().flatten().flatten().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
+        })
     }
 
     /// Lets it go on after [`Self::freeze`].
