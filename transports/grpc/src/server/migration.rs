@@ -175,6 +175,6 @@ mod tests {
         assert_eq!(by(1), [0, 2, 5, 6, 7, 8, 40].map(|block| block * 4096));
         assert_eq!(by(4), [0, 4, 8, 40].map(|block| block * 4096));
         assert_eq!(by(64), [0]);
-        assert_eq!(dirty_offsets(geometry, &dirty, 10_000), [0, 20_000, 30_000, 160_000]);
+        assert_eq!(dirty_offsets(geometry, &dirty, 10_000), [0, 10_000, 20_000, 30_000, 160_000]);
     }
 }
