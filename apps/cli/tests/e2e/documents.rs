@@ -78,7 +78,7 @@ fn every_line_of_the_documents_is_understood() {
             scene.step(format!("{line:?}"));
             let mut program = scene.r3map(&arguments);
             match arguments.iter().find(|word| !word.starts_with('-')).copied() {
-                Some("mount") if needs_a_module(&arguments) => {
+                Some("mount" | "remove") if needs_a_module(&arguments) => {
                     let outcome = program.end(SOON);
                     assert!(
                         outcome.code == Some(1) && outcome.err.join("").contains("modprobe"),
@@ -102,10 +102,12 @@ fn every_line_of_the_documents_is_understood() {
     });
 }
 
-/// Whether a device of a kind is asked for that this kernel does not have.
+/// Whether it is about a device of a kind that this kernel does not have.
 fn needs_a_module(arguments: &[&str]) -> bool {
-    let missing = |kind, sign| arguments.contains(&kind) && !Path::new(sign).exists();
-    arguments.contains(&"--as") && (missing("nbd", "/sys/module/nbd") || missing("ublk", "/dev/ublk-control"))
+    let missing = |sign| !Path::new(sign).exists();
+    let asks = |kind| arguments.contains(&"--as") && arguments.contains(&kind);
+    let ublk = asks("ublk") || arguments.contains(&"remove");
+    (asks("nbd") && missing("/sys/module/nbd")) || (ublk && missing("/dev/ublk-control"))
 }
 
 /// What a word of a document is on the stage. Files with a whole path are there; others are to be made.

@@ -205,9 +205,10 @@ fn only_who_knows_a_device_takes_it_over() {
     let other = r3map_nbd::kernel::Disk { size: disk.size * 2, ..disk };
     let error = kernel::take_over(device.index(), &sockets, other, &named).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    let index = device.index();
     device.detach().unwrap();
     let (sockets, disk) = connect(&place.socket(), 1);
-    let error = kernel::take_over(0, &sockets, disk, &named).unwrap_err();
+    let error = kernel::take_over(index, &sockets, disk, &named).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
 }
 
