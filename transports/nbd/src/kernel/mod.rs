@@ -165,7 +165,8 @@ pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<
 }
 
 /// Gives an attached device new connections to the same export in place of dead ones, so that its requests go on: how a
-/// restarted server takes its device over. The settings that are used are the identifier and the two time-outs.
+/// restarted server takes its device over. The settings that are used are the identifier and the two time-outs; where
+/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own.
 ///
 /// # Errors
 /// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live; otherwise
@@ -181,7 +182,9 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
         return Err(error(ErrorKind::InvalidInput, what));
     }
     // The size is left as it is: setting it, even to the same, would have the kernel forget what it knows of the device.
-    let request = Request { sockets, ..timeouts(settings) };
+    let mut request = Request { sockets, ..timeouts(settings) };
+    // Set to zero it would fail whoever waits for the new connections, before they are there.
+    request.dead_timeout = request.dead_timeout.filter(|seconds| *seconds > 0);
     open()?.reconfigure(index, &request).map_err(|io| explain_take_over(index, io))?;
     if settings.request_timeout.is_some() && !sockets.iter().any(is_taken) {
         let what = format!("{} is served: its connections live", sysfs::node(index).display());
