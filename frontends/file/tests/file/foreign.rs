@@ -165,6 +165,7 @@ fn fio_finds_what_it_wrote() {
                 &format!("--offset_increment={}m", 16 / jobs),
                 &format!("--numjobs={jobs}"),
                 "--verify=crc32c",
+                "--verify_state_save=0",
                 "--do_verify=1",
                 "--verify_fatal=1",
                 "--overwrite=1",
