@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_nbd::kernel::{self, Device, Disk, Interface};
-use r3map_nbd::{Server, ServerExport, ServerSettings};
+use r3map_nbd::{Eager, Server, ServerExport, ServerSettings};
 use tokio::runtime::Handle;
 
 use crate::node::Node;
@@ -130,7 +130,8 @@ fn connect(server: &Server, size: u64, settings: &BlockSettings) -> Result<(Vec<
     for _ in 0..settings.queue_count() {
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
-        let (facts, _task) = server.serve_export(tokio::net::UnixStream::from_std(ours).map_err(failed)?, "")?;
+        let ours = Eager::new(tokio::net::UnixStream::from_std(ours).map_err(failed)?);
+        let (facts, _task) = server.serve_export(ours, "")?;
         disk = Some(Disk { size, block_size: settings.logical_block_size, flags: facts.flags });
         sockets.push(theirs.into());
     }

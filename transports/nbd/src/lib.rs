@@ -7,6 +7,7 @@
 //! - [`tls`]: certificates for either side.
 
 mod client;
+mod eager;
 pub mod kernel;
 mod server;
 mod stream;
@@ -15,6 +16,7 @@ mod uri;
 pub mod wire;
 
 pub use client::{Client, ClientSettings, Export, Listed};
+pub use eager::{Eager, Socket};
 pub use server::{Server, ServerExport, ServerSettings, Tls};
 pub use stream::Duplex;
 pub use uri::{Address, NbdUri, TlsOptions};

@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio_rustls::client::TlsStream;
 
+use crate::eager::Eager;
 use crate::uri::Address;
 
 /// How long a connection may be idle before TCP asks whether the peer is there.
@@ -87,11 +88,11 @@ impl Stream {
         match self {
             Self::Tcp(stream) => {
                 let (reading, writing) = stream.into_split();
-                (Box::new(reading), Box::new(writing))
+                (Box::new(Eager::new(reading)), Box::new(writing))
             }
             Self::Unix(stream) => {
                 let (reading, writing) = stream.into_split();
-                (Box::new(reading), Box::new(writing))
+                (Box::new(Eager::new(reading)), Box::new(writing))
             }
             other => {
                 let (reading, writing) = tokio::io::split(other);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use r3map_testkit::random::Random;
 
 use crate::support::{Expected, Lent, MIB, Mounted, PIECE, SOON, Scene, make_file};
+use crate::whole_region::{GIB_AND_A_BYTE, through_mmap, through_read};
 
 const LONG: Duration = Duration::from_secs(180);
 const SIZE: u64 = 48 * MIB + 1;
@@ -27,6 +28,34 @@ fn what_was_pulled_is_not_pulled_again() {
         expected.check_file(&mounted.path);
         assert_eq!(lent.bytes_read(), 0, "{:?}", lent.faults.calls());
         mounted.unmount();
+    });
+}
+
+/// The whole comparison, killed before everything was pulled, and after everything was written.
+#[test]
+fn a_gib_and_a_byte_whose_mount_is_killed() {
+    Scene::with_fuse(LONG, |scene| {
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 11);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let cache = scene.name("cache");
+        let mounted = scene.mount(&server.uri, "region", &["--cache", &cache, "--pull-workers", "1"]);
+        let (quarter, file) = (usize::try_from(GIB_AND_A_BYTE / 4).expect("it fits"), mounted.open());
+        let mut bytes = vec![0; quarter];
+        file.read_exact_at(&mut bytes, GIB_AND_A_BYTE / 2).expect("it can be read");
+        expected.check(GIB_AND_A_BYTE / 2, &bytes).unwrap_or_else(|wrong| panic!("{wrong}"));
+        drop(file);
+        mounted.kill();
+
+        let mounted = scene.mount(&server.uri, "region", &["--cache", &cache]);
+        through_read(&mounted, &mut expected, scene);
+        mounted.kill();
+        let mounted = scene.mount(&server.uri, "region", &["--cache", &cache]);
+        through_mmap(&mounted, &mut expected, scene);
+        mounted.kill();
+        let mounted = scene.mount(&server.uri, "region", &["--cache", &cache]);
+        expected.check_file(&mounted.path);
+        mounted.unmount();
+        expected.check_file(&scene.path("source"));
     });
 }
 

@@ -13,6 +13,7 @@ use r3map_testkit::proxy::DelayProxy;
 use r3map_testkit::random::Random;
 
 use crate::support::{Lent, MIB, SOON, Scene, block_on, make_file, open, wait_until};
+use crate::whole_region::{GIB_AND_A_BYTE, through_mmap, through_read};
 
 const LONG: Duration = Duration::from_secs(180);
 const SIZE: u64 = 64 * MIB + 1;
@@ -22,13 +23,11 @@ const IO_ERROR: i32 = 5;
 #[test]
 fn killed_in_the_middle_of_pulling() {
     Scene::with_fuse(LONG, |scene| {
-        let expected = make_file(&scene.path("source"), SIZE, 1);
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 1);
         let source = format!("file:{}", scene.name("source"));
         let server = scene.serve(&source, &[]);
-        // One chunk a round trip: there is time to kill it.
-        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(5)).expect("it can listen");
-        let uri = format!("grpc://{}", proxy.socket_addr());
-        let mut mounted = scene.mount(&uri, "region", &["--pull-workers", "1"]);
+        // One chunk at a time: a GiB takes long enough for the server to be killed in the middle.
+        let mut mounted = scene.mount(&server.uri, "region", &["--pull-workers", "1"]);
         let address = server.kill();
         let reader = {
             let (path, expected) = (mounted.path.clone(), expected.clone());
@@ -40,6 +39,7 @@ fn killed_in_the_middle_of_pulling() {
         mounted.program.wait_for_event(SOON, "resumed");
         reader.join().expect("it reads on as if nothing had happened");
         mounted.wait_pulled();
+        through_mmap(&mounted, &mut expected, scene);
         mounted.unmount();
         server.stop();
     });
@@ -48,21 +48,20 @@ fn killed_in_the_middle_of_pulling() {
 #[test]
 fn killed_in_the_middle_of_pushing() {
     Scene::with_fuse(LONG, |scene| {
-        let mut expected = make_file(&scene.path("source"), SIZE, 2);
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 2);
         let source = format!("file:{}", scene.name("source"));
         let server = scene.serve(&source, &[]);
-        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(40)).expect("it can listen");
-        let uri = format!("grpc://{}", proxy.socket_addr());
-        let mut mounted = scene.mount(&uri, "region", &["--pull-workers", "0", "--push-interval", "1h"]);
+        let arguments = ["--pull-workers", "0", "--push-interval", "1h", "--dirty-budget", "2GiB"];
+        let mut mounted = scene.mount(&server.uri, "region", &arguments);
         let file = mounted.open();
-        for offset in (0..SIZE - MIB).step_by(1 << 20) {
+        let at_source = File::open(scene.path("source")).expect("it is there");
+        let first = at_source.metadata().expect("it is open").modified().expect("it has a time");
+        for offset in (0..GIB_AND_A_BYTE - MIB).step_by(1 << 20) {
             let bytes = expected.write(offset..offset + MIB, 3);
             file.write_all_at(&bytes, offset).expect("it can be written");
         }
         let syncing = std::thread::spawn(move || file.sync_all());
         // It has begun when the first new byte is at the source.
-        let at_source = File::open(scene.path("source")).expect("it is there");
-        let first = at_source.metadata().expect("it is open").modified().expect("it has a time");
         let begun = || at_source.metadata().and_then(|now| now.modified()).is_ok_and(|now| now != first);
         wait_until(SOON, "pushing begins", begun);
         let address = server.kill();
@@ -73,7 +72,9 @@ fn killed_in_the_middle_of_pushing() {
         syncing.join().expect("no panic").expect("in the end everything is stored");
         expected.keep();
         expected.check_file(&scene.path("source"));
+        through_read(&mounted, &mut expected, scene);
         mounted.unmount();
+        expected.check_file(&scene.path("source"));
         server.stop();
     });
 }

@@ -107,30 +107,48 @@ fn span(bytes: Range<u64>) -> Range<usize> {
     usize::try_from(bytes.start).expect("it is mapped")..usize::try_from(bytes.end).expect("it is mapped")
 }
 
+/// In the middle of pulling, and in the middle of pushing.
 #[test]
 fn the_server_dies_and_comes_back() {
     play(|scene| {
-        let mut expected = make_file(&scene.path("source"), SMALL, 5);
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 5);
         let source = format!("file:{}", scene.name("source"));
         let server = scene.serve(&source, &[]);
-        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(5)).expect("it can listen");
+        // One chunk at a time: a GiB takes long enough for the server to be killed in the middle.
         let mut settings = Settings::default();
         settings.pull.workers = Workers::Fixed(std::num::NonZeroUsize::MIN);
-        let mount = Mount::managed(open(&format!("grpc://{}", proxy.socket_addr()))).settings(settings);
+        let mount = Mount::managed(open(&server.uri)).settings(settings);
         let mut slice = block_on(mount.slice()).expect("it can be mapped");
         let address = server.kill();
-        std::thread::scope(|threads| {
+        let server = std::thread::scope(|threads| {
             let reader = threads.spawn(|| check_memory(&slice, &expected));
             wait_until(SOON, "it notices", || slice.region().outage().borrow().is_some());
             assert!(!reader.is_finished(), "the reader waits");
-            let _lives_on = Box::leak(Box::new(scene.serve_again(&source, address)));
+            let server = scene.serve_again(&source, address);
             reader.join().expect("it reads on as if nothing had happened");
+            server
         });
-        let bytes = expected.write(3 * MIB..4 * MIB, 6);
-        slice.write_at(3 * MIB, &bytes).expect("it can be written");
-        block_on(slice.close()).expect("it can be closed");
+
+        for offset in (0..GIB_AND_A_BYTE - MIB).step_by(1 << 20) {
+            let bytes = expected.write(offset..offset + MIB, 6);
+            slice.write_at(offset, &bytes).expect("it can be written");
+        }
+        let written = || scene.path("source").metadata().and_then(|now| now.modified()).expect("it has a time");
+        let before = written();
+        let server = std::thread::scope(|threads| {
+            let flushing = threads.spawn(|| block_on(slice.flush()));
+            wait_until(SOON, "pushing begins", || written() != before);
+            let address = server.kill();
+            wait_until(SOON, "it notices", || slice.region().outage().borrow().is_some());
+            assert!(!flushing.is_finished(), "nothing is acknowledged that is not stored");
+            let server = scene.serve_again(&source, address);
+            flushing.join().expect("no panic").expect("in the end everything is stored");
+            server
+        });
         expected.keep();
         expected.check_file(&scene.path("source"));
+        through_memory(slice, &mut expected, scene);
+        server.stop();
     });
 }
 

@@ -153,7 +153,7 @@ fn a_directory_of_chunks() {
 }
 
 /// Reads all of it, writes here and there, syncs, and compares at the source while it is still mounted.
-fn through_read(mounted: &Mounted, expected: &mut Expected, scene: &Scene) {
+pub(crate) fn through_read(mounted: &Mounted, expected: &mut Expected, scene: &Scene) {
     through_read_without_source(mounted, expected);
     scene.step("compare at the source");
     expected.check_file(&scene.path("source"));
@@ -173,7 +173,7 @@ fn through_read_without_source(mounted: &Mounted, expected: &mut Expected) {
 }
 
 /// The same through a shared mapping.
-fn through_mmap(mounted: &Mounted, expected: &mut Expected, scene: &Scene) {
+pub(crate) fn through_mmap(mounted: &Mounted, expected: &mut Expected, scene: &Scene) {
     let file = mounted.open();
     let len = usize::try_from(expected.size()).expect("it can be mapped");
     let mapping = FileMapping::new(&file, len, Sharing::Shared, true).expect("it can be mapped");

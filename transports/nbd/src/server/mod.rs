@@ -30,6 +30,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::eager::Eager;
 use crate::uri::Address;
 use crate::wire::{DEFAULT_MAX_PAYLOAD, ExportReply, Framing};
 use buffers::Pool;
@@ -255,8 +256,8 @@ async fn accept_all(listener: Listener, shared: Arc<Shared>, tasks: TaskTracker)
                 let connection = Connection::new(shared.clone(), peer);
                 tasks.spawn(async move {
                     match accepted {
-                        Accepted::Tcp(stream) => connection.serve(stream).await,
-                        Accepted::Unix(stream) => connection.serve(stream).await,
+                        Accepted::Tcp(stream) => connection.serve(Eager::new(stream)).await,
+                        Accepted::Unix(stream) => connection.serve(Eager::new(stream)).await,
                     }
                     drop(permit);
                 });
