@@ -33,6 +33,12 @@ impl Guarded {
         self.gate.clone()
     }
 
+    /// Whether there is a fence.
+    #[must_use]
+    pub fn is_fenced(&self) -> bool {
+        self.fence.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     fn set(&self, fence: Option<Closed>) {
         *self.fence.lock().unwrap_or_else(PoisonError::into_inner) = fence;
     }

@@ -21,6 +21,8 @@ pub enum WhenClosed {
     Wait,
     /// They fail as cancelled.
     Fail,
+    /// Those that would change something fail as cancelled; reads and flushes do not notice that it is closed.
+    FailChanges,
 }
 
 /// A backend that can be closed for a while. Every call passes the gate, reads and flushes too; whoever closes it works
@@ -83,20 +85,27 @@ impl Gate {
         closers(self.state.word.load(Ordering::SeqCst)) > 0
     }
 
-    async fn enter(&self, operation: Operation) -> Result<Passing<'_>> {
+    async fn enter(&self, operation: Operation) -> Result<Option<Passing<'_>>> {
+        if self.when_closed == WhenClosed::FailChanges && !changes(operation) {
+            return Ok(None); // whoever closes it does not wait for these either
+        }
         loop {
             let word = self.state.word.fetch_add(1, Ordering::SeqCst);
             let passing = Passing(&self.state);
             if closers(word) == 0 {
-                return Ok(passing);
+                return Ok(Some(passing));
             }
             drop(passing);
-            if self.when_closed == WhenClosed::Fail {
+            if self.when_closed != WhenClosed::Wait {
                 return Err(Error::new(ErrorKind::Cancelled, operation, "the region is closed"));
             }
             wait_until(&self.state.opened, || !self.is_closed()).await;
         }
     }
+}
+
+fn changes(operation: Operation) -> bool {
+    matches!(operation, Operation::Write | Operation::Trim | Operation::WriteZeroes)
 }
 
 /// Waits until something holds that is made true before `changed` is notified.
@@ -304,6 +313,33 @@ mod tests {
         gate.inner().read_at(0, &mut [0]).await.expect("who closed it works inside");
         drop(closed);
         gate.read_at(0, &mut [0]).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_changes_are_stopped_where_reads_may_go_on() {
+        let (faults, gate) = gate(WhenClosed::FailChanges);
+        let (pause, reading) = (Pause::new(), gate.clone());
+        faults.add(Rule::on(Operation::Read).times(1).hold(&pause));
+        let read = tokio::spawn(async move { reading.read_at(0, &mut [0]).await });
+        pause.wait_held(1).await;
+        let closed = deadline(LONG, "closing, which waits for no read", gate.close()).await;
+        pause.release();
+        read.await.unwrap().unwrap();
+        let capabilities = gate.capabilities();
+        let refused = [
+            gate.write_at(0, &[0]).await,
+            capabilities.trim.unwrap().trim(0, 1).await,
+            capabilities.write_zeroes.unwrap().write_zeroes(0, 1).await,
+        ];
+        for result in refused {
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::Cancelled);
+        }
+        gate.read_at(0, &mut [0]).await.unwrap();
+        gate.flush().await.unwrap();
+        capabilities.extents.unwrap().extents(0, 1).await.unwrap();
+        assert_eq!(faults.count(Operation::Write), 0);
+        drop(closed);
+        gate.write_at(0, &[0]).await.unwrap();
     }
 
     #[tokio::test]
