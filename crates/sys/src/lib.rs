@@ -22,6 +22,7 @@ pub mod socket;
 mod span;
 pub mod ublk;
 mod userfault;
+mod write_back;
 mod zeroed;
 
 pub use event::Event;
@@ -30,6 +31,7 @@ pub use loop_device::{Loop, LoopSpec};
 pub use mapping::{Mapping, Protection};
 pub use pager::{Fault, Install, Pager, Woken};
 pub use userfault::{FaultScope, ScopeWanted};
+pub use write_back::write_back;
 pub use zeroed::{Pages, Zeroed};
 
 /// The size of a page in bytes: what mappings work in. They are refused on kernels with other page sizes.

@@ -144,6 +144,15 @@ impl BlockDevice {
         self.on_node(Node::sync).await
     }
 
+    /// Writes what the kernel has cached of it to the backend, without flushing that. What a file system on it holds is
+    /// not among it, nor is what is written meanwhile.
+    ///
+    /// # Errors
+    /// What could not be written.
+    pub async fn write_back(&self) -> Result<()> {
+        self.on_node(Node::write_back).await
+    }
+
     async fn on_node<T: Send + 'static>(&self, work: fn(&Node) -> Result<T>) -> Result<T> {
         let attached = self.attached.clone();
         off_runtime(move || work(&attached.node)).await

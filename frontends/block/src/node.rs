@@ -103,6 +103,12 @@ impl Node {
         self.open()?.sync_all().map_err(cannot)
     }
 
+    /// Writes what the kernel has cached of it; whether that is durable is another matter.
+    pub(crate) fn write_back(&self) -> Result<()> {
+        let cannot = |error| Error::from_io(Operation::Write, "what was written cannot be handed over", error);
+        r3map_sys::write_back(&self.open()?).map_err(cannot)
+    }
+
     /// Sets one of the kernel's knobs, where it lets us.
     pub(crate) fn set(&self, knob: &str, value: impl ToString) {
         if let Err(error) = std::fs::write(self.knob(knob), value.to_string()) {
