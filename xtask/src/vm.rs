@@ -93,7 +93,8 @@ fn carry_out(work: Work, programs: &[PathBuf], deadline: Duration, limit: Durati
         limit,
     };
     let programs = programs.iter().map(|path| absolute(path)).collect::<Result<_>>()?;
-    let environment = ["CI", "RUST_LOG"].map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
+    const PASSED_ON: [&str; 4] = ["CI", "RUST_LOG", "R3MAP_MIGRATE_HOPS", "R3MAP_MIGRATE_SEED"];
+    let environment = PASSED_ON.map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
     let mut environment: Vec<_> = environment.into_iter().flatten().collect();
     environment.push(("RUST_BACKTRACE".to_owned(), "1".to_owned()));
     let plan = Plan { work, programs, environment, deadline };

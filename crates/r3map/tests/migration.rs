@@ -1,268 +1,35 @@
 //! Migrations of real memory and real files, over real gRPC: an application that stamps blocks is moved again and again
 //! while it runs, and every block holds its last stamp wherever the application finds itself.
-//!
-//! `R3MAP_MIGRATE_HOPS` asks for more moves than CI makes, `R3MAP_MIGRATE_SEED` replays a run.
+
+mod moving;
 
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
 
-use r3map::migration::{
-    Arrived, Hooks, Leecher, LeecherSettings, Migration, Place, Running, SeederPhase, Seeding, Unsettled,
-};
-use r3map::{Backend, Cache, ErrorKind, Mount, Registry, SliceMount, Uri};
-use r3map_testkit::random::{Random, fresh_seed};
+use moving::{BLOCK, Front, Replay, Stamps, anywhere, blocking, move_again_and_again, settings};
+use r3map::migration::{Migration, Place, Unsettled};
+use r3map::{Backend, Cache, ErrorKind, Mount, Registry, Uri};
+use r3map_testkit::fill;
 use r3map_testkit::store::Store;
-use r3map_testkit::{deadline, fill};
-use tokio::sync::oneshot;
 
-const BLOCK: usize = 4096;
-const BLOCKS: usize = 700;
 /// The last block is short.
-const SIZE: usize = BLOCKS * BLOCK - 1000;
-const LIMIT: Duration = Duration::from_secs(120);
-
-/// What the application works on.
-enum Front {
-    Slice(SliceMount),
-    File(File),
-}
-
-impl Front {
-    fn read(&self, at: usize, buf: &mut [u8]) {
-        match self {
-            Self::Slice(slice) => buf.copy_from_slice(&slice.as_slice()[at..at + buf.len()]),
-            Self::File(file) => file.read_exact_at(buf, at as u64).unwrap(),
-        }
-    }
-
-    fn write(&mut self, at: usize, bytes: &[u8]) {
-        match self {
-            Self::Slice(slice) => slice.as_mut_slice().unwrap()[at..at + bytes.len()].copy_from_slice(bytes),
-            Self::File(file) => file.write_all_at(bytes, at as u64).unwrap(),
-        }
-    }
-}
-
-fn open(path: &Path) -> Front {
-    Front::File(OpenOptions::new().read(true).write(true).open(path).unwrap())
-}
-
-/// What the application knows: the last stamp of each block.
-struct State {
-    stamps: Vec<u64>,
-    next: u64,
-    random: Random,
-}
-
-impl State {
-    fn new(seed: u64) -> Self {
-        Self { stamps: vec![0; BLOCKS], next: 1, random: Random::new(seed) }
-    }
-
-    /// Stamps some block, whose last stamp it must still have.
-    fn step(&mut self, front: &mut Front) {
-        let block = usize::try_from(self.random.below(BLOCKS as u64)).unwrap();
-        self.check(front, block);
-        let stamp = self.next;
-        self.next += 1;
-        front.write(block * BLOCK, &block_of(block, stamp));
-        self.stamps[block] = stamp;
-    }
-
-    fn check(&self, front: &Front, block: usize) {
-        let expected = block_of(block, self.stamps[block]);
-        let mut found = vec![0; expected.len()];
-        front.read(block * BLOCK, &mut found);
-        let stamp = |bytes: &[u8]| u64::from_le_bytes(bytes[..8].try_into().unwrap());
-        assert!(found == expected, "block {block} has {} and not {}", stamp(&found), stamp(&expected));
-    }
-
-    fn check_all(&self, front: &Front) {
-        (0..BLOCKS).for_each(|block| self.check(front, block));
-    }
-}
-
-fn block_of(block: usize, stamp: u64) -> Vec<u8> {
-    let len = (SIZE - block * BLOCK).min(BLOCK);
-    match stamp {
-        0 => vec![0; len],
-        _ => stamp.to_le_bytes().into_iter().cycle().take(len).collect(),
-    }
-}
-
-/// The application, running on a thread of its own until it is suspended.
-struct Application {
-    stop: Arc<AtomicBool>,
-    stopped: oneshot::Receiver<(State, Front)>,
-}
-
-impl Application {
-    fn run(mut state: State, mut front: Front) -> Self {
-        let (stop, (tell, stopped)) = (Arc::new(AtomicBool::new(false)), oneshot::channel());
-        let asked = stop.clone();
-        std::thread::spawn(move || {
-            while !asked.load(Ordering::SeqCst) {
-                state.step(&mut front);
-                std::thread::sleep(Duration::from_micros(50));
-            }
-            let _ = tell.send((state, front));
-        });
-        Self { stop, stopped }
-    }
-}
-
-/// Where the application is, for hooks.
-#[derive(Clone, Default)]
-struct Stage {
-    running: Arc<Mutex<Option<Application>>>,
-    left: Arc<Mutex<Option<(State, Front)>>>,
-}
-
-impl Stage {
-    fn start(&self, state: State, front: Front) {
-        *self.running.lock().unwrap() = Some(Application::run(state, front));
-    }
-
-    /// Suspends the application, and keeps what it had.
-    fn hooks(&self) -> Hooks {
-        let stage = self.clone();
-        Hooks::default().on_suspend(move || {
-            let stage = stage.clone();
-            async move {
-                let application = stage.running.lock().unwrap().take().expect("it runs here");
-                application.stop.store(true, Ordering::SeqCst);
-                let left = application.stopped.await.expect("the application has not failed");
-                *stage.left.lock().unwrap() = Some(left);
-                Ok(())
-            }
-        })
-    }
-
-    fn take(&self) -> (State, Front) {
-        self.left.lock().unwrap().take().expect("it was suspended")
-    }
-}
-
-/// Names the seed when a test fails.
-struct Replay(u64);
-
-impl Replay {
-    fn new() -> Self {
-        let given = std::env::var("R3MAP_MIGRATE_SEED").ok().and_then(|seed| seed.parse().ok());
-        Self(given.unwrap_or_else(fresh_seed))
-    }
-}
-
-impl Drop for Replay {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let _ = writeln!(std::io::stderr(), "to replay: R3MAP_MIGRATE_SEED={}", self.0);
-        }
-    }
-}
-
-fn hops() -> usize {
-    std::env::var("R3MAP_MIGRATE_HOPS").ok().and_then(|hops| hops.parse().ok()).unwrap_or(100)
-}
-
-fn anywhere() -> Vec<Uri> {
-    vec!["grpc://127.0.0.1:0".parse().unwrap()]
-}
-
-fn settings() -> LeecherSettings {
-    let mut settings = LeecherSettings::default();
-    settings.precopy.recheck = Duration::from_millis(20);
-    settings
-}
+const SIZE: usize = 700 * BLOCK - 1000;
+/// How often an application is moved.
+const HOPS: u64 = 150;
 
 fn empty() -> Arc<dyn Backend> {
     Arc::new(Store::new(SIZE as u64))
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    deadline(LIMIT, "the application", tokio::task::spawn_blocking(work)).await.unwrap()
-}
-
-/// Moves what `seeding` has to a new place, where it is shown as `front` says.
-async fn arrive(seeding: &Seeding, place: Place, finalize_at_once: bool) -> Leecher<Running<Arrived>> {
-    let registry = Registry::standard();
-    let uri: Uri = seeding.uris()[0].parse().unwrap();
-    let leecher = Migration::new().settings(settings()).leech(&registry, &uri, vec![place]).await.unwrap();
-    if !finalize_at_once {
-        leecher.ready().await.unwrap();
-    }
-    let running = leecher.finalize().await.unwrap();
-    running.resumed().unwrap();
-    running
-}
-
-/// Moves an application `hops` times.
-async fn move_again_and_again(
-    mut front: Front,
-    mut seeding: Seeding,
-    mut stage: Stage,
-    place: impl Fn(usize) -> Place,
-) {
-    let replay = Replay::new();
-    let (mut state, mut kept): (_, Vec<Arc<Arrived>>) = (State::new(replay.0), Vec::new());
-    for hop in 0..hops() {
-        stage.start(state, front);
-        tokio::time::sleep(Duration::from_millis(replay.0 >> (hop % 32) & 15)).await;
-        let running = deadline(LIMIT, "a move", arrive(&seeding, place(hop), hop % 3 == 2)).await;
-        let (left, old) = stage.take();
-        front = match running.regions()[0].take_slice() {
-            Some(slice) => Front::Slice(slice),
-            None => {
-                let path = running.regions()[0].path().expect("it is on a path").path().to_owned();
-                blocking(move || open(&path)).await
-            }
-        };
-        // The application runs before everything is there.
-        (state, front) = blocking(move || {
-            let (mut left, mut front) = (left, front);
-            (0..50).for_each(|_| left.step(&mut front));
-            (left, front)
-        })
-        .await;
-        let report = deadline(LIMIT, "the rest", running.pulled()).await.unwrap();
-        assert!(report.downtime.total() < Duration::from_secs(5), "{report:?}");
-        running.confirmed().unwrap();
-        assert_eq!(seeding.seeder().progress().borrow().phase, SeederPhase::Gone);
-        stage = Stage::default();
-        let next = Migration::new().hooks(stage.hooks()).release(&Registry::standard(), &anywhere(), running).await;
-        let (regions, next) = next.unwrap();
-        drop(old);
-        std::mem::replace(&mut seeding, next).close().await.unwrap();
-        for gone in std::mem::replace(&mut kept, regions) {
-            if let Some(mount) = gone.path() {
-                mount.abandon().await;
-            }
-        }
-        if hop % 10 == 9 {
-            (state, front) = blocking(move || {
-                state.check_all(&front);
-                (state, front)
-            })
-            .await;
-        }
-    }
-    blocking(move || state.check_all(&front)).await;
-    assert_eq!(seeding.seeder().progress().borrow().epoch, 1 + hops() as u64);
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_is_moved_again_and_again_and_no_stamp_is_lost() {
-    let stage = Stage::default();
+    let replay = Replay::new();
     let mount = Mount::managed(empty()).slice().await.unwrap();
-    let regions = vec![("memory".into(), mount.source())];
-    let seeding =
-        Migration::new().hooks(stage.hooks()).seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
-    move_again_and_again(Front::Slice(mount), seeding, stage, |_| Place::slice()).await;
+    let source = mount.source();
+    let stamps = Stamps::new(Front::Slice(mount), SIZE, replay.0);
+    move_again_and_again(stamps, source, &replay, HOPS, |_, _| Place::slice()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -270,21 +37,21 @@ async fn a_file_is_moved_again_and_again_and_no_stamp_is_lost() {
     if !Path::new("/dev/fuse").exists() {
         return r3map_testkit::skip("there is no /dev/fuse");
     }
-    let (stage, folder) = (Stage::default(), tempfile::tempdir().unwrap());
+    let (replay, folder) = (Replay::new(), tempfile::tempdir().unwrap());
     let path = folder.path().join("first");
     let mount = Mount::direct(empty()).migratable().path(&path).await.unwrap();
-    let regions = vec![("disk".into(), mount.source().unwrap())];
-    let seeding =
-        Migration::new().hooks(stage.hooks()).seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
-    let front = blocking(move || open(&path)).await;
-    let place = |hop: usize| {
+    let front = blocking(move || Front::file(&path)).await;
+    let stamps = Stamps::new(front, SIZE, replay.0);
+    let moved = move_again_and_again(stamps, mount.source().unwrap(), &replay, HOPS, |hop, random| {
         let place = Place::path(folder.path().join(format!("hop-{hop}")));
-        match hop % 2 {
-            0 => place,
-            _ => place.cache(Cache::File(folder.path().join(format!("cache-{hop}")))),
+        match random.chance(0.5) {
+            true => place,
+            false => place.cache(Cache::File(folder.path().join(format!("cache-{hop}")))),
         }
-    };
-    move_again_and_again(front, seeding, stage, place).await;
+    });
+    let moved = moved.await;
+    drop(moved.application);
+    moved.regions[0].path().expect("it is on a path").close().await.unwrap();
     mount.abandon().await;
 }
 

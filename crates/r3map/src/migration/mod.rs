@@ -30,6 +30,8 @@ pub use r3map_migrate::{
 pub use carry::{Carry, LeechOptions, SeedOptions};
 pub use ledger::FileLedger;
 pub use place::{Arrived, Landing, Place, open_cache};
+#[cfg(feature = "block")]
+pub(crate) use sources::BlockSource;
 pub(crate) use sources::{FileSource, SliceSource, Syncing};
 
 /// What matters to a migration, on either side.

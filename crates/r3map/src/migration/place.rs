@@ -4,17 +4,23 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+#[cfg(feature = "block")]
+use r3map_block::Kind;
 use r3map_core::{Backend, Error, ErrorKind, Geometry, Operation, Result};
 use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::protocol::Description;
 use r3map_migrate::{Arrival, Guarded, Shown, Source, Target};
 use r3map_pipeline::{
-    Cached, CachedParts, CachedSettings, Local, Progress, PullSettings, StateRecord, Workers, Writes,
+    Cached, CachedParts, CachedSettings, Local, Progress, PullSettings, Retry, StateRecord, Workers, Writes,
 };
+#[cfg(feature = "block")]
+use r3map_pipeline::{Gate, WhenClosed};
 use r3map_slice::{Prepared, ScopeWanted, SliceHandle, SliceParts, SliceSettings};
 use tokio::sync::watch;
 
 use super::{FileSource, SliceSource};
+#[cfg(feature = "block")]
+use crate::mount::{BlockMount, Plan};
 use crate::mount::{FileMount, PathMount, Region, SliceMount};
 use crate::{Cache, Settings};
 
@@ -24,6 +30,8 @@ enum Show {
     Slice,
     Path(PathBuf),
     File,
+    #[cfg(feature = "block")]
+    Block(Option<Kind>),
 }
 
 /// A place for a region that arrives.
@@ -52,6 +60,13 @@ impl Place {
         Self { show: Show::File, settings: Settings::default() }
     }
 
+    /// As a block device of this kind, or of the best that works. Needs root; the region's size must be whole sectors.
+    #[cfg(feature = "block")]
+    #[must_use]
+    pub fn block(kind: Option<Kind>) -> Self {
+        Self { show: Show::Block(kind), settings: Settings::default() }
+    }
+
     /// With its bytes in `cache`. Memory by default; a slice has no other.
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
@@ -59,7 +74,7 @@ impl Place {
         self
     }
 
-    /// With these settings; of them the cache and those of files matter.
+    /// With these settings; of them the cache and those of files and devices matter.
     #[must_use]
     pub fn settings(mut self, settings: Settings) -> Self {
         self.settings = settings;
@@ -70,13 +85,21 @@ impl Place {
 /// A place that is made for one region, and not shown yet.
 pub struct Landing {
     name: String,
-    place: Place,
+    settings: Settings,
     bytes: Bytes,
 }
 
 enum Bytes {
     Mapping(Prepared),
-    Elsewhere { local: Arc<dyn Local>, record: Option<Arc<dyn StateRecord>> },
+    Elsewhere { local: Arc<dyn Local>, record: Option<Arc<dyn StateRecord>>, front: Front },
+}
+
+/// What shows bytes that are not in a mapping.
+enum Front {
+    Path(PathBuf),
+    File,
+    #[cfg(feature = "block")]
+    Block(Plan),
 }
 
 /// Makes the places for what a seeder describes. `keep` what survived in cache files; otherwise it is dropped.
@@ -97,22 +120,30 @@ fn cache_identity(name: &str) -> String {
 
 impl Landing {
     fn new(place: Place, name: &str, geometry: Geometry, keep: bool) -> Result<Self> {
-        let bytes = match (&place.show, &place.settings.cache) {
-            (Show::Slice, Cache::Memory) => Bytes::Mapping(Prepared::new(geometry.size(), ScopeWanted::default())?),
-            (Show::Slice, Cache::File(_)) => {
+        let Place { show, settings } = place;
+        let front = match show {
+            Show::Slice => None,
+            Show::Path(path) => Some(Front::Path(path)),
+            Show::File => Some(Front::File),
+            #[cfg(feature = "block")]
+            Show::Block(kind) => Some(Front::Block(Plan::arriving(kind, &settings, geometry.size())?)),
+        };
+        let bytes = match (front, &settings.cache) {
+            (None, Cache::Memory) => Bytes::Mapping(Prepared::new(geometry.size(), ScopeWanted::default())?),
+            (None, Cache::File(_)) => {
                 let message = "a slice that arrives has its bytes in memory, and no cache file";
                 return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
             }
-            (_, Cache::Memory) => {
+            (Some(front), Cache::Memory) => {
                 let memory = Arc::new(Memory::new(geometry.size())?);
-                Bytes::Elsewhere { local: Arc::new(Stored::memory(memory)), record: None }
+                Bytes::Elsewhere { local: Arc::new(Stored::memory(memory)), record: None, front }
             }
-            (_, Cache::File(path)) => {
+            (Some(front), Cache::File(path)) => {
                 let file = Arc::new(take_cache(path, name, geometry, keep)?);
-                Bytes::Elsewhere { local: file.clone(), record: Some(file) }
+                Bytes::Elsewhere { local: file.clone(), record: Some(file), front }
             }
         };
-        Ok(Self { name: name.to_owned(), place, bytes })
+        Ok(Self { name: name.to_owned(), settings, bytes })
     }
 }
 
@@ -201,10 +232,19 @@ impl Target for Landing {
 
     async fn show(self, arrival: Arrival) -> Result<Arrived> {
         crate::engine::run(async move {
-            let Self { name, place, bytes } = self;
+            let Self { name, settings, bytes } = self;
             match bytes {
                 Bytes::Mapping(prepared) => show_slice(name, prepared, arrival),
-                Bytes::Elsewhere { local, record } => show_file(name, place, local, record, arrival).await,
+                Bytes::Elsewhere { local, record, front } => {
+                    let retry = arrival.remote.clone();
+                    let (cached, guarded) = open_local(local, record, arrival).await?;
+                    match front {
+                        Front::Path(path) => show_file(name, Some(path), &settings, cached, guarded, retry).await,
+                        Front::File => show_file(name, None, &settings, cached, guarded, retry).await,
+                        #[cfg(feature = "block")]
+                        Front::Block(plan) => show_block(name, plan, cached, guarded, retry).await,
+                    }
+                }
             }
         })
         .await
@@ -223,34 +263,65 @@ fn show_slice(name: String, prepared: Prepared, arrival: Arrival) -> Result<Arri
     Ok(Arrived { name, region, source: Arc::new(SliceSource(handle)), kept })
 }
 
-async fn show_file(
-    name: String,
-    place: Place,
+async fn open_local(
     local: Arc<dyn Local>,
     record: Option<Arc<dyn StateRecord>>,
     arrival: Arrival,
-) -> Result<Arrived> {
+) -> Result<(Arc<Cached>, Arc<Guarded>)> {
     let parts = CachedParts { record, ..arrival.parts() };
     let cached = Cached::open(local, arrival.remote.clone(), arrival.settings(), parts).await?;
     let guarded = Arc::new(Guarded::new(cached.clone(), arrival.geometry.chunk_size())?);
+    Ok((cached, guarded))
+}
+
+async fn show_file(
+    name: String,
+    path: Option<PathBuf>,
+    settings: &Settings,
+    cached: Arc<Cached>,
+    guarded: Arc<Guarded>,
+    retry: Arc<Retry>,
+) -> Result<Arrived> {
     guarded.fence().await?;
-    let region = Region::arrived(cached, guarded.clone(), arrival.remote);
-    let kept = match place.show {
-        Show::Path(path) => Kept::Path(PathMount::show(region.clone(), &path, &place.settings, true).await?),
-        Show::File | Show::Slice => Kept::File(FileMount::show(region.clone(), &place.settings, true).await?),
-    };
-    let sync = match &kept {
-        Kept::Path(mount) => mount.syncing(),
-        Kept::File(mount) => mount.syncing()?,
-        Kept::Slice(..) => unreachable!("it was made a file just now"),
+    let region = Region::arrived(cached, guarded.clone(), guarded.front(), retry);
+    let (kept, sync) = match path {
+        Some(path) => {
+            let mount = PathMount::show(region.clone(), &path, settings, true).await?;
+            let sync = mount.syncing();
+            (Kept::Path(mount), sync)
+        }
+        None => {
+            let mount = FileMount::show(region.clone(), settings, true).await?;
+            let sync = mount.syncing()?;
+            (Kept::File(mount), sync)
+        }
     };
     Ok(Arrived { name, region, source: Arc::new(FileSource { guarded, sync }), kept })
+}
+
+/// Only changes are fenced off: the kernel reads a device when it appears.
+#[cfg(feature = "block")]
+async fn show_block(
+    name: String,
+    plan: Plan,
+    cached: Arc<Cached>,
+    guarded: Arc<Guarded>,
+    retry: Arc<Retry>,
+) -> Result<Arrived> {
+    let gate = Arc::new(Gate::new(guarded.front(), WhenClosed::FailChanges));
+    let arriving = gate.close().await;
+    let region = Region::arrived(cached, guarded, gate, retry);
+    let mount = plan.show(region.clone()).await?;
+    let source = Arc::new(mount.leaving(Some(arriving))?);
+    Ok(Arrived { name, region, source, kept: Kept::Block(mount) })
 }
 
 enum Kept {
     Slice(Mutex<Option<SliceMount>>, SliceHandle),
     Path(PathMount),
     File(FileMount),
+    #[cfg(feature = "block")]
+    Block(BlockMount),
 }
 
 /// A region that has arrived, and what shows it.
@@ -289,6 +360,16 @@ impl Arrived {
     pub fn path(&self) -> Option<&PathMount> {
         match &self.kept {
             Kept::Path(mount) => Some(mount),
+            _ => None,
+        }
+    }
+
+    /// The mount, if it is a block device; [`BlockMount::path`] is the device.
+    #[cfg(feature = "block")]
+    #[must_use]
+    pub fn block(&self) -> Option<&BlockMount> {
+        match &self.kept {
+            Kept::Block(mount) => Some(mount),
             _ => None,
         }
     }

@@ -12,6 +12,10 @@ use r3map_file::FileMount as Fuse;
 use super::Mount;
 use super::region::{self, Region};
 use crate::Cache;
+#[cfg(all(feature = "file", feature = "slice"))]
+use crate::Settings;
+#[cfg(all(feature = "file", feature = "slice"))]
+use crate::migration::BlockSource;
 use crate::settings::{BlockOptions, Kept};
 
 impl Mount {
@@ -36,25 +40,51 @@ pub struct Refused {
 }
 
 async fn open(mount: Mount) -> Result<BlockMount> {
-    let (wanted, settings) = (mount.settings.block.kind, block_settings(&mount)?);
-    let mut refused = Vec::new();
-    let kinds = wanted.map_or(Kind::ALL.to_vec(), |kind| vec![kind]);
-    // Before anything is pulled: whether it can be a device at all, and which.
-    let settings = settings.fit_size(mount.remote.size())?;
-    let works = |kind: &Kind| check(*kind).map_err(|error| refused.push(Refused { kind: *kind, error })).is_ok();
-    let kinds: Vec<_> = kinds.into_iter().filter(works).collect();
-    if kinds.is_empty() {
-        return Err(none_works(&refused));
-    }
-    let region = region::build(mount).await?;
-    for kind in kinds {
-        match Shown::open(kind, region.backend(), &settings).await {
-            Ok(shown) => return Ok(BlockMount { shown, region, refused }),
-            Err(error) if error.kind() == ErrorKind::InvalidInput => return Err(given_up(&region, error)),
-            Err(error) => refused.push(Refused { kind, error }),
+    let plan = Plan::new(mount.settings.block.kind, block_settings(&mount)?, mount.remote.size())?;
+    plan.show(region::build(mount).await?).await
+}
+
+/// How a region is to be shown: checked, as far as that is possible before it is there.
+pub(crate) struct Plan {
+    kinds: Vec<Kind>,
+    settings: BlockSettings,
+    refused: Vec<Refused>,
+}
+
+impl Plan {
+    fn new(wanted: Option<Kind>, settings: BlockSettings, size: u64) -> Result<Self> {
+        let mut refused = Vec::new();
+        let kinds = wanted.map_or(Kind::ALL.to_vec(), |kind| vec![kind]);
+        let settings = settings.fit_size(size)?;
+        let works = |kind: &Kind| check(*kind).map_err(|error| refused.push(Refused { kind: *kind, error })).is_ok();
+        let kinds: Vec<_> = kinds.into_iter().filter(works).collect();
+        if kinds.is_empty() {
+            return Err(none_works(&refused));
         }
+        Ok(Self { kinds, settings, refused })
     }
-    Err(given_up(&region, none_works(&refused)))
+
+    /// For a region of `size` bytes that a migration brings; `kind` goes before that of the settings.
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub(crate) fn arriving(kind: Option<Kind>, settings: &Settings, size: u64) -> Result<Self> {
+        if settings.block.keep.is_some() {
+            let message = "a device that arrives cannot be kept: what it has not pulled yet dies with the process";
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+        }
+        Self::new(kind.or(settings.block.kind), device_settings(&settings.block, settings.read_only, None), size)
+    }
+
+    /// Shows it as the best kind that works. Runs on the engine.
+    pub(crate) async fn show(mut self, region: Region) -> Result<BlockMount> {
+        for kind in self.kinds {
+            match Shown::open(kind, region.backend(), &self.settings).await {
+                Ok(shown) => return Ok(BlockMount { shown, region, refused: self.refused }),
+                Err(error) if error.kind() == ErrorKind::InvalidInput => return Err(given_up(&region, error)),
+                Err(error) => self.refused.push(Refused { kind, error }),
+            }
+        }
+        Err(given_up(&region, none_works(&self.refused)))
+    }
 }
 
 /// A mount that could not be shown has nothing to store; its error is the one to tell.
@@ -74,21 +104,26 @@ fn none_works(refused: &[Refused]) -> Error {
 }
 
 fn block_settings(mount: &Mount) -> Result<BlockSettings> {
-    let default = BlockSettings::default();
-    let BlockOptions { kind, logical_block_size, queues, depth, keep } = mount.settings.block.clone();
-    let keep = keep.map(|Kept { id, meanwhile }| keep_region(mount, id, meanwhile)).transpose()?;
-    if keep.is_some() && kind != Some(Kind::Ublk) {
+    let options = &mount.settings.block;
+    let keep = options.keep.map(|Kept { id, meanwhile }| keep_region(mount, id, meanwhile)).transpose()?;
+    if keep.is_some() && options.kind != Some(Kind::Ublk) {
         let message = "only ublk devices can be kept; ask for that kind";
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
     }
-    Ok(BlockSettings {
-        read_only: mount.settings.read_only || mount.remote.capabilities().read_only,
-        logical_block_size: logical_block_size.unwrap_or(default.logical_block_size),
-        queues,
-        depth: depth.unwrap_or(default.depth),
+    let read_only = mount.settings.read_only || mount.remote.capabilities().read_only;
+    Ok(device_settings(options, read_only, keep))
+}
+
+fn device_settings(options: &BlockOptions, read_only: bool, keep: Option<Keep>) -> BlockSettings {
+    let default = BlockSettings::default();
+    BlockSettings {
+        read_only,
+        logical_block_size: options.logical_block_size.unwrap_or(default.logical_block_size),
+        queues: options.queues,
+        depth: options.depth.unwrap_or(default.depth),
         keep,
         ..default
-    })
+    }
 }
 
 fn keep_region(mount: &Mount, id: u32, meanwhile: r3map_block::Meanwhile) -> Result<Keep> {
@@ -107,7 +142,7 @@ fn keep_region(mount: &Mount, id: u32, meanwhile: r3map_block::Meanwhile) -> Res
 
 /// A device, and what it stands on. In this order it is dropped.
 struct Shown {
-    device: BlockDevice,
+    device: Arc<BlockDevice>,
     #[cfg(feature = "file")]
     below: Option<Below>,
 }
@@ -129,7 +164,7 @@ impl Shown {
 
     fn new(device: BlockDevice) -> Self {
         Self {
-            device,
+            device: Arc::new(device),
             #[cfg(feature = "file")]
             below: None,
         }
@@ -143,7 +178,7 @@ impl Shown {
         let file_settings = r3map_file::FileSettings { read_only: settings.read_only, ..Default::default() };
         let file = Fuse::open(backend, folder.path().join("region"), file_settings).await?;
         let device = BlockDevice::over_file(file.path(), settings.clone()).await?;
-        Ok(Self { device, below: Some(Below { file, _folder: folder }) })
+        Ok(Self { device: Arc::new(device), below: Some(Below { file, _folder: folder }) })
     }
 
     #[cfg(not(feature = "file"))]
@@ -205,6 +240,22 @@ impl BlockMount {
     #[must_use]
     pub fn region(&self) -> &Region {
         &self.region
+    }
+
+    /// The region as one that can leave for another host; see [`crate::migration`]. What a file system on the device holds
+    /// is not the device's: it is the application's to freeze it (`fsfreeze`) or to unmount it when it is suspended.
+    ///
+    /// # Errors
+    /// `InvalidInput` unless the mount was made to be [migratable](Mount::migratable).
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub fn source(&self) -> Result<Arc<dyn r3map_migrate::Source>> {
+        Ok(Arc::new(self.leaving(None)?))
+    }
+
+    /// The same, where a region that has just arrived is kept from being changed by `arriving`.
+    #[cfg(all(feature = "file", feature = "slice"))]
+    pub(crate) fn leaving(&self, arriving: Option<r3map_pipeline::Closed>) -> Result<BlockSource> {
+        Ok(BlockSource::new(self.region.guarded()?, Arc::downgrade(&self.shown.device), arriving))
     }
 
     /// Opens the device.

@@ -13,6 +13,8 @@ mod region;
 #[cfg(feature = "slice")]
 mod slice;
 
+#[cfg(all(feature = "block", feature = "file", feature = "slice"))]
+pub(crate) use block::Plan;
 #[cfg(feature = "block")]
 pub use block::{BlockMount, Refused, remove_device};
 #[cfg(feature = "file")]

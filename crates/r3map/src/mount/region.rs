@@ -48,10 +48,15 @@ impl Region {
         Self { backend, copy, retry, read_only, guarded: None }
     }
 
-    /// A region that a migration has brought, and whose writes stay here.
+    /// A region that a migration has brought, and whose writes stay here. Its frontend stands on `backend`.
     #[cfg(all(feature = "file", feature = "slice"))]
-    pub(crate) fn arrived(cached: Arc<Cached>, guarded: Arc<Guarded>, retry: Arc<Retry>) -> Self {
-        let (backend, copy) = (guarded.front(), Copy::Below(cached));
+    pub(crate) fn arrived(
+        cached: Arc<Cached>,
+        guarded: Arc<Guarded>,
+        backend: Arc<dyn Backend>,
+        retry: Arc<Retry>,
+    ) -> Self {
+        let copy = Copy::Below(cached);
         Self { backend, copy, retry, read_only: false, guarded: Some(guarded) }
     }
 

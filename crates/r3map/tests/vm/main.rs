@@ -1,7 +1,11 @@
-//! Mounts as block devices, with a remote that is a round trip of 20 ms away. They run in the virtual machine of
+//! Mounts as block devices, with a remote that is a round trip of 20 ms away, and their migrations. They run in the virtual machine of
 //! `cargo xtask vm`; elsewhere these tests say that they are skipped.
 
 #![cfg(target_os = "linux")]
+
+mod migration;
+#[path = "../moving/mod.rs"]
+mod moving;
 
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
