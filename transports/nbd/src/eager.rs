@@ -11,9 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
+use tokio::task::coop::has_budget_remaining;
 
 /// How long input is looked for: less than sleeping and waking up take.
 const LOOK: Duration = Duration::from_micros(20);
@@ -78,8 +80,12 @@ impl<S: Socket> Eager<S> {
         Self { socket, last, number: NUMBERS.fetch_add(1, Ordering::Relaxed), failures: 0, skip: 0 }
     }
 
-    /// Looks for input; how much was received. An error, or the end, is found again by the stream itself.
-    fn look(&mut self, buf: &mut [u8]) -> Option<usize> {
+    /// Looks for input: what was received, if anything came of it.
+    fn look(&mut self, buf: &mut [u8]) -> Option<io::Result<usize>> {
+        // A task that has had its share is told to wait although there is input; it must not get it here.
+        if !has_budget_remaining() {
+            return None;
+        }
         if self.skip > 0 || self.last.load(Ordering::Relaxed) != self.number {
             self.skip = self.skip.saturating_sub(1);
             return None;
@@ -87,15 +93,17 @@ impl<S: Socket> Eager<S> {
         let begun = Instant::now();
         loop {
             match rustix::net::recv(self.socket.descriptor(), &mut *buf, RecvFlags::DONTWAIT) {
-                Ok((count, _)) if count > 0 => {
-                    self.failures = 0;
-                    return Some(count);
-                }
-                Err(rustix::io::Errno::AGAIN) if begun.elapsed() < LOOK => std::hint::spin_loop(),
-                _ => {
+                Err(Errno::AGAIN | Errno::INTR) if begun.elapsed() < LOOK => std::hint::spin_loop(),
+                Err(Errno::AGAIN | Errno::INTR) => {
                     self.failures = (self.failures + 1).min(MOST_FAILURES);
                     self.skip = 1 << self.failures;
                     return None;
+                }
+                // The system tells an error once; it must not be lost.
+                Err(error) => return Some(Err(error.into())),
+                Ok((count, _)) => {
+                    self.failures = 0;
+                    return Some(Ok(count));
                 }
             }
         }
@@ -109,7 +117,7 @@ impl<S: Socket + AsyncRead + Unpin> AsyncRead for Eager<S> {
         match Pin::new(&mut this.socket).poll_read(context, buf) {
             // Whatever comes from now on wakes this task, so that looking loses nothing.
             Poll::Pending => match this.look(buf.initialize_unfilled()) {
-                Some(count) => buf.advance(count),
+                Some(received) => buf.advance(received?),
                 None => return Poll::Pending,
             },
             Poll::Ready(read) => {
@@ -169,7 +177,9 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn bytes_arrive_in_their_order_however_they_are_found() {
         const LENGTH: usize = 3 << 20;
-        let (a, b) = pair(alone());
+        // Each the last of its own process, so that both look.
+        let (a, b) = UnixStream::pair().unwrap();
+        let (a, b) = (Eager::among(alone(), a), Eager::among(alone(), b));
         let bytes: Vec<u8> = (0..LENGTH).map(|at| (at * 7 % 251) as u8).collect();
         let exchange = |socket: Eager<UnixStream>| {
             let (bytes, (mut from, mut to)) = (bytes.clone(), tokio::io::split(socket));
@@ -202,15 +212,15 @@ mod tests {
     async fn looking_in_vain_becomes_rare_and_what_is_found_is_received() {
         let (mut a, mut b) = pair(alone());
         let mut byte = [0];
-        assert_eq!(b.look(&mut byte), None, "it has never received anything");
+        assert!(b.look(&mut byte).is_none(), "it has never received anything");
         assert_eq!(b.skip, 0, "and so did not look");
         a.write_all(b"x").await.unwrap();
         b.read_exact(&mut byte).await.unwrap();
-        assert_eq!(b.look(&mut byte), None, "nothing is there");
+        assert!(b.look(&mut byte).is_none(), "nothing is there");
         assert_eq!((b.failures, b.skip), (1, 2));
         a.write_all(b"y").await.unwrap();
-        assert_eq!((b.look(&mut byte), b.look(&mut byte)), (None, None), "it does not look");
-        assert_eq!((b.look(&mut byte), byte), (Some(1), *b"y"));
+        assert!(b.look(&mut byte).is_none() && b.look(&mut byte).is_none(), "it does not look");
+        assert_eq!((b.look(&mut byte).unwrap().unwrap(), byte), (1, *b"y"));
         assert_eq!(b.failures, 0);
         for _ in 0..5000 {
             b.look(&mut byte);
@@ -228,19 +238,56 @@ mod tests {
         c.write_all(b"x").await.unwrap();
         d.read_exact(&mut byte).await.unwrap();
         a.write_all(b"y").await.unwrap();
-        assert_eq!(b.look(&mut byte), None);
+        assert!(b.look(&mut byte).is_none());
         b.read_exact(&mut byte).await.unwrap();
         assert_eq!(&byte, b"y");
     }
 
+    /// Bytes that came after the runtime last asked the system are found by looking, and by nothing else.
     #[tokio::test]
-    async fn the_end_is_found_by_the_stream() {
+    async fn a_poll_finds_what_the_runtime_does_not_know_of() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut socket = Eager::among(alone(), UnixStream::from_std(ours).unwrap());
+        let (mut theirs, mut bytes) = (theirs, [0; 8]);
+        std::io::Write::write_all(&mut theirs, b"first").unwrap();
+        assert_eq!(socket.read(&mut bytes).await.unwrap(), 5);
+        std::io::Write::write_all(&mut theirs, b"then").unwrap();
+        let read = socket.read(&mut bytes);
+        tokio::pin!(read);
+        let polled = std::future::poll_fn(|context| Poll::Ready(read.as_mut().poll(context))).await;
+        assert!(matches!(polled, Poll::Ready(Ok(4))), "{polled:?}");
+    }
+
+    #[tokio::test]
+    async fn an_error_that_is_found_by_looking_is_told() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (socket, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (mut socket, mut theirs) = (Eager::among(alone(), socket.unwrap()), accepted.unwrap().0);
+        let mut byte = [0];
+        theirs.write_all(b"x").await.unwrap();
+        socket.read_exact(&mut byte).await.unwrap();
+        // It leaves with something unread: a reset.
+        socket.write_all(b"unread").await.unwrap();
+        theirs.readable().await.unwrap();
+        drop(theirs);
+        let error = loop {
+            if let Some(found) = socket.look(&mut byte) {
+                break found.unwrap_err();
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn the_end_is_the_end() {
         let (mut a, mut b) = pair(alone());
         a.write_all(b"x").await.unwrap();
         let mut byte = [0];
         b.read_exact(&mut byte).await.unwrap();
         drop(a);
-        assert_eq!(b.look(&mut byte), None);
+        assert_eq!(b.look(&mut byte).unwrap().unwrap(), 0);
         assert_eq!(b.read(&mut byte).await.unwrap(), 0);
     }
 }

@@ -11,7 +11,6 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::client::calls::Failure;
-use crate::client::incoming::broken;
 use crate::client::link::{Shared, lock};
 
 /// How often it looks after calls that do not come for their data, and for silence. A call that is not polled (because
@@ -41,7 +40,7 @@ impl Driver {
         }
         // In this order: what a server said before it closed is heard.
         match lock(&self.shared.outgoing).poll(context) {
-            Poll::Ready(Err(error)) => Err(broken(&error)),
+            Poll::Ready(Err(error)) => Err(self.shared.ending.broken(&error)),
             _ => Ok(()),
         }
     }

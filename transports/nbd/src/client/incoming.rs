@@ -13,14 +13,15 @@
 //!                        └──── call asleep: spilled ─────► Header
 //! ```
 
+use std::mem;
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::{io, mem};
 
 use tokio::io::{AsyncRead, ReadBuf};
 
 use crate::client::calls::{Calls, Failure, Spilled, Violation};
+use crate::client::ending::Ending;
 use crate::stream::Reading;
 use crate::wire::{Chunk, ChunkHeader, ChunkType, Framing, ReplyHeader};
 
@@ -34,6 +35,7 @@ const SPILL: usize = 1 << 20;
 /// The receiving half.
 pub(crate) struct Incoming {
     stream: Reading,
+    ending: Ending,
     framing: Framing,
     /// The most data in a chunk.
     max_data: u32,
@@ -78,9 +80,10 @@ fn lock(calls: &Shared) -> MutexGuard<'_, Calls> {
 }
 
 impl Incoming {
-    pub(crate) fn new(stream: Reading, framing: Framing, max_data: u32) -> Self {
+    pub(crate) fn new(stream: Reading, ending: Ending, framing: Framing, max_data: u32) -> Self {
         let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self { stream, framing, max_data, buffer, start: 0, end: 0, state: State::Header, long: false, received: 0 }
+        let state = State::Header;
+        Self { stream, ending, framing, max_data, buffer, start: 0, end: 0, state, long: false, received: 0 }
     }
 
     /// How many bytes have come so far.
@@ -227,7 +230,7 @@ impl Incoming {
             return Poll::Ready(Ok(()));
         }
         let mut into = ReadBuf::new(rest);
-        let count = ready!(receive(&mut self.stream, owner.context, &mut into))?;
+        let count = ready!(receive(&mut self.stream, &self.ending, owner.context, &mut into))?;
         data.at += count;
         data.left -= count;
         self.received += count as u64;
@@ -255,7 +258,7 @@ impl Incoming {
             self.start += buffered;
             buffered
         } else {
-            let count = ready!(receive(&mut self.stream, driver, &mut ReadBuf::new(&mut bytes)))?;
+            let count = ready!(receive(&mut self.stream, &self.ending, driver, &mut ReadBuf::new(&mut bytes)))?;
             self.received += count as u64;
             count
         };
@@ -273,19 +276,20 @@ impl Incoming {
         self.start = 0;
         let limit = limit.max(self.end + 1).min(self.buffer.len());
         let mut into = ReadBuf::new(&mut self.buffer[self.end..limit]);
-        let count = ready!(receive(&mut self.stream, context, &mut into))?;
+        let count = ready!(receive(&mut self.stream, &self.ending, context, &mut into))?;
         self.end += count;
         self.received += count as u64;
         Poll::Ready(Ok(()))
     }
 
-    /// Receives and forgets, until the other side has closed: then nothing more happens there.
+    /// Receives and forgets, until the other side has closed: then nothing more happens there. Never ready where this
+    /// side's system gave the connection up, and nobody will know.
     pub(crate) fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
         loop {
             self.start = 0;
             self.end = 0;
             if ready!(self.fill(context, BUFFER)).is_err() {
-                return Poll::Ready(());
+                return if self.ending.is_ours() { Poll::Pending } else { Poll::Ready(()) };
             }
         }
     }
@@ -303,21 +307,17 @@ fn control(header: ChunkHeader, payload: &[u8], calls: &mut Calls) -> Result<(),
     if header.is_last() { calls.finish(cookie) } else { Ok(()) }
 }
 
-fn receive(stream: &mut Reading, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<Result<usize, Failure>> {
+fn receive(
+    stream: &mut Reading,
+    ending: &Ending,
+    context: &mut Context<'_>,
+    into: &mut ReadBuf<'_>,
+) -> Poll<Result<usize, Failure>> {
     let before = into.filled().len();
-    let result = ready!(Pin::new(stream).poll_read(context, into)).map_err(|error| broken(&error));
+    let result = ready!(Pin::new(stream).poll_read(context, into)).map_err(|error| ending.broken(&error));
     let count = into.filled().len() - before;
     Poll::Ready(match (result, count) {
-        (Ok(()), 0) => Err(Failure::Closed("the server closed it".to_owned())),
+        (Ok(()), 0) => Err(ending.failure("the server closed it".to_owned())),
         (result, count) => result.map(|()| count),
     })
-}
-
-/// What an error of a stream means.
-pub(crate) fn broken(error: &io::Error) -> Failure {
-    match error.kind() {
-        // What TLS finds changed on its way.
-        io::ErrorKind::InvalidData => Failure::Corrupt(format!("what cannot be decrypted: {error}")),
-        _ => Failure::Closed(error.to_string()),
-    }
 }

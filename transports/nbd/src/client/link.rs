@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use crate::client::calls::{Asked, Calls, Failure, Progress, Reply, Spilled};
 use crate::client::driver::Driver;
+use crate::client::ending::Ending;
 use crate::client::facts::Facts;
 use crate::client::incoming::{Incoming, Owner};
 use crate::client::outgoing::Outgoing;
@@ -39,6 +40,7 @@ pub(crate) struct Link {
 
 /// What the calls and the driver share. Locks are taken in the order of the fields.
 pub(crate) struct Shared {
+    pub(crate) ending: Ending,
     pub(crate) incoming: Mutex<Incoming>,
     pub(crate) outgoing: Mutex<Outgoing>,
     pub(crate) calls: Mutex<Calls>,
@@ -75,9 +77,11 @@ impl Link {
         let socket = Mutex::new(stream.socket());
         let (reading, writing) = stream.split();
         let max_data = u32::try_from(facts.longest()).unwrap_or(u32::MAX);
+        let ending = Ending::default();
         let shared = Arc::new(Shared {
-            incoming: Mutex::new(Incoming::new(reading, facts.framing, max_data)),
-            outgoing: Mutex::new(Outgoing::new(writing)),
+            ending: ending.clone(),
+            incoming: Mutex::new(Incoming::new(reading, ending.clone(), facts.framing, max_data)),
+            outgoing: Mutex::new(Outgoing::new(writing, ending.clone())),
             calls: Mutex::new(Calls::new(name, unflushed, facts.allocation)),
             socket,
             driver: Mutex::new(Waker::noop().clone()),
@@ -238,9 +242,9 @@ impl Drop for Call<'_> {
 
 /// Fails whatever is under way when the driver ends, also if its runtime ends first, and closes the socket, although
 /// somebody may still hold the link.
-struct Ending(Arc<Shared>);
+struct Leaving(Arc<Shared>);
 
-impl Drop for Ending {
+impl Drop for Leaving {
     fn drop(&mut self) {
         lock(&self.0.outgoing).release();
         lock(&self.0.incoming).release();
@@ -252,7 +256,7 @@ impl Drop for Ending {
 
 /// What the driver does, from the first request to the end of the connection.
 async fn run(shared: Arc<Shared>, silence: Duration, framing: Framing) {
-    let ending = Ending(shared.clone());
+    let leaving = Leaving(shared.clone());
     match Driver::new(shared.clone(), silence).await {
         None => farewell(&shared, framing).await,
         Some(failure) => {
@@ -265,7 +269,7 @@ async fn run(shared: Arc<Shared>, silence: Duration, framing: Framing) {
             }
         }
     }
-    drop(ending);
+    drop(leaving);
 }
 
 /// Ends a connection on which nothing is under way (proto.md, "Terminating the transmission phase").

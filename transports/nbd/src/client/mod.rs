@@ -7,6 +7,7 @@ mod calls;
 mod changes;
 mod coverage;
 mod driver;
+mod ending;
 pub(crate) mod facts;
 mod handshake;
 mod incoming;

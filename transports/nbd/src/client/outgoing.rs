@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::{Buf, Bytes};
 use tokio::io::AsyncWrite;
 
+use crate::client::ending::Ending;
 use crate::stream::Writing;
 
 /// How many bytes may wait before requests have to.
@@ -22,6 +23,7 @@ const PIECES: usize = 32;
 /// The sending half.
 pub(crate) struct Outgoing {
     stream: Writing,
+    ending: Ending,
     queue: VecDeque<Bytes>,
     queued: usize,
     /// Whether the stream may have buffered something itself.
@@ -32,9 +34,10 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    pub(crate) fn new(stream: Writing) -> Self {
+    pub(crate) fn new(stream: Writing, ending: Ending) -> Self {
         Self {
             stream,
+            ending,
             queue: VecDeque::new(),
             queued: 0,
             unflushed: false,
@@ -66,7 +69,11 @@ impl Outgoing {
             let body = &payload[taken.saturating_sub(header.len())..];
             match Pin::new(&mut self.stream).poll_write_vectored(driver, &[IoSlice::new(head), IoSlice::new(body)]) {
                 Poll::Ready(Ok(count)) if count > 0 => taken += count,
-                Poll::Ready(_) => self.broken = true,
+                Poll::Ready(Ok(_)) => self.broken = true,
+                Poll::Ready(Err(error)) => {
+                    self.ending.note(&error);
+                    self.broken = true;
+                }
                 Poll::Pending => break,
             }
         }
@@ -99,7 +106,7 @@ impl Outgoing {
         while !self.queue.is_empty() {
             let pieces: Vec<_> = self.queue.iter().take(PIECES).map(|bytes| IoSlice::new(bytes)).collect();
             let count = match ready!(Pin::new(&mut self.stream).poll_write_vectored(context, &pieces)) {
-                Ok(0) => return Poll::Ready(Err(self.failed(io::ErrorKind::WriteZero.into()))),
+                Ok(0) => return Poll::Ready(Err(self.failed(io::ErrorKind::BrokenPipe.into()))),
                 Ok(count) => count,
                 Err(error) => return Poll::Ready(Err(self.failed(error))),
             };
@@ -140,6 +147,7 @@ impl Outgoing {
 
     /// Nothing can be sent any more; whoever waits for room is told.
     fn failed(&mut self, error: io::Error) -> io::Error {
+        self.ending.note(&error);
         self.close();
         error
     }

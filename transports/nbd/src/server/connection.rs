@@ -135,7 +135,12 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
-/// Ends the stream: TLS first, where it is spoken.
-async fn farewell<S: AsyncWrite + Unpin>(mut stream: S) {
-    let _ = timeout(FAREWELL, stream.shutdown()).await;
+/// Ends the stream: TLS first, where it is spoken. Then what the client still sends is received and forgotten, until it
+/// closes too: TCP resets a connection that is closed with something unread, and drops what it has not delivered.
+async fn farewell<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
+    let ending = async {
+        stream.shutdown().await?;
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+    };
+    let _ = timeout(FAREWELL, ending).await;
 }

@@ -164,15 +164,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
     /// Whether everything was said.
     fn is_over(&self) -> bool {
         let no_more = matches!(self.stage, Stage::Closed) || self.closing.is_none();
-        no_more && self.running.is_empty() && self.output.is_empty()
+        no_more && !matches!(self.stage, Stage::Room(_)) && self.running.is_empty() && self.output.is_empty()
     }
 
-    /// Whether the client is to send or to receive something that was begun.
+    /// Whether the client is to send or to receive something that was begun, or will send nothing more.
     fn waits_for_client(&self) -> bool {
         let receives = match self.stage {
             Stage::Header => !self.input.bytes().is_empty() && self.may_begin(),
             Stage::Payload(..) | Stage::Skip(..) => true,
-            Stage::Room(_) | Stage::Closed => false,
+            // It may have gone altogether, which cannot be told from one that still receives: what it asked for must not
+            // hold its place for ever.
+            Stage::Closed => true,
+            Stage::Room(_) => false,
         };
         receives || !self.output.is_empty()
     }
