@@ -1,10 +1,12 @@
 //! Requests in transmission that no well-behaved client sends, backends that fail, and the order of answers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use r3map_core::{Backend, ErrorKind, Operation, Result};
 use r3map_nbd::wire::{Command, CommandFlags, Errno, Framing, Request, StatusPayload};
+use r3map_nbd::{ServerExport, ServerSettings};
 use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
 use tokio::io::AsyncWriteExt;
@@ -250,6 +252,24 @@ async fn what_a_vanished_client_asked_for_is_given_up() {
     faults.wait_in_flight(1).await;
     // Reading what nobody sends shows that the stream is broken, once there is something to say.
     raw.send(request(Command::Unknown(99), 2, 0, 0), &[]).await;
+    drop(raw);
+    let left = async {
+        faults.wait_idle().await;
+        running.is_left().await;
+    };
+    r3map_testkit::deadline(LONG, "a client that is gone", left).await;
+}
+
+/// Nothing tells it from a client that still waits for its answers; so it has its time, and no more.
+#[tokio::test]
+async fn a_client_that_left_without_a_word_does_not_keep_its_place() {
+    let faults = Faults::new(Arc::new(Store::new(SIZE)));
+    faults.add(Rule::on(Operation::Read).hang());
+    let settings = ServerSettings { stall_limit: Duration::from_millis(300), ..ServerSettings::default() };
+    let running = Running::start(vec![ServerExport::new("disk", faults.clone())], settings).await;
+    let mut raw = running.transmit(Framing::Simple).await;
+    raw.send(request(Command::Read, 1, 0, 4096), &[]).await;
+    faults.wait_in_flight(1).await;
     drop(raw);
     let left = async {
         faults.wait_idle().await;

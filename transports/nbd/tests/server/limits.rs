@@ -149,6 +149,46 @@ async fn closing_answers_what_is_in_flight_and_refuses_the_rest() {
     assert!(!socket.exists(), "the socket's file is removed");
 }
 
+/// With requests still unread, TCP resets what is closed, and with it the answers that were sent but not received.
+#[tokio::test]
+async fn closing_over_tcp_loses_no_answer() {
+    const LENGTH: usize = 1 << 20;
+    let server =
+        Server::new(vec![ServerExport::new("disk", memory(SIZE.max(LENGTH as u64), 1))], ServerSettings::default());
+    let server = server.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (near, far) = tokio::join!(tokio::net::TcpStream::connect(address), listener.accept());
+    let (mut near, (far, _)) = (near.unwrap(), far.unwrap());
+    let (_, _serving) = server.serve_export(far, "disk").unwrap();
+    let mut asked = Vec::new();
+    for cookie in 0..200 {
+        request(Command::Read, cookie, 0, LENGTH as u64).encode(Framing::Simple, &mut asked).unwrap();
+    }
+    near.write_all(&asked).await.unwrap();
+    // The first answers fill the sockets while the client does not look.
+    let mut answers = vec![0; 16];
+    near.read_exact(&mut answers).await.unwrap();
+    let closing = tokio::spawn(server.close(LONG));
+    // What it still asks for stays unread.
+    near.write_all(&asked).await.unwrap();
+    let received = near.read_to_end(&mut answers).await.expect("it ends, and is not reset");
+    assert!(received > LENGTH, "{received}");
+    assert_eq!(whole_replies(&answers, LENGTH), Ok(()), "every answer is whole");
+    drop(near);
+    closing.await.unwrap().unwrap();
+}
+
+/// Whether simple replies to reads of `length` bytes follow one another, refusals without data among them.
+fn whole_replies(mut bytes: &[u8], length: usize) -> Result<(), String> {
+    while !bytes.is_empty() {
+        let header = bytes.get(..16).ok_or("a header is cut")?;
+        let data = if header[4..8] == [0; 4] { length } else { 0 };
+        bytes = bytes.get(16 + data..).ok_or("data are cut")?;
+    }
+    Ok(())
+}
+
 #[tokio::test]
 async fn closing_gives_up_what_takes_too_long() {
     let faults = Faults::new(Arc::new(Store::new(SIZE)));
