@@ -16,7 +16,7 @@
 //! The page cache survives, so the file is exactly what the process had done to it, up to some call. The order of calls
 //! makes every such state a good one: bytes are in place before *valid* is set; *dirty* is set before bytes of a valid
 //! block change, and before *valid* is set for bytes that the application wrote; *dirty* is cleared after the remote has
-//! flushed them. All bits are trusted. One block's bits lie in single bytes, so that none is half written.
+//! flushed them; *valid* is cleared before a forgotten block's bytes change. All bits are trusted. One block's bits lie in single bytes, so that none is half written.
 //!
 //! # What a loss of power leaves
 //! Any page of the file may have reached the disk in any state since the last checkpoint. A *valid* bit may be there
@@ -140,6 +140,18 @@ impl CacheFile {
 
     fn file(&self) -> &fs::File {
         &self.window.opened().file
+    }
+
+    /// Changes bits of `blocks`.
+    fn note(&self, blocks: &Range<u64>, change: impl FnOnce(&Table, &fs::File) -> io::Result<()>) -> Result<()> {
+        if blocks.end > self.table.header.geometry.block_count() {
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Write, "no such block"));
+        }
+        self.window.durability().changed();
+        let changed = change(&self.table, self.file());
+        self.window.durability().changed();
+        changed
+            .map_err(|error| self.window.opened().fault(Operation::Write, "cannot record the state of blocks", error))
     }
 }
 
@@ -312,6 +324,20 @@ impl Table {
         self.valid.fill(file, blocks.clone(), true, |_| ())
     }
 
+    /// Nothing is half forgotten that matters: *dirty* means nothing without *valid*.
+    fn forget(&self, file: &fs::File, blocks: &Range<u64>) -> io::Result<()> {
+        let mut bits = self.lock();
+        let Bits { in_use, unpromised } = &mut *bits;
+        self.valid.fill(file, blocks.clone(), false, |_| ())?;
+        let pieces = Bitmap::piece_of(blocks.start)..=Bitmap::piece_of(blocks.end.saturating_sub(1));
+        if in_use.range(pieces).next().is_none() {
+            return Ok(());
+        }
+        self.dirty.fill(file, blocks.clone(), false, |piece| {
+            unpromised.insert(piece);
+        })
+    }
+
     /// Makes the bytes durable, then the promise of those that are dirty. One at a time.
     fn checkpoint(&self, file: &fs::File) -> std::result::Result<(), Undurable> {
         let pieces = std::mem::take(&mut self.lock().unpromised);
@@ -446,14 +472,11 @@ impl StateRecord for CacheFile {
     }
 
     fn record(&self, blocks: Range<u64>, state: Recorded) -> Result<()> {
-        if blocks.end > self.table.header.geometry.block_count() {
-            return Err(Error::new(ErrorKind::InvalidInput, Operation::Write, "no such block"));
-        }
-        self.window.durability().changed();
-        let recorded = self.table.record(self.file(), &blocks, state);
-        self.window.durability().changed();
-        recorded
-            .map_err(|error| self.window.opened().fault(Operation::Write, "cannot record the state of blocks", error))
+        self.note(&blocks, |table, file| table.record(file, &blocks, state))
+    }
+
+    fn forget(&self, blocks: Range<u64>) -> Result<()> {
+        self.note(&blocks, |table, file| table.forget(file, &blocks))
     }
 
     async fn checkpoint(&self) -> Result<()> {

@@ -3,6 +3,10 @@
 //!
 //! Each round is a [`Cached`] region for each region, whose table knows what is missing: so that rounds are pulled as
 //! quickly and as politely as everything else is. Nobody reads what it has put in place before the handover.
+//!
+//! Where the place has a record of what is in it, that is kept in step, so that a process that is killed is followed by
+//! one that goes on. It rests on the order of things: bytes are in place before the record says so; what a record of the
+//! seeder names is forgotten before the ledger says that it has arrived; and only then the next one is asked for.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,8 +14,8 @@ use std::time::Duration;
 use futures_util::future::{join_all, try_join_all};
 use r3map_core::{Error, ErrorKind, Geometry, Operation, Result};
 use r3map_pipeline::{
-    BlockSet, Cached, CachedParts, CachedSettings, Hooks as RegionHooks, Priority, PullSettings, Retry, Writes,
-    retrying,
+    BlockSet, Cached, CachedParts, CachedSettings, Hooks as RegionHooks, Priority, PullSettings, Recorded, Retry,
+    StateRecord, Writes, retrying,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -20,10 +24,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::convergence::{Convergence, Round};
 use crate::order::Heat;
-use crate::protocol::{MigrationId, check_dirty};
+use crate::protocol::{Description, MigrationId, check_dirty};
 use crate::seeder::bytes;
 use crate::settings::PullPhase;
-use crate::{Arrival, LeecherSettings, Peer, PullProgress, Target, Unconverged};
+use crate::{Arrival, Ledger, LeecherParts, LeecherSettings, Peer, PullProgress, Standing, Target, Unconverged};
 
 /// How often progress is told.
 const TELL: Duration = Duration::from_millis(50);
@@ -36,6 +40,8 @@ pub(crate) struct Lane<T> {
     pub(crate) present: BlockSet,
     /// What was in place and must be taken back before it is pulled again.
     stale: BlockSet,
+    /// Says what is in place to whoever comes after this process.
+    record: Option<Arc<dyn StateRecord>>,
     heat: Heat,
     pub(crate) priority: Priority,
 }
@@ -47,21 +53,51 @@ pub(crate) struct Copying<T> {
     pub(crate) settings: LeecherSettings,
     pub(crate) on_chunk_local: Option<Arc<dyn Fn(usize, u64) + Send + Sync>>,
     pub(crate) lanes: Vec<Lane<T>>,
+    ledger: Option<Arc<dyn Ledger>>,
     /// Records that have arrived.
     pub(crate) rounds: u64,
+    /// The name that is given up, while there is no other under which the seeder is known to record.
+    former: Option<MigrationId>,
     /// Bytes that came over the link.
     pub(crate) pulled: u64,
     pub(crate) begun: Instant,
     /// Where all of it runs, whoever calls.
     pub(crate) runtime: Handle,
-    pub(crate) precopy: bool,
+    precopy: bool,
+    /// How long to wait at most before the seeder is asked for something.
+    patience: Duration,
     pub(crate) progress: Arc<watch::Sender<PullProgress>>,
 }
 
-impl<T> Lane<T> {
+impl<T: Target> Lane<T> {
     pub(crate) fn new(target: T, geometry: Geometry, priority: Priority) -> Self {
         let (present, stale, heat) = (BlockSet::default(), BlockSet::default(), Heat::default());
-        Self { target, geometry, present, stale, heat, priority }
+        Self { record: target.record(), target, geometry, present, stale, heat, priority }
+    }
+
+    /// Takes over what an earlier process has put in place.
+    pub(crate) fn recover(&mut self) -> Result<()> {
+        let Some(record) = &self.record else { return Ok(()) };
+        let mut written = false;
+        record.load(&mut |blocks, state| {
+            written |= state == Recorded::Dirty;
+            self.present.insert(blocks);
+        })?;
+        if written {
+            let message = "what was copied here was written to: it is no place for a region that has not arrived";
+            return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
+        }
+        Ok(())
+    }
+
+    /// Counts everything as missing.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        if let Some(record) = &self.record {
+            record.forget(0..self.geometry.block_count())?;
+        }
+        self.stale.union(&std::mem::take(&mut self.present));
+        self.heat = Heat::default();
+        Ok(())
     }
 
     fn missing(&self) -> BlockSet {
@@ -69,16 +105,18 @@ impl<T> Lane<T> {
     }
 
     /// These blocks were written over there.
-    pub(crate) fn written(&mut self, blocks: &BlockSet, round: u64) {
+    pub(crate) fn written(&mut self, blocks: &BlockSet, round: u64) -> Result<()> {
+        if let Some(record) = &self.record {
+            blocks.runs().try_for_each(|run| record.forget(run))?;
+        }
         let mut stale = blocks.clone();
         stale.subtract(&self.present.complement(self.geometry.block_count()));
         self.stale.union(&stale);
         self.present.subtract(blocks);
         self.heat.written(&self.geometry, blocks, round);
+        Ok(())
     }
-}
 
-impl<T: Target> Lane<T> {
     /// Takes back what must be.
     pub(crate) fn take_back(&mut self) -> Result<()> {
         for run in std::mem::take(&mut self.stale).runs() {
@@ -108,6 +146,107 @@ impl<T: Target> Lane<T> {
 }
 
 impl<T: Target> Copying<T> {
+    /// Before anything is copied; the seeder records for `id` already, or is asked to before anything is read.
+    pub(crate) fn new(
+        peer: Arc<dyn Peer>,
+        id: MigrationId,
+        lanes: Vec<Lane<T>>,
+        description: &Description,
+        settings: LeecherSettings,
+        parts: &LeecherParts,
+    ) -> Self {
+        let size = lanes.iter().map(|lane| lane.geometry.size()).sum();
+        let progress = Arc::new(watch::Sender::new(PullProgress { size, ..PullProgress::default() }));
+        Self {
+            peer,
+            id,
+            // Often enough that one call may be lost.
+            patience: description.lease.map_or(Duration::MAX, |lease| lease / 3),
+            settings,
+            on_chunk_local: parts.hooks.on_chunk_local.clone(),
+            lanes,
+            ledger: parts.ledger.clone(),
+            rounds: 0,
+            former: None,
+            pulled: 0,
+            begun: Instant::now(),
+            runtime: Handle::current(),
+            precopy: description.precopy,
+            progress,
+        }
+    }
+
+    /// Goes on where a process was that had written down so many records, if the seeder still records for it; from the
+    /// beginning if not.
+    pub(crate) async fn catch_up(&mut self, rounds: u64) -> Result<()> {
+        if self.precopy {
+            self.lanes.iter_mut().try_for_each(Lane::recover)?;
+            self.rounds = rounds;
+            match self.ask().await {
+                Ok(record) => return self.written(&record).await.map(drop),
+                Err(error) if error.kind() == ErrorKind::Conflict => {
+                    tracing::info!(%error, "everything is copied anew")
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.anew()?;
+        self.track(self.id, &CancellationToken::new()).await.map(drop)
+    }
+
+    /// Counts everything as missing, and gives up the name.
+    fn anew(&mut self) -> Result<()> {
+        self.lanes.iter_mut().try_for_each(Lane::clear)?;
+        (self.former, self.rounds) = (Some(self.id), 0);
+        self.progress.send_modify(|progress| {
+            (progress.phase, progress.verdict) = (PullPhase::Pulling, None);
+            progress.restarts += 1;
+        });
+        self.tell(|_| {});
+        Ok(())
+    }
+
+    /// Has the seeder record under a new name, if it does not record for somebody else. Whether it was not stopped before.
+    async fn track(&mut self, former: MigrationId, stop: &CancellationToken) -> Result<bool> {
+        let Some(given_up) = stop.run_until_cancelled(self.give_up(former)).await else { return Ok(false) };
+        given_up?;
+        let id = former.next();
+        // Until there is an answer this one may have to be given up too, be it by a process that comes after this one.
+        (self.id, self.former) = (id, Some(id));
+        self.write_down().await?;
+        let (peer, before) = (&self.peer, &self.settings.before);
+        let tracking = retrying(before, Operation::Open, || peer.track(id));
+        let Some(tracked) = stop.run_until_cancelled(tracking).await else { return Ok(false) };
+        tracked?;
+        self.former = None;
+        Ok(true)
+    }
+
+    /// Sees to it that whatever was asked under a name, and is still on its way, changes nothing.
+    async fn give_up(&self, id: MigrationId) -> Result<()> {
+        let (peer, before) = (&self.peer, &self.settings.before);
+        retrying(before, Operation::Open, || peer.abort(id)).await?;
+        match retrying(before, Operation::Open, || peer.describe()).await?.busy {
+            false => Ok(()),
+            true => {
+                let message = "the seeder no longer records for this migration: another leecher has come";
+                Err(Error::new(ErrorKind::Conflict, Operation::Open, message))
+            }
+        }
+    }
+
+    /// Writes down how far it is, for a process that comes after this one. Not to be given up half-way: what is written
+    /// next would meet it.
+    async fn write_down(&self) -> Result<()> {
+        let Some(ledger) = self.ledger.clone() else { return Ok(()) };
+        let standing = Standing::Pulling { id: self.id, rounds: self.rounds };
+        let saved = self.runtime.spawn_blocking(move || ledger.save(&standing)).await;
+        saved.unwrap_or_else(|error| {
+            let message = "the runtime is shutting down";
+            Err(Error::new(ErrorKind::Cancelled, Operation::Write, message).with_source(error))
+        })
+    }
+
     /// Copies until it is stopped, and gives itself back, with the error that ended it if one did.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> (Self, Result<()>) {
         let result = self.rounds(&stop).await;
@@ -121,7 +260,13 @@ impl<T: Target> Copying<T> {
     async fn rounds(&mut self, stop: &CancellationToken) -> Result<()> {
         let mut convergence = Convergence::default();
         let mut over = false;
+        self.write_down().await?;
         loop {
+            if let Some(former) = self.former
+                && !self.track(former, stop).await?
+            {
+                return Ok(());
+            }
             let began = Instant::now();
             let before = self.pulled;
             if !self.pull(stop).await? {
@@ -133,13 +278,23 @@ impl<T: Target> Copying<T> {
                 return Ok(());
             }
             let (pulled, took) = (self.pulled - before, began.elapsed());
-            let Some(record) = stop.run_until_cancelled(self.ask()).await else { return Ok(()) };
-            let dirty = self.written(&record?);
+            let record = match stop.run_until_cancelled(self.ask()).await {
+                None => return Ok(()),
+                Some(Err(error)) if error.kind() == ErrorKind::Conflict => {
+                    tracing::warn!(%error, "everything is copied anew");
+                    self.anew()?;
+                    (convergence, over) = (Convergence::default(), false);
+                    continue;
+                }
+                Some(record) => record?,
+            };
+            let dirty = self.written(&record).await?;
             let round = Round { pulled, took, dirty, elapsed: self.begun.elapsed() };
             if !over {
                 over = self.judge(&mut convergence, round)?;
             }
-            if over && stop.run_until_cancelled(tokio::time::sleep(self.settings.precopy.recheck)).await.is_none() {
+            let pause = self.settings.precopy.recheck.min(self.patience);
+            if over && stop.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return Ok(());
             }
         }
@@ -177,15 +332,16 @@ impl<T: Target> Copying<T> {
         check_dirty(record, &self.lanes.iter().map(|lane| lane.geometry).collect::<Vec<_>>())
     }
 
-    /// A record has arrived; its bytes.
-    fn written(&mut self, record: &[BlockSet]) -> u64 {
-        self.rounds += 1;
+    /// A record has arrived, and counts once all of it is written down; its bytes.
+    async fn written(&mut self, record: &[BlockSet]) -> Result<u64> {
         for (lane, blocks) in self.lanes.iter_mut().zip(record) {
-            lane.written(blocks, self.rounds);
+            lane.written(blocks, self.rounds + 1)?;
         }
+        self.rounds += 1;
         let dirty = bytes(record);
         self.tell(|progress| progress.dirty = dirty);
-        dirty
+        self.write_down().await?;
+        Ok(dirty)
     }
 
     /// Pulls what is missing. Whether it was not stopped before.
@@ -220,7 +376,10 @@ impl<T: Target> Copying<T> {
         };
         let hooks = RegionHooks { on_chunk_local: self.hook(index), ..RegionHooks::default() };
         let priority = lane.heat.order(&lane.geometry, &lane.missing(), &lane.priority);
-        let parts = CachedParts { hooks, priority, present: lane.present.clone(), ..CachedParts::default() };
+        let record = lane.record.clone();
+        // A record has all of it.
+        let present = if record.is_none() { lane.present.clone() } else { BlockSet::default() };
+        let parts = CachedParts { hooks, priority, present, record, ..CachedParts::default() };
         Cached::open(lane.target.local(), remote, settings, parts).await
     }
 

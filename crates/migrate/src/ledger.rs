@@ -29,6 +29,13 @@ pub enum Standing {
         /// The epoch that began with it.
         epoch: u64,
     },
+    /// It copies them, and the other side owns them.
+    Pulling {
+        /// By this name.
+        id: MigrationId,
+        /// Records that have arrived, and whose blocks count as missing here.
+        rounds: u64,
+    },
     /// It owns them, and some of it may still be missing here.
     Arrived {
         /// By which migration.
@@ -40,6 +47,8 @@ pub enum Standing {
     Asking {
         /// By this name, to be asked again.
         id: MigrationId,
+        /// As for [`Self::Pulling`].
+        rounds: u64,
     },
 }
 

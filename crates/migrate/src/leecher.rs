@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use r3map_pipeline::{BlockSet, Priority, Retry, retrying};
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -157,25 +156,37 @@ impl<T: Target> Leecher<Pulling<T>> {
     ) -> Result<Self> {
         settings.before.validate()?;
         settings.after.validate()?;
-        let begun = Instant::now();
+        let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
+        let mut lanes = lanes(&description, targets(&description).await?, &parts)?;
+        lanes.iter_mut().try_for_each(Lane::clear)?;
+        retrying(&settings.before, Operation::Open, || peer.track(id)).await?;
+        let copying = Copying::new(peer, id, lanes, &description, settings, &parts);
+        Ok(Self::copy(copying, parts))
+    }
+
+    /// Goes on where a leecher was that was killed before it asked for the regions: as the ledger says, from which
+    /// `standing` comes. `targets` have what survived of it. Where the seeder no longer records for that leecher, or
+    /// cannot, everything is copied anew, under another name.
+    ///
+    /// # Errors
+    /// As [`Self::start`]; `InvalidInput` for a standing from which there is nothing to go on; `Conflict` if the regions
+    /// are somewhere else, or another leecher copies them.
+    pub async fn go_on(
+        peer: Arc<dyn Peer>,
+        standing: &Standing,
+        targets: impl AsyncFnOnce(&Description) -> Result<Vec<T>>,
+        settings: LeecherSettings,
+        parts: LeecherParts,
+    ) -> Result<Self> {
+        settings.before.validate()?;
+        settings.after.validate()?;
+        let Standing::Pulling { id, rounds } = *standing else {
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "nothing was being copied"));
+        };
         let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
         let lanes = lanes(&description, targets(&description).await?, &parts)?;
-        retrying(&settings.before, Operation::Open, || peer.track(id)).await?;
-        let size = lanes.iter().map(|lane| lane.geometry.size()).sum();
-        let progress = Arc::new(watch::Sender::new(PullProgress { size, ..PullProgress::default() }));
-        let copying = Copying {
-            peer,
-            id,
-            settings,
-            on_chunk_local: parts.hooks.on_chunk_local.clone(),
-            lanes,
-            rounds: 0,
-            pulled: 0,
-            begun,
-            runtime: Handle::current(),
-            precopy: description.precopy,
-            progress,
-        };
+        let mut copying = Copying::new(peer, id, lanes, &description, settings, &parts);
+        copying.catch_up(rounds).await?;
         Ok(Self::copy(copying, parts))
     }
 
@@ -254,12 +265,12 @@ impl<T: Target> Leecher<Pulling<T>> {
     }
 
     /// Goes on where a leecher was that was killed after it had asked for the regions: as the ledger says, from which
-    /// `standing` comes. `targets` have what survived of it; where the ledger says no more than that it was
-    /// [asking](Standing::Asking), that is nothing, and they must be empty.
+    /// `standing` comes. `targets` have what survived of it.
     ///
     /// # Errors
-    /// `Conflict` if the regions were not handed over, so that they are still over there: start anew, with another name.
-    /// `InvalidInput` for a standing from which there is nothing to go on. Others leave it as it was: call it again.
+    /// `Conflict` if the regions were not handed over, so that they are still over there: the ledger says then that they
+    /// were being copied, from which one can [go on](Self::go_on). `InvalidInput` for a standing from which there is
+    /// nothing to go on. Others leave it as it was: call it again.
     pub async fn resume(
         peer: Arc<dyn Peer>,
         standing: &Standing,
@@ -267,33 +278,23 @@ impl<T: Target> Leecher<Pulling<T>> {
         settings: LeecherSettings,
         parts: LeecherParts,
     ) -> Result<Leecher<Running<T::Shown>>> {
-        let begun = Instant::now();
         let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
         let regions = description.check()?;
         let (id, handover) = match standing {
-            // A number of records that it never had: only one who has handed over answers.
-            Standing::Asking { id } => {
-                (*id, retrying(&settings.handover(), Operation::Close, || peer.finalize(*id, u64::MAX)).await?)
-            }
+            Standing::Asking { id, rounds } => (*id, ask_again(&*peer, *id, *rounds, &settings, &parts).await?),
             Standing::Arrived { id, epoch } => {
                 let dirty = vec![BlockSet::default(); regions.len()];
                 (*id, Handover { epoch: *epoch, dirty, ..Handover::default() })
             }
             _ => return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "no migration was under way")),
         };
-        let mut copying = Copying {
-            lanes: lanes(&description, targets(&description).await?, &parts)?,
-            peer,
-            id,
-            settings,
-            on_chunk_local: parts.hooks.on_chunk_local.clone(),
-            rounds: 0,
-            pulled: 0,
-            begun,
-            runtime: Handle::current(),
-            precopy: false,
-            progress: Arc::default(),
-        };
+        let mut lanes = lanes(&description, targets(&description).await?, &parts)?;
+        if let Standing::Asking { .. } = standing {
+            // A seeder that has no records does not give the same answer again either: nothing is known of what is here.
+            let known = if description.precopy { Lane::recover } else { Lane::clear };
+            lanes.iter_mut().try_for_each(known)?;
+        }
+        let mut copying = Copying::new(peer, id, lanes, &description, settings, &parts);
         let report = Report { size: regions.iter().map(r3map_core::Geometry::size).sum(), ..Report::default() };
         let shown = show(&mut copying, &parts, &handover).await?;
         let resumed = hooks::call(parts.hooks.resume.as_ref()).await;
@@ -363,9 +364,27 @@ fn lanes<T: Target>(description: &Description, targets: Vec<T>, parts: &LeecherP
 async fn ask<T: Target>(copying: &Copying<T>, parts: &LeecherParts) -> Result<Handover> {
     let Copying { peer, id, rounds, settings, .. } = copying;
     if let Some(ledger) = &parts.ledger {
-        ledger.save(&Standing::Asking { id: *id })?;
+        ledger.save(&Standing::Asking { id: *id, rounds: *rounds })?;
     }
     retrying(&settings.handover(), Operation::Close, || peer.finalize(*id, *rounds)).await
+}
+
+/// Asks again what a process asked that was killed. Where nothing was handed over, that is written down.
+async fn ask_again(
+    peer: &dyn Peer,
+    id: MigrationId,
+    rounds: u64,
+    settings: &LeecherSettings,
+    parts: &LeecherParts,
+) -> Result<Handover> {
+    // A number of records that it never had: only one who has handed over answers.
+    let answer = retrying(&settings.handover(), Operation::Close, || peer.finalize(id, u64::MAX)).await;
+    if let (Err(error), Some(ledger)) = (&answer, &parts.ledger)
+        && error.kind() == ErrorKind::Conflict
+    {
+        ledger.save(&Standing::Pulling { id, rounds })?;
+    }
+    answer
 }
 
 /// Regions that are here, and shown.
@@ -413,7 +432,7 @@ async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handove
     let mut shown = Vec::new();
     for (index, (mut lane, hook)) in std::mem::take(&mut copying.lanes).into_iter().zip(hooks).enumerate() {
         let dirty: &BlockSet = &handover.dirty[index];
-        lane.written(dirty, copying.rounds + 1);
+        lane.written(dirty, copying.rounds + 1)?;
         lane.take_back()?;
         let remote = Arc::new(Retry::new(copying.peer.region(index), copying.settings.after.clone())?);
         let arrival = lane.arrival(remote, dirty, copying.settings.pull.clone(), hook);

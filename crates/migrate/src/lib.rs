@@ -14,6 +14,7 @@ mod copying;
 mod downtime;
 mod guarded;
 mod hooks;
+mod lease;
 mod ledger;
 mod leecher;
 mod order;

@@ -22,7 +22,7 @@
 //!    owner ───────────────▶ tracked(id) ─────────────▶ handed over(id) ──confirm(id)──▶ gone(id)
 //!      ▲                     │   ▲  │ dirty(id, n)         │ finalize(id): the same      │ confirm(id): again
 //!      │                     │   └──┘                      │ answer again
-//!      ├──── abort(id) ──────┤ track(other): tracked(other)│
+//!      ├ abort(id), silence ─┤ track(other): tracked(other)│
 //!      └──── abort(id): with a higher epoch ◀──────────────┘
 //! ```
 //!
@@ -37,6 +37,22 @@
 //! gives the same record again, the next number says that the last one arrived. `finalize` says how many arrived. A call
 //! that comes late, after its caller has gone on, finds another state and changes nothing.
 //!
+//! # Silence
+//! Recording costs the application a little, so that a seeder does not do it for ever: when nothing was heard of a leecher
+//! for [as long as it says](Description::lease), neither a call nor a read, it stops. The leecher, if it is still there,
+//! learns it from its next call, which is a conflict; it counts everything as missing, and starts again under another
+//! name, unless the seeder records for somebody else by then. A name for which recording has ended is refused from then
+//! on, so that no call that comes late begins a record with a gap before it. A leecher that has nothing to read goes on
+//! asking for records, often enough.
+//!
+//! # A leecher that is started again
+//! Before it has asked to finalize it goes on by the same name: it asks for the record after the last one that it has
+//! written down. Asking for a record discards the one before. So what a record names is durably missing here before the
+//! next one is asked for; and what was pulled while it was written over there is in the record that it asks for now.
+//!
+//! A name that is given up is aborted before another one is taken: a `finalize` that is still on its way then changes
+//! nothing, and one that has come through is undone.
+//!
 //! # Versions
 //! Transports announce a version of their own service; the states above are what every version of it speaks of. A peer
 //! that lacks iterative pre-copy says so in [`Description::precopy`].
@@ -50,6 +66,14 @@ use r3map_pipeline::BlockSet;
 /// Names one attempt to migrate: sixteen random bytes that the leecher chooses.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
+
+impl MigrationId {
+    /// The name of the attempt that follows this one.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(u128::from_be_bytes(self.0).wrapping_add(1).to_be_bytes())
+    }
+}
 
 impl fmt::Debug for MigrationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,6 +93,10 @@ pub struct Description {
     pub regions: Vec<RegionFacts>,
     /// Whether it can say what was written so far without suspending anybody.
     pub precopy: bool,
+    /// Whether it records for some leecher now.
+    pub busy: bool,
+    /// How long a leecher may be silent before it stops to record for it; nothing where it may be for ever.
+    pub lease: Option<Duration>,
 }
 
 impl Description {
@@ -145,6 +173,8 @@ mod tests {
             epoch: 1,
             regions: sizes.iter().map(|size| facts(*size)).collect(),
             precopy: true,
+            busy: false,
+            lease: None,
         };
         assert_eq!(description(&[1, 4097]).check().unwrap().len(), 2);
         for wrong in [vec![], vec![0], vec![u64::MAX], vec![1; MAX_REGIONS + 1]] {

@@ -68,14 +68,20 @@ impl<M: Shown> Running<M> {
         let (settling, settled) = watch::channel(Settling::default());
         let rest = shown.clone();
         let task = tokio::spawn(async move {
-            let outcome = match all_here(&rest).await {
-                Err(error) => Settling::Closed(error),
-                Ok(()) => {
-                    let here = began.elapsed();
-                    Settling::Here(here, arrival.confirm(epoch).await)
+            if let Err(error) = all_here(&rest).await {
+                settling.send_replace(Settling::Closed(error));
+                return;
+            }
+            let here = began.elapsed();
+            while let Err(error) = arrival.confirm(epoch).await {
+                let is_final = is_final(&error);
+                settling.send_replace(Settling::Here(here, Err(error)));
+                if is_final {
+                    return;
                 }
-            };
-            settling.send_replace(outcome);
+                tokio::time::sleep(PAUSE).await;
+            }
+            settling.send_replace(Settling::Here(here, Ok(())));
         });
         Self { shown, epoch, report, resumed, began, settled, _settling: AbortOnDropHandle::new(task) }
     }
@@ -114,7 +120,8 @@ impl<M: Shown> Leecher<Running<M>> {
         Report { pulled_after, total: self.state.report.total + since, ..self.state.report.clone() }
     }
 
-    /// Waits until everything is here, and the seeder has been told. While it does not answer, this waits.
+    /// Waits until everything is here, and the seeder has been told, or has not answered for as long as
+    /// [`LeecherSettings::after`] says: it is told when it answers again, see [`Self::confirmed`].
     ///
     /// # Errors
     /// `Cancelled` if a region is closed before.
@@ -154,6 +161,12 @@ impl<M: Shown> Leecher<Running<M>> {
         let seeder = Seeder::new(regions, SeederParts { epoch: Some(self.state.epoch), ..parts }).await?;
         Ok((self.state.shown.clone(), seeder))
     }
+}
+
+/// Whether there is no point in telling the seeder again.
+fn is_final(error: &Error) -> bool {
+    use ErrorKind::{Cancelled, Conflict, Denied, InvalidInput};
+    matches!(error.kind(), Cancelled | Conflict | Denied | InvalidInput)
 }
 
 /// Waits until nothing is missing, however often something cannot be had.

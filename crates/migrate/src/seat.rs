@@ -1,22 +1,29 @@
 //! Who owns the regions on this side, and what a call means now: the states of the [protocol](crate::protocol), and
 //! nothing else. No I/O, no clock; whoever drives it does what it says and tells how that ended.
 
+use std::collections::VecDeque;
+
 use r3map_core::{Error, ErrorKind, Operation, Result};
 
 use crate::Standing;
 use crate::protocol::{Handover, MigrationId};
+
+/// How many migrations are remembered that came to nothing.
+const REMEMBERED: usize = 64;
 
 /// The seeder's place in the protocol.
 #[derive(Debug)]
 pub(crate) struct Seat {
     epoch: u64,
     state: State,
+    /// Migrations for which recording has ended. It does not begin again, for who believes that it never ended.
+    ended: VecDeque<MigrationId>,
 }
 
 #[derive(Debug, Clone)]
 enum State {
     Owner,
-    Tracked { id: MigrationId, rounds: u64 },
+    Tracked { id: MigrationId, rounds: u64, leased: bool },
     HandedOver { id: MigrationId, answer: Handover },
     Gone { id: MigrationId },
 }
@@ -77,18 +84,24 @@ impl Seat {
     /// # Errors
     /// `Conflict` where the regions are not this side's to seed.
     pub(crate) fn new(epoch: u64, standing: Option<Standing>) -> Result<Self> {
-        Ok(match standing {
-            None => Self { epoch, state: State::Owner },
-            Some(Standing::Owner { epoch: since }) => Self { epoch: epoch.max(since), state: State::Owner },
+        let (epoch, state) = match standing {
+            None => (epoch, State::Owner),
+            Some(Standing::Owner { epoch: since }) => (epoch.max(since), State::Owner),
             Some(Standing::HandedOver { id, epoch, dirty }) => {
                 let answer = Handover { epoch, dirty, ..Handover::default() };
-                Self { epoch, state: State::HandedOver { id, answer } }
+                (epoch, State::HandedOver { id, answer })
             }
-            Some(Standing::Gone { id, epoch }) => Self { epoch, state: State::Gone { id } },
-            Some(Standing::Asking { .. } | Standing::Arrived { .. }) => {
+            Some(Standing::Gone { id, epoch }) => (epoch, State::Gone { id }),
+            Some(Standing::Pulling { .. } | Standing::Asking { .. } | Standing::Arrived { .. }) => {
                 return Err(conflict("the region has not arrived here as a whole: go on leeching it"));
             }
-        })
+        };
+        Ok(Self { epoch, state, ended: VecDeque::new() })
+    }
+
+    /// The same in another state.
+    fn changed(&self, epoch: u64, state: State) -> Self {
+        Self { epoch, state, ended: self.ended.clone() }
     }
 
     /// The epoch of the present owner.
@@ -110,6 +123,11 @@ impl Seat {
         matches!(self.state, State::Tracked { .. })
     }
 
+    /// Whether a leecher's silence may end the recording for it.
+    pub(crate) fn is_leased(&self, id: MigrationId) -> bool {
+        matches!(self.state, State::Tracked { id: now, leased: true, .. } if now == id)
+    }
+
     /// What is to be written down of this.
     pub(crate) fn standing(&self) -> Standing {
         match &self.state {
@@ -121,8 +139,10 @@ impl Seat {
         }
     }
 
-    pub(crate) fn track(&self, id: MigrationId) -> Result<Track> {
+    /// Without a lease a name may come again: all leechers in Go have the same one.
+    pub(crate) fn track(&self, id: MigrationId, leased: bool) -> Result<Track> {
         match &self.state {
+            State::Owner | State::Tracked { .. } if leased && self.ended.contains(&id) => Err(over()),
             State::Owner => Ok(Track::Start),
             // Not anew: a call that comes late must not empty a record that the leecher counts on.
             State::Tracked { id: now, .. } if *now == id => Ok(Track::Already),
@@ -131,15 +151,24 @@ impl Seat {
         }
     }
 
-    pub(crate) fn tracked(&mut self, id: MigrationId) {
-        self.state = State::Tracked { id, rounds: 0 };
+    pub(crate) fn tracked(&mut self, id: MigrationId, leased: bool) {
+        self.untracked();
+        self.state = State::Tracked { id, rounds: 0, leased };
     }
 
     /// Nobody is recorded for any more.
     pub(crate) fn untracked(&mut self) {
-        if self.is_tracked() {
+        if let State::Tracked { id, .. } = self.state {
             self.state = State::Owner;
+            self.end(id);
         }
+    }
+
+    fn end(&mut self, id: MigrationId) {
+        if self.ended.len() == REMEMBERED {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(id);
     }
 
     pub(crate) fn dirty(&self, id: MigrationId, round: u64) -> Result<Dirty> {
@@ -172,7 +201,7 @@ impl Seat {
     /// The regions change hands with this answer, which begins the next epoch.
     pub(crate) fn handed_over(&self, id: MigrationId, mut answer: Handover) -> Self {
         answer.epoch = self.epoch + 1;
-        Self { epoch: answer.epoch, state: State::HandedOver { id, answer } }
+        self.changed(answer.epoch, State::HandedOver { id, answer })
     }
 
     pub(crate) fn confirm(&self, id: MigrationId) -> Result<Confirm> {
@@ -184,7 +213,7 @@ impl Seat {
     }
 
     pub(crate) fn gone(&self, id: MigrationId) -> Self {
-        Self { epoch: self.epoch, state: State::Gone { id } }
+        self.changed(self.epoch, State::Gone { id })
     }
 
     pub(crate) fn abort(&self, id: MigrationId) -> Result<Abort> {
@@ -198,16 +227,18 @@ impl Seat {
 
     /// The same with the regions back, in an epoch that the leecher never had.
     pub(crate) fn taken_back(&self) -> Self {
-        Self { epoch: self.epoch + 1, state: State::Owner }
+        let mut back = self.changed(self.epoch + 1, State::Owner);
+        if let State::HandedOver { id, .. } = self.state {
+            back.end(id);
+        }
+        back
     }
 
     /// How many records were taken for `id`.
     fn rounds(&self, id: MigrationId) -> Result<u64> {
         match &self.state {
-            State::Tracked { id: now, rounds } if *now == id => Ok(*rounds),
-            State::Owner | State::Tracked { .. } => {
-                Err(conflict("nothing is recorded for this migration any more: start again"))
-            }
+            State::Tracked { id: now, rounds, .. } if *now == id => Ok(*rounds),
+            State::Owner | State::Tracked { .. } => Err(over()),
             State::HandedOver { .. } | State::Gone { .. } => Err(self.elsewhere()),
         }
     }
@@ -215,6 +246,13 @@ impl Seat {
     fn elsewhere(&self) -> Error {
         conflict(format!("the region was handed over (epoch {}): it is somewhere else now", self.epoch))
     }
+}
+
+fn over() -> Error {
+    conflict(
+        "nothing is recorded for this migration any more (the leecher was silent for too long, another one came, or the \
+         seeder was started anew): start again",
+    )
 }
 
 fn conflict(message: impl Into<String>) -> Error {
@@ -234,7 +272,7 @@ mod tests {
 
     fn tracked(rounds: u64) -> Seat {
         let mut seat = seat();
-        seat.tracked(A);
+        seat.tracked(A, true);
         (0..rounds).for_each(|_| seat.took());
         seat
     }
@@ -258,11 +296,12 @@ mod tests {
     #[test]
     fn a_late_track_empties_nothing_and_a_new_leecher_takes_over() {
         let mut seat = tracked(2);
-        assert_eq!(seat.track(A).unwrap(), Track::Already);
-        assert_eq!(seat.track(B).unwrap(), Track::Start);
-        seat.tracked(B);
+        assert_eq!(seat.track(A, true).unwrap(), Track::Already);
+        assert_eq!(seat.track(B, true).unwrap(), Track::Start);
+        seat.tracked(B, true);
         assert!(seat.dirty(A, 3).is_err() && seat.finalize(A, 2).is_err());
         assert_eq!(seat.abort(A).unwrap(), Abort::Nothing, "the one who was replaced");
+        assert!(seat.track(A, true).is_err(), "a call that comes late takes nothing over again");
     }
 
     #[test]
@@ -275,7 +314,9 @@ mod tests {
         assert!(!seat.owns());
         let Finalize::Again(answer) = seat.finalize(A, 0).unwrap() else { panic!("it was done") };
         assert_eq!((answer.epoch, seat.epoch()), (8, 8));
-        for refused in [seat.finalize(B, 0).err(), seat.track(A).err(), seat.dirty(A, 1).err(), seat.confirm(B).err()] {
+        for refused in
+            [seat.finalize(B, 0).err(), seat.track(A, true).err(), seat.dirty(A, 1).err(), seat.confirm(B).err()]
+        {
             assert_eq!(refused.unwrap().kind(), ErrorKind::Conflict);
         }
     }
@@ -291,7 +332,26 @@ mod tests {
         assert_eq!(handed().confirm(A).unwrap(), Confirm::Gone);
         let gone = handed().gone(A);
         assert_eq!(gone.confirm(A).unwrap(), Confirm::Already);
-        assert!(gone.abort(A).is_err() && gone.finalize(A, 0).is_err() && gone.track(B).is_err());
+        assert!(gone.abort(A).is_err() && gone.finalize(A, 0).is_err() && gone.track(B, true).is_err());
+    }
+
+    #[test]
+    fn what_has_ended_does_not_begin_again() {
+        let mut seat = tracked(0);
+        assert!(seat.is_leased(A) && !seat.is_leased(B));
+        seat.untracked();
+        assert!(seat.dirty(A, 1).is_err() && seat.finalize(A, 0).is_err());
+        let late = seat.track(A, true).unwrap_err();
+        assert_eq!(late.kind(), ErrorKind::Conflict, "there is a gap in what would be recorded for it: {late}");
+        assert!(handed().taken_back().track(A, true).is_err());
+        assert_eq!(seat.track(A, false).unwrap(), Track::Start, "all leechers in Go are called the same");
+        seat.tracked(A, false);
+        assert!(!seat.is_leased(A));
+        for id in 0..100 {
+            seat.tracked(MigrationId([id; 16]), true);
+        }
+        assert_eq!(seat.ended.len(), REMEMBERED);
+        assert!(seat.track(MigrationId([98; 16]), true).is_err());
     }
 
     #[test]
@@ -300,6 +360,8 @@ mod tests {
             let again = Seat::new(0, Some(seat.standing())).unwrap();
             assert_eq!((again.standing(), again.owns()), (seat.standing(), seat.owns()));
         }
-        assert!(Seat::new(0, Some(Standing::Asking { id: A })).is_err());
+        for coming in [Standing::Pulling { id: A, rounds: 3 }, Standing::Asking { id: A, rounds: 3 }] {
+            assert!(Seat::new(0, Some(coming)).is_err());
+        }
     }
 }

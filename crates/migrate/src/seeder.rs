@@ -10,14 +10,19 @@ use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_pipeline::BlockSet;
 use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::hooks::{self, Hooks};
+use crate::lease::{Heard, Pulse};
 use crate::protocol::{Description, Handover, MAX_REGIONS, MigrationId, RegionFacts};
 use crate::seat::{Abort, Confirm, Dirty, Finalize, Seat, Track};
 use crate::{Ledger, Secret, Source, Standing};
 
 /// How long suspending and flushing may take, unless told otherwise.
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a leecher may be silent, unless told otherwise.
+const LEASE: Duration = Duration::from_secs(300);
 
 /// What can be plugged into a seeder, and chosen.
 #[derive(Clone, Default)]
@@ -31,6 +36,10 @@ pub struct SeederParts {
     pub ledger: Option<Arc<dyn Ledger>>,
     /// How long suspending, and then flushing and fencing, may each take before the migration is refused. Default 30 s.
     pub limit: Option<Duration>,
+    /// How long a leecher that copies may be silent, without a call and without a read, before the seeder stops to record
+    /// for it, so that one that has vanished costs the application nothing any more. It may start again then, from the
+    /// beginning. To be longer than an outage that a migration is to survive, and than any read takes. Default 5 minutes.
+    pub lease: Option<Duration>,
     /// How the regions stand that arrived here before, from [`crate::Leecher::release`]. Default epoch 1.
     pub epoch: Option<u64>,
 }
@@ -79,6 +88,7 @@ struct Shared {
     sources: Vec<Arc<dyn Source>>,
     parts: SeederParts,
     progress: watch::Sender<SeederProgress>,
+    pulse: Arc<Pulse>,
     /// One call at a time.
     work: Mutex<Work>,
 }
@@ -89,11 +99,14 @@ struct Work {
     unconfirmed: Vec<BlockSet>,
     /// What was taken from the sources and is in no numbered record yet: a finalize or a record that failed half-way.
     carried: Vec<BlockSet>,
+    /// Ends the recording for a leecher that has vanished.
+    watch: Option<AbortOnDropHandle<()>>,
 }
 
 impl Work {
     fn new(seat: Seat, regions: usize) -> Self {
-        Self { seat, unconfirmed: vec![BlockSet::default(); regions], carried: vec![BlockSet::default(); regions] }
+        let none = vec![BlockSet::default(); regions];
+        Self { seat, unconfirmed: none.clone(), carried: none, watch: None }
     }
 
     fn forget(&mut self) {
@@ -129,7 +142,8 @@ impl Seeder {
             }
         }
         let work = Mutex::new(Work::new(seat, sources.len()));
-        let shared = Shared { names, sources, parts, progress: watch::Sender::default(), work };
+        let (progress, pulse) = (watch::Sender::default(), Arc::new(Pulse::new()));
+        let shared = Shared { names, sources, parts, progress, pulse, work };
         let seeder = Self { shared: Arc::new(shared) };
         seeder.shared.publish(&*seeder.shared.work.lock().await);
         Ok(seeder)
@@ -160,16 +174,18 @@ impl Seeder {
             chunk_size: source.chunk_size(),
         };
         let regions = self.shared.names.iter().zip(&self.shared.sources).map(facts).collect();
-        Ok(Description { epoch: self.shared.progress.borrow().epoch, regions, precopy: true })
+        let SeederProgress { epoch, phase, .. } = *self.shared.progress.borrow();
+        let busy = matches!(phase, SeederPhase::Tracked | SeederPhase::Suspending);
+        Ok(Description { epoch, regions, precopy: true, busy, lease: Some(self.shared.lease()) })
     }
 
-    /// A region's bytes, for leechers.
+    /// A region's bytes, for leechers: each read is a sign of life.
     ///
     /// # Panics
     /// If there is no region of that number.
     #[must_use]
     pub fn region(&self, index: usize) -> Arc<dyn Backend> {
-        self.shared.sources[index].backend()
+        Arc::new(Heard { inner: self.shared.sources[index].backend(), pulse: self.shared.pulse.clone() })
     }
 
     /// How many regions there are.
@@ -241,7 +257,16 @@ impl Admitted {
     /// # Errors
     /// As [`crate::Peer::track`].
     pub async fn track(&self, id: MigrationId) -> Result<()> {
-        self.shared.run(move |shared| async move { shared.track(id).await }).await
+        self.shared.run(move |shared| async move { shared.track(id, true).await }).await
+    }
+
+    /// The same for a leecher that gives no sign of life while it waits, as those in Go: what is recorded for it is
+    /// recorded until [`Seeder::stop_tracking`], or until another comes. Its name may come again.
+    ///
+    /// # Errors
+    /// As [`crate::Peer::track`].
+    pub async fn track_for_ever(&self, id: MigrationId) -> Result<()> {
+        self.shared.run(move |shared| async move { shared.track(id, false).await }).await
     }
 
     /// As [`crate::Peer::dirty`].
@@ -290,20 +315,63 @@ impl Shared {
         })
     }
 
-    async fn track(&self, id: MigrationId) -> Result<()> {
+    async fn track(self: &Arc<Self>, id: MigrationId, leased: bool) -> Result<()> {
         let mut work = self.work.lock().await;
-        if work.seat.track(id)? == Track::Start {
+        let track = work.seat.track(id, leased)?;
+        self.pulse.beat();
+        if track == Track::Start {
             for source in &self.sources {
                 if let Err(error) = source.track().await {
                     self.untrack(&mut work).await;
                     return Err(error);
                 }
             }
-            work.seat.tracked(id);
+            work.seat.tracked(id, leased);
             work.forget();
+            self.pulse.beat();
+            work.watch = leased.then(|| self.watch(id));
             self.publish(&work);
         }
         Ok(())
+    }
+
+    fn lease(&self) -> Duration {
+        self.parts.lease.unwrap_or(LEASE)
+    }
+
+    /// Sees to it that what is recorded for `id` is not recorded for ever. Holds nothing of the seeder while it waits.
+    fn watch(self: &Arc<Self>, id: MigrationId) -> AbortOnDropHandle<()> {
+        let (seeder, pulse, lease) = (Arc::downgrade(self), self.pulse.clone(), self.lease());
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                let left = lease.saturating_sub(pulse.silence());
+                if !left.is_zero() {
+                    tokio::time::sleep(left).await;
+                    continue;
+                }
+                let Some(seeder) = seeder.upgrade() else { return };
+                if seeder.is_over(id).await {
+                    return;
+                }
+            }
+        }))
+    }
+
+    /// Stops to record for `id` if it is silent still. Whether nothing is recorded for it.
+    async fn is_over(&self, id: MigrationId) -> bool {
+        let mut work = self.work.lock().await;
+        if !work.seat.is_leased(id) {
+            return true;
+        }
+        if self.pulse.silence() < self.lease() {
+            return false;
+        }
+        tracing::warn!(
+            "nothing was heard of a leecher for {:?}: what is written is not recorded for it any more",
+            self.lease()
+        );
+        self.untrack(&mut work).await;
+        true
     }
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
@@ -315,6 +383,7 @@ impl Shared {
             work.unconfirmed = std::mem::replace(&mut work.carried, empty);
             self.publish_taken(&work, round);
         }
+        self.pulse.beat();
         Ok(work.unconfirmed.clone())
     }
 
@@ -340,6 +409,7 @@ impl Shared {
             }
             Err(error) => {
                 self.resume().await;
+                self.pulse.beat();
                 self.publish(&work);
                 Err(as_refusal(error))
             }
@@ -360,6 +430,7 @@ impl Shared {
         // The one step that hands over: before it is written down this side owns the regions, after it the other.
         self.write_down(&next)?;
         work.seat = next;
+        work.watch = None;
         for source in &self.sources {
             source.untrack().await;
         }
@@ -425,6 +496,8 @@ impl Shared {
             source.untrack().await;
         }
         work.seat.untracked();
+        work.forget();
+        work.watch = None;
         self.publish(work);
     }
 

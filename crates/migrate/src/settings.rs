@@ -75,6 +75,8 @@ pub struct PullProgress {
     pub dirty: u64,
     /// What the last one said.
     pub verdict: Option<Verdict>,
+    /// How often it had to start again, with nothing in place, because the seeder no longer recorded for it.
+    pub restarts: u64,
     /// Why it has stopped.
     pub error: Option<Error>,
 }

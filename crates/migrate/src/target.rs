@@ -6,7 +6,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use r3map_core::{Geometry, Result};
 use r3map_pipeline::{
-    BlockSet, CachedParts, CachedSettings, Hooks as RegionHooks, Local, Priority, Progress, PullSettings, Retry, Writes,
+    BlockSet, CachedParts, CachedSettings, Hooks as RegionHooks, Local, Priority, Progress, PullSettings, Retry,
+    StateRecord, Writes,
 };
 use tokio::sync::watch;
 
@@ -20,6 +21,12 @@ pub trait Target: Send + Sync + 'static {
 
     /// Where bytes are put. Nobody reads it before [`Self::show`].
     fn local(&self) -> Arc<dyn Local>;
+
+    /// Where it is written down what is in place, if that outlives the process: then copying can go on after it. What the
+    /// region is [shown](Self::show) with is the same.
+    fn record(&self) -> Option<Arc<dyn StateRecord>> {
+        None
+    }
 
     /// Takes back what was put into whole blocks. Needed where bytes can be put only once.
     ///

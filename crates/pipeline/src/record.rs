@@ -35,6 +35,13 @@ pub trait StateRecord: Send + Sync + 'static {
     /// When it could not be recorded; the caller must then not go on as if it had been.
     fn record(&self, blocks: Range<u64>, state: Recorded) -> Result<()>;
 
+    /// Has a run of blocks be absent: what is in place there no longer counts. Not for blocks that are dirty, of which it
+    /// was promised that they are not lost: a loss of power may bring back what a checkpoint has promised.
+    ///
+    /// # Errors
+    /// When it could not be recorded; the caller must then not go on as if it had been.
+    fn forget(&self, blocks: Range<u64>) -> Result<()>;
+
     /// Makes the bytes that were put in place and then everything recorded durable, in that order.
     ///
     /// # Errors

@@ -16,6 +16,10 @@ pub struct Seeded {
     pub regions: Vec<SeededRegion>,
     /// Whether it can say what was written without suspending anybody. A Go seeder cannot.
     pub precopy: bool,
+    /// Whether it records for some leecher now.
+    pub busy: bool,
+    /// How long a leecher may be silent before it stops to record for it; nothing where it may be for ever.
+    pub lease: Option<Duration>,
 }
 
 /// One region of a seeder.
@@ -59,6 +63,13 @@ pub trait Seeding: Send + Sync + 'static {
     /// # Errors
     /// See above.
     async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+
+    /// The same for a leecher in Go, which gives no sign of life while it waits, and of which another may come under the
+    /// same name.
+    ///
+    /// # Errors
+    /// See above.
+    async fn track_for_ever(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
 
     /// The record of that number.
     ///

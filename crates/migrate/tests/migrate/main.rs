@@ -3,6 +3,7 @@
 
 mod chains;
 mod failures;
+mod going_on;
 mod going_well;
 mod refusals;
 mod support;

@@ -4,8 +4,8 @@
 //!    0  magic "r3mledgr"
 //!    8  format version, u32           (all numbers are little-endian)
 //!   12  checksum, u32: CRC-32C of all that follows
-//!   16  standing, u32: 1 owner, 2 handed over, 3 gone, 4 arrived, 5 asking
-//!   20  epoch, u64
+//!   16  standing, u32: 1 owner, 2 handed over, 3 gone, 4 arrived, 5 asking, 6 pulling
+//!   20  epoch, u64; of 5 and 6 the records that have arrived
 //!   28  name of the migration, 16 bytes
 //!   44  regions, u32; then for each of them its runs, u64, and each run's first block and the one after its last, u64
 //! ```
@@ -73,16 +73,17 @@ impl Ledger for FileLedger {
 
 fn encode(standing: &Standing) -> Vec<u8> {
     let none = MigrationId([0; 16]);
-    let (kind, epoch, id, dirty): (u32, u64, _, &[BlockSet]) = match standing {
+    let (kind, number, id, dirty): (u32, u64, _, &[BlockSet]) = match standing {
         Standing::Owner { epoch } => (1, *epoch, none, &[]),
         Standing::HandedOver { id, epoch, dirty } => (2, *epoch, *id, dirty),
         Standing::Gone { id, epoch } => (3, *epoch, *id, &[]),
         Standing::Arrived { id, epoch } => (4, *epoch, *id, &[]),
-        Standing::Asking { id } => (5, 0, *id, &[]),
+        Standing::Asking { id, rounds } => (5, *rounds, *id, &[]),
+        Standing::Pulling { id, rounds } => (6, *rounds, *id, &[]),
     };
     let mut body = Vec::new();
     body.extend(kind.to_le_bytes());
-    body.extend(epoch.to_le_bytes());
+    body.extend(number.to_le_bytes());
     body.extend(id.0);
     body.extend(u32::try_from(dirty.len()).unwrap_or(u32::MAX).to_le_bytes());
     for blocks in dirty {
@@ -116,7 +117,8 @@ fn decode(bytes: &[u8]) -> Option<Standing> {
         2 => Standing::HandedOver { id, epoch, dirty },
         3 => Standing::Gone { id, epoch },
         4 => Standing::Arrived { id, epoch },
-        5 => Standing::Asking { id },
+        5 => Standing::Asking { id, rounds: epoch },
+        6 => Standing::Pulling { id, rounds: epoch },
         _ => return None,
     })
 }
@@ -153,7 +155,8 @@ mod tests {
             Standing::HandedOver { id, epoch, dirty: vec![blocks, BlockSet::default()] },
             Standing::Gone { id, epoch },
             Standing::Arrived { id, epoch },
-            Standing::Asking { id },
+            Standing::Asking { id, rounds: 3 },
+            Standing::Pulling { id, rounds: 1 << 33 },
         ]
     }
 

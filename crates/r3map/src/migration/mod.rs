@@ -13,6 +13,7 @@ mod sources;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use r3map_migrate::protocol::{Description, MigrationId};
@@ -73,6 +74,7 @@ pub struct Migration {
     /// Of a server that cannot tell.
     go: LeechOptions,
     identity: Option<String>,
+    lease: Option<Duration>,
 }
 
 impl Migration {
@@ -132,6 +134,14 @@ impl Migration {
         self
     }
 
+    /// As a seeder, with this limit to how long a leecher that copies may be silent before the seeder stops to record for
+    /// it: see [`SeederParts::lease`](r3map_migrate::SeederParts::lease). Default 5 minutes.
+    #[must_use]
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.lease = Some(lease);
+        self
+    }
+
     /// Offers regions, each with a name, at `uris`.
     ///
     /// # Errors
@@ -169,6 +179,7 @@ impl Migration {
             hooks: self.hooks.clone(),
             secret: self.secret.clone(),
             ledger: self.ledger.clone(),
+            lease: self.lease,
             ..SeederParts::default()
         }
     }
@@ -185,22 +196,28 @@ impl Migration {
     }
 
     /// Copies what is seeded at `uri` to `places`, one for each region in the seeder's order. The application runs on
-    /// over there.
+    /// over there. Where the ledger says that this was done before, by a process that was killed, it goes on with what the
+    /// places' cache files have, as long as the seeder still records for it; otherwise everything is copied.
     ///
     /// # Errors
-    /// As [`Leecher::start`]; `Conflict` where the ledger says that a migration was under way here.
+    /// As [`Leecher::start`] and [`Leecher::go_on`]; `Conflict` where the ledger says that the regions were asked for:
+    /// [`Self::resume`] goes on with that.
     pub async fn leech(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Pulling<Landing>>> {
-        if let Some(standing) = self.standing()?
-            && matches!(standing, Standing::Asking { .. } | Standing::Arrived { .. })
-        {
+        let standing = self.standing()?;
+        if let Some(Standing::Asking { .. } | Standing::Arrived { .. }) = standing {
             let message = "a migration to here was under way: resume it, or remove its ledger";
             return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
         }
         let peer = self.connect(registry, uri).await?;
         let (parts, settings, id) = (self.leecher_parts(), self.settings.clone(), fresh_id());
         crate::engine::run(async move {
-            let landings = async move |description: &Description| place::prepare(places, description, false);
-            Leecher::start(peer, id, landings, settings, parts).await
+            let before = standing.filter(|standing| matches!(standing, Standing::Pulling { .. }));
+            let keep = before.is_some();
+            let landings = async move |description: &Description| place::prepare(places, description, keep);
+            match before {
+                Some(standing) => Leecher::go_on(peer, &standing, landings, settings, parts).await,
+                None => Leecher::start(peer, id, landings, settings, parts).await,
+            }
         })
         .await
     }
@@ -208,7 +225,7 @@ impl Migration {
     /// Goes on with a migration to here whose process was killed after it had asked for the regions, as the ledger says.
     ///
     /// # Errors
-    /// As [`Leecher::resume`]; `Conflict` where the regions have not left the seeder: remove the ledger, and start anew.
+    /// As [`Leecher::resume`]; `Conflict` where the regions have not left the seeder: [`Self::leech`] goes on then.
     pub async fn resume(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Running<Arrived>>> {
         let nothing =
             || Error::new(ErrorKind::InvalidInput, Operation::Open, "the ledger knows of no migration to here");
@@ -216,8 +233,7 @@ impl Migration {
         let peer = self.connect(registry, uri).await?;
         let (parts, settings) = (self.leecher_parts(), self.settings.clone());
         crate::engine::run(async move {
-            let keep = matches!(standing, Standing::Arrived { .. });
-            let landings = async move |description: &Description| place::prepare(places, description, keep);
+            let landings = async move |description: &Description| place::prepare(places, description, true);
             Leecher::<Pulling<Landing>>::resume(peer, &standing, landings, settings, parts).await
         })
         .await

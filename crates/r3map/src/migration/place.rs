@@ -223,6 +223,13 @@ impl Target for Landing {
         }
     }
 
+    fn record(&self) -> Option<Arc<dyn StateRecord>> {
+        match &self.bytes {
+            Bytes::Mapping(_) => None,
+            Bytes::Elsewhere { record, .. } => record.clone(),
+        }
+    }
+
     fn forget(&mut self, bytes: std::ops::Range<u64>) -> Result<()> {
         match &mut self.bytes {
             Bytes::Mapping(prepared) => prepared.forget(bytes),

@@ -102,21 +102,28 @@ impl SeederClient {
     /// # Errors
     /// As the call; `Conflict` if these are other regions than when it connected.
     pub async fn describe(&self) -> Result<Seeded> {
-        let epoch = if self.go { 0 } else { self.check(&self.calls.describe().await?)? };
+        let now = match self.go {
+            true => migration::DescribeReply::default(),
+            false => self.calls.describe().await?,
+        };
+        if !self.go {
+            self.check(&now)?;
+        }
+        let lease = Some(now.lease_milliseconds).filter(|lease| *lease > 0).map(Duration::from_millis);
         let region = |(name, geometry): (&String, &Geometry)| SeededRegion {
             name: name.clone(),
             size: geometry.size(),
             chunk_size: geometry.chunk_size(),
         };
         let regions = self.names.iter().zip(&self.geometries).map(region).collect();
-        Ok(Seeded { epoch, regions, precopy: !self.go })
+        Ok(Seeded { epoch: now.epoch, regions, precopy: !self.go, busy: now.busy, lease })
     }
 
-    fn check(&self, now: &migration::DescribeReply) -> Result<u64> {
+    fn check(&self, now: &migration::DescribeReply) -> Result<()> {
         let same = now.regions.len() == self.geometries.len()
             && now.regions.iter().zip(&self.geometries).all(|(now, then)| now.size == then.size());
         match same {
-            true => Ok(now.epoch),
+            true => Ok(()),
             false => {
                 let message = format!("{} has other regions than before: start again", self.calls.target);
                 Err(Error::new(ErrorKind::Conflict, Operation::Open, message))

@@ -53,7 +53,15 @@ impl Session {
             chunk_size: u32::try_from(region.chunk_size.bytes()).unwrap_or(u32::MAX),
         });
         let (major, minor) = MIGRATION_VERSION;
-        let reply = migration::DescribeReply { major, minor, epoch: seeded.epoch, regions: regions.collect() };
+        let milliseconds = |lease: std::time::Duration| u64::try_from(lease.as_millis()).unwrap_or(u64::MAX).max(1);
+        let reply = migration::DescribeReply {
+            major,
+            minor,
+            epoch: seeded.epoch,
+            regions: regions.collect(),
+            busy: seeded.busy,
+            lease_milliseconds: seeded.lease.map_or(0, milliseconds),
+        };
         Ok(message::encode(&reply))
     }
 
@@ -100,7 +108,7 @@ impl Session {
     }
 
     pub(crate) async fn go_seeder_track(&self, _: go_seeder::TrackArgs) -> Result<Rope, Status> {
-        answer(self.seeder()?.calls.track(&[], GO_LEECHER).await)?;
+        answer(self.seeder()?.calls.track_for_ever(&[], GO_LEECHER).await)?;
         Ok(message::encode(&go_seeder::TrackReply {}))
     }
 

@@ -73,7 +73,7 @@ impl Seeding for Scripted {
     async fn describe(&self) -> Result<Seeded> {
         let region = |name: &str, size| SeededRegion { name: name.into(), size, chunk_size: ChunkSize::MIN };
         let regions = vec![region("memory", SIZE as u64), region("disk", 5000)];
-        Ok(Seeded { epoch: 5, regions, precopy: true })
+        Ok(Seeded { epoch: 5, regions, precopy: true, busy: true, lease: Some(Duration::from_millis(1500)) })
     }
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
@@ -82,6 +82,10 @@ impl Seeding for Scripted {
 
     async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
         self.called(secret, format!("track {}", id[0]))
+    }
+
+    async fn track_for_ever(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
+        self.called(secret, format!("track for ever {}", String::from_utf8_lossy(&id)))
     }
 
     async fn dirty(&self, secret: &[u8], id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
@@ -201,7 +205,7 @@ async fn a_leecher_in_go_gets_what_it_expects() {
     go.close(CloseArgs {}).await.unwrap();
     let calls = seeder.take_calls();
     let first = &calls[1];
-    assert!(first.starts_with("track") && calls.last().unwrap().starts_with("confirm"), "{calls:?}");
+    assert!(first.starts_with("track for ever") && calls.last().unwrap().starts_with("confirm"), "{calls:?}");
 }
 
 /// The seeder of the Go programs, played by tonic.

@@ -49,7 +49,8 @@ impl Application {
         }))
     }
 
-    async fn write(&self, block: u64) {
+    /// Stamps a block, if it runs.
+    pub(crate) async fn write(&self, block: u64) {
         let place = self.place.lock().await;
         let Some(place) = &*place else { return };
         let stamp = {

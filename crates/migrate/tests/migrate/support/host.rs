@@ -6,12 +6,12 @@ use async_trait::async_trait;
 use r3map_core::{Backend, Result};
 use r3map_local::{Memory, Stored};
 use r3map_migrate::{Arrival, Guarded, Hooks, Seeder, SeederParts, Shown, Source, Target};
-use r3map_pipeline::{BlockSet, Cached, CachedParts, CachedSettings, Progress, Workers, Writes};
+use r3map_pipeline::{BlockSet, Cached, CachedParts, CachedSettings, Progress, StateRecord, Workers, Writes};
 use tokio::sync::watch;
 
 use super::application::Application;
 use super::disk::Disk;
-use super::geometry;
+use super::{LEASE, geometry};
 
 /// A region on a host that has arrived, or was always there.
 pub(crate) struct Here {
@@ -30,6 +30,10 @@ impl Target for Place {
 
     fn local(&self) -> Arc<dyn r3map_pipeline::Local> {
         self.disk.clone()
+    }
+
+    fn record(&self) -> Option<Arc<dyn StateRecord>> {
+        Some(self.disk.clone())
     }
 
     async fn show(self, arrival: Arrival) -> Result<Here> {
@@ -102,6 +106,7 @@ pub(crate) async fn seed(app: &Arc<Application>, host: &'static str, disk: &Arc<
     let parts = SeederParts {
         hooks: hooks(app, host, here.guarded.front()),
         ledger: Some(disk.clone()),
+        lease: Some(LEASE),
         ..SeederParts::default()
     };
     let seeder = Seeder::new(vec![("disk".into(), here.guarded.clone())], parts).await.unwrap();

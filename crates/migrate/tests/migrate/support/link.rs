@@ -1,7 +1,7 @@
 //! The link between two hosts, on which one thing goes wrong.
 
 use std::future::{Future, pending};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,9 +13,10 @@ use r3map_pipeline::BlockSet;
 use tokio::sync::Notify;
 
 use super::SIZE;
+use super::disk::Life;
 
 /// The calls of a migration, in their order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Step {
     Describe,
     Track,
@@ -41,7 +42,7 @@ impl Step {
 }
 
 /// What happens to a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Fault {
     /// Nothing.
     None,
@@ -59,10 +60,14 @@ pub(crate) enum Fault {
     LeecherKilled { before: bool },
     /// It arrives twice, the second time much later.
     Late,
+    /// It arrives much later, when the leecher's process that made it is dead.
+    LateOfTheDead,
+    /// The leecher's disk is full from then on, for a while.
+    DiskFull,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::LinkCut,
         Self::ReplyLost,
         Self::Silence,
@@ -72,6 +77,8 @@ impl Fault {
         Self::LeecherKilled { before: true },
         Self::LeecherKilled { before: false },
         Self::Late,
+        Self::LateOfTheDead,
+        Self::DiskFull,
     ];
 }
 
@@ -85,6 +92,9 @@ pub(crate) struct Link {
     hits: AtomicU32,
     pub(crate) kill_seeder: Notify,
     pub(crate) kill_leecher: Notify,
+    pub(crate) fill_disk: Notify,
+    /// Bytes that were read.
+    pub(crate) read: AtomicU64,
     finalized: AtomicBool,
     pub(crate) struck: AtomicU32,
     half: Duration,
@@ -100,6 +110,8 @@ impl Link {
             hits: AtomicU32::new(hits),
             kill_seeder: Notify::new(),
             kill_leecher: Notify::new(),
+            fill_disk: Notify::new(),
+            read: AtomicU64::new(0),
             finalized: AtomicBool::new(false),
             struck: AtomicU32::new(0),
             half: Duration::from_millis(5),
@@ -115,7 +127,7 @@ impl Link {
         *self.seeder.lock().unwrap() = seeder;
     }
 
-    fn seeder(&self) -> Result<Seeder> {
+    pub(crate) fn seeder(&self) -> Result<Seeder> {
         self.seeder.lock().unwrap().clone().ok_or_else(down)
     }
 
@@ -158,18 +170,28 @@ impl Link {
                 self.kill_leecher.notify_one();
                 pending().await
             }
-            Fault::Late => {
-                let late = effect(self.seeder()?);
-                tokio::spawn(async move {
-                    tokio::time::sleep(Duration::from_secs(2)).await;
-                    let _ = late.await;
-                });
+            Fault::Late => much_later(effect(self.seeder()?)),
+            Fault::LateOfTheDead => {
+                much_later(effect(self.seeder()?));
+                self.kill_leecher.notify_one();
+                pending().await
+            }
+            Fault::DiskFull => {
+                self.fill_disk.notify_one();
+                tokio::task::yield_now().await;
             }
         }
         let answer = call().await;
         tokio::time::sleep(self.half).await;
         answer
     }
+}
+
+fn much_later<T: Send + 'static>(effect: impl Future<Output = Result<T>> + Send + 'static) {
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let _ = effect.await;
+    });
 }
 
 fn take(count: &AtomicU32) -> bool {
@@ -183,6 +205,50 @@ fn down() -> Error {
 /// The link as a leecher has it.
 #[derive(Clone)]
 pub(crate) struct End(pub(crate) Arc<Link>);
+
+/// The same in a process that makes no call when it is dead. What it asked before may still arrive.
+#[derive(Clone)]
+pub(crate) struct MortalEnd(pub(crate) Arc<Link>, pub(crate) Arc<Life>);
+
+impl MortalEnd {
+    async fn end(&self) -> End {
+        match self.1.is_dead() {
+            true => pending().await,
+            false => End(self.0.clone()),
+        }
+    }
+}
+
+#[async_trait]
+impl Peer for MortalEnd {
+    async fn describe(&self) -> Result<Description> {
+        self.end().await.describe().await
+    }
+
+    async fn track(&self, id: MigrationId) -> Result<()> {
+        self.end().await.track(id).await
+    }
+
+    async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
+        self.end().await.dirty(id, round).await
+    }
+
+    async fn finalize(&self, id: MigrationId, rounds: u64) -> Result<Handover> {
+        self.end().await.finalize(id, rounds).await
+    }
+
+    async fn confirm(&self, id: MigrationId) -> Result<()> {
+        self.end().await.confirm(id).await
+    }
+
+    async fn abort(&self, id: MigrationId) -> Result<()> {
+        self.end().await.abort(id).await
+    }
+
+    fn region(&self, index: usize) -> Arc<dyn Backend> {
+        End(self.0.clone()).region(index)
+    }
+}
 
 #[async_trait]
 impl Peer for End {
@@ -239,6 +305,7 @@ impl Backend for Remote {
             Ok(bytes)
         };
         buf.copy_from_slice(&self.link.call(step, read).await?);
+        self.link.read.fetch_add(buf.len() as u64, Ordering::SeqCst);
         Ok(())
     }
 

@@ -16,6 +16,9 @@ use r3map_pipeline::{PullSettings, RetrySettings};
 /// Not a multiple of anything.
 pub(crate) const SIZE: u64 = 61 * 4096 + 77;
 
+/// How long a leecher may be silent: longer than it tries a seeder that does not answer.
+pub(crate) const LEASE: Duration = Duration::from_secs(30);
+
 pub(crate) fn geometry() -> Geometry {
     Geometry::new(SIZE, ChunkSize::new(16 << 10).unwrap()).unwrap()
 }

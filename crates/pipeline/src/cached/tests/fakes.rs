@@ -211,6 +211,11 @@ impl StateRecord for Record {
         Ok(())
     }
 
+    fn forget(&self, blocks: Range<u64>) -> Result<()> {
+        self.blocks.lock().unwrap().retain(|block, _| !blocks.contains(block));
+        Ok(())
+    }
+
     async fn checkpoint(&self) -> Result<()> {
         self.checkpoints.fetch_add(1, Ordering::SeqCst);
         Ok(())

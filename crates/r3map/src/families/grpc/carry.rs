@@ -45,9 +45,9 @@ struct GrpcSeeder(Seeder);
 #[async_trait]
 impl Seeding for GrpcSeeder {
     async fn describe(&self) -> Result<Seeded> {
-        let Description { epoch, regions, precopy } = self.0.describe().await?;
+        let Description { epoch, regions, precopy, busy, lease } = self.0.describe().await?;
         let region = |RegionFacts { name, size, chunk_size }| SeededRegion { name, size, chunk_size };
-        Ok(Seeded { epoch, regions: regions.into_iter().map(region).collect(), precopy })
+        Ok(Seeded { epoch, regions: regions.into_iter().map(region).collect(), precopy, busy, lease })
     }
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
@@ -56,6 +56,10 @@ impl Seeding for GrpcSeeder {
 
     async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
         self.0.admit(secret)?.track(MigrationId(id)).await
+    }
+
+    async fn track_for_ever(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
+        self.0.admit(secret)?.track_for_ever(MigrationId(id)).await
     }
 
     async fn dirty(&self, secret: &[u8], id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
@@ -83,9 +87,9 @@ struct GrpcPeer(SeederClient);
 #[async_trait]
 impl Peer for GrpcPeer {
     async fn describe(&self) -> Result<Description> {
-        let Seeded { epoch, regions, precopy } = self.0.describe().await?;
+        let Seeded { epoch, regions, precopy, busy, lease } = self.0.describe().await?;
         let facts = |SeededRegion { name, size, chunk_size }| RegionFacts { name, size, chunk_size };
-        Ok(Description { epoch, regions: regions.into_iter().map(facts).collect(), precopy })
+        Ok(Description { epoch, regions: regions.into_iter().map(facts).collect(), precopy, busy, lease })
     }
 
     async fn track(&self, id: MigrationId) -> Result<()> {

@@ -1,0 +1,136 @@
+//! How long a leecher that copies may be silent: its signs of life, of which each read is one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use r3map_core::{Backend, Capabilities, Piece, ReadMany, ReadOp, ReadPieces, Result};
+use tokio::time::Instant;
+
+/// When a leecher was last heard of.
+#[derive(Debug)]
+pub(crate) struct Pulse {
+    began: Instant,
+    /// Nanoseconds after that.
+    last: AtomicU64,
+}
+
+impl Pulse {
+    pub(crate) fn new() -> Self {
+        Self { began: Instant::now(), last: AtomicU64::new(0) }
+    }
+
+    /// It is there.
+    pub(crate) fn beat(&self) {
+        let now = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.last.fetch_max(now, Ordering::Relaxed);
+    }
+
+    /// For how long it has been silent.
+    pub(crate) fn silence(&self) -> Duration {
+        self.began.elapsed().saturating_sub(Duration::from_nanos(self.last.load(Ordering::Relaxed)))
+    }
+
+    /// It is there until this is dropped.
+    fn busy(&self) -> Busy<'_> {
+        self.beat();
+        Busy(self)
+    }
+}
+
+struct Busy<'a>(&'a Pulse);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.beat();
+    }
+}
+
+/// A region whose reads are signs of life.
+pub(crate) struct Heard {
+    pub(crate) inner: Arc<dyn Backend>,
+    pub(crate) pulse: Arc<Pulse>,
+}
+
+/// What the inner backend declares is there.
+const DECLARED: &str = "an ability that was declared is there";
+
+#[async_trait]
+impl Backend for Heard {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        let inner = self.inner.capabilities();
+        Capabilities { pieces: inner.pieces.map(|_| self as _), read_many: inner.read_many.map(|_| self as _), ..inner }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let _busy = self.pulse.busy();
+        self.inner.read_at(offset, buf).await
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.inner.write_at(offset, buf).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.inner.flush().await
+    }
+}
+
+#[async_trait]
+impl ReadPieces for Heard {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
+    ) -> Result<()> {
+        let _busy = self.pulse.busy();
+        self.inner.capabilities().pieces.expect(DECLARED).read_pieces(offset, len, visit).await
+    }
+}
+
+#[async_trait]
+impl ReadMany for Heard {
+    async fn read_many(&self, reads: &mut [ReadOp<'_>]) -> Result<()> {
+        let _busy = self.pulse.busy();
+        self.inner.capabilities().read_many.expect(DECLARED).read_many(reads).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use r3map_testkit::store::Store;
+    use r3map_testkit::{conformance, model};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn conforms() {
+        let heard =
+            |store| Arc::new(Heard { inner: Arc::new(store), pulse: Arc::new(Pulse::new()) }) as Arc<dyn Backend>;
+        conformance::backend(async || heard(Store::new(100_001))).await;
+        conformance::filled(async || heard(Store::new(100_001).filled(2).read_only()), 2).await;
+        model::check(async || heard(Store::new(100_001)), model::Settings::default()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_read_is_a_sign_of_life() {
+        let pulse = Arc::new(Pulse::new());
+        let heard = Heard { inner: Arc::new(Store::new(8192)), pulse: pulse.clone() };
+        let silent = Duration::from_secs(7);
+        tokio::time::sleep(silent).await;
+        heard.write_at(0, &[1]).await.unwrap();
+        assert_eq!(pulse.silence(), silent, "a write is somebody else's");
+        heard.read_at(0, &mut [0]).await.unwrap();
+        assert_eq!(pulse.silence(), Duration::ZERO);
+        tokio::time::sleep(silent).await;
+        let pieces = heard.capabilities().pieces.expect("a store has pieces");
+        pieces.read_pieces(0, 1, &mut |_, _| Ok(())).await.unwrap();
+        assert_eq!(pulse.silence(), Duration::ZERO);
+    }
+}

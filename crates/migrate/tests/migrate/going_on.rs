@@ -1,0 +1,284 @@
+//! A leecher that is started again before it was finalized goes on from where it was.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use r3map_core::{BLOCK_SIZE, ErrorKind, Result};
+use r3map_migrate::protocol::Description;
+use r3map_migrate::{Ledger, Leecher, LeecherParts, LeecherSettings, Pulling, Running, Seeder, SeederPhase, Standing};
+use r3map_pipeline::Workers;
+use tokio::time::{sleep, timeout};
+
+use crate::support::application::Application;
+use crate::support::disk::{Disk, Life};
+use crate::support::host::{Here, Place, seed};
+use crate::support::link::{Fault, Link, MortalEnd, Step};
+use crate::support::{LEASE, SIZE, fresh_id, geometry, settings};
+
+const LONG: Duration = Duration::from_secs(600);
+
+/// One chunk after the other, so that it is known what is under way.
+fn chunk_by_chunk() -> LeecherSettings {
+    let mut settings = settings();
+    settings.pull.workers = Workers::Fixed(NonZeroUsize::MIN);
+    settings.pull.max_request = NonZeroU64::MIN;
+    settings
+}
+
+/// A process of the leecher.
+struct Process {
+    link: Arc<Link>,
+    disk: Arc<Disk>,
+    life: Arc<Life>,
+}
+
+impl Process {
+    fn new(link: &Arc<Link>, disk: &Disk, steps: u64) -> Self {
+        let life = Life::of(steps);
+        Self { link: link.clone(), disk: disk.in_process(&life), life }
+    }
+
+    fn peer(&self) -> Arc<MortalEnd> {
+        Arc::new(MortalEnd(self.link.clone(), self.life.clone()))
+    }
+
+    fn parts(&self) -> LeecherParts {
+        LeecherParts { ledger: Some(self.disk.clone()), ..LeecherParts::default() }
+    }
+
+    async fn leech(&self) -> Result<Leecher<Pulling<Place>>> {
+        let disk = self.disk.clone();
+        let targets = async move |_: &Description| Ok(vec![Place { disk }]);
+        let (peer, parts) = (self.peer(), self.parts());
+        match Ledger::load(&*self.disk)? {
+            Some(standing) => Leecher::go_on(peer, &standing, targets, chunk_by_chunk(), parts).await,
+            None => Leecher::start(peer, fresh_id(), targets, chunk_by_chunk(), parts).await,
+        }
+    }
+
+    async fn resume(&self, standing: &Standing) -> Result<Leecher<Running<Here>>> {
+        let disk = self.disk.clone();
+        let targets = async move |_: &Description| Ok(vec![Place { disk }]);
+        Leecher::<Pulling<Place>>::resume(self.peer(), standing, targets, chunk_by_chunk(), self.parts()).await
+    }
+
+    /// Leeches until it is killed, or ready.
+    async fn until_killed(&self) {
+        let ready = async {
+            // The error of one that was killed is nobody's.
+            if let Ok(leecher) = self.leech().await {
+                let _ = leecher.ready().await;
+            }
+        };
+        tokio::select! {
+            () = ready => {}
+            () = self.life.killed() => {}
+        }
+        self.life.kill();
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// An application that has written to all blocks, and rests.
+async fn resting() -> (Arc<Application>, Here, Seeder) {
+    let app = Application::new();
+    let (here, seeder) = seed(&app, "A", &Disk::new()).await;
+    for block in 0..geometry().block_count() {
+        app.write(block).await;
+    }
+    (app, here, seeder)
+}
+
+async fn finish(app: &Application, leecher: Leecher<Pulling<Place>>) {
+    leecher.ready().await.unwrap();
+    let running = leecher.finalize().await.unwrap();
+    app.suspend("A").await;
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    running.pulled().await.unwrap();
+    app.check().await.unwrap();
+}
+
+/// Whether the first process was killed by itself.
+async fn resumes_after(steps: u64) -> bool {
+    let (app, _here, seeder) = resting().await;
+    let (link, disk) = (Link::healthy(seeder), Disk::new());
+    let first = Process::new(&link, &disk, steps);
+    timeout(LONG, first.until_killed()).await.unwrap();
+    let (kept, read) = (disk.present().len() * BLOCK_SIZE, link.read.load(Ordering::SeqCst));
+    assert!(read.saturating_sub(kept) <= 2 * geometry().chunk_size().bytes(), "{steps}: {read} bytes, {kept} kept");
+    let again = Process::new(&link, &disk, u64::MAX);
+    let leecher = again.leech().await.unwrap();
+    finish(&app, leecher).await;
+    let twice = link.read.load(Ordering::SeqCst) - SIZE;
+    assert!(twice <= 2 * geometry().chunk_size().bytes(), "killed after {steps} steps it pulled {twice} bytes again");
+    first.life.ran_out()
+}
+
+/// What was under way is one chunk, and maybe one that was put in place and not written down.
+#[tokio::test(start_paused = true)]
+async fn what_was_written_down_is_not_pulled_again() {
+    let mut steps = 0;
+    while resumes_after(steps).await {
+        steps += 1;
+    }
+    assert!(steps > 30, "it does more than {steps} things");
+}
+
+/// A chunk that is written to while it is pulled may be torn, and is named only by the record after that: a process that
+/// was killed in between must ask for it before anything else.
+#[tokio::test(start_paused = true)]
+async fn what_was_written_while_the_leecher_was_dead_is_pulled_again() {
+    let (app, _here, seeder) = resting().await;
+    let (link, disk) = (Link::healthy(seeder), Disk::new());
+    let first = Process::new(&link, &disk, u64::MAX);
+    let leecher = first.leech().await.unwrap();
+    leecher.ready().await.unwrap();
+    first.life.kill();
+    drop(leecher);
+    let written = [0, 7, 8, 61];
+    for block in written {
+        app.write(block).await;
+    }
+    let before = link.read.load(Ordering::SeqCst);
+    let again = Process::new(&link, &disk, u64::MAX);
+    finish(&app, again.leech().await.unwrap()).await;
+    let pulled = link.read.load(Ordering::SeqCst) - before;
+    assert!(pulled <= written.len() as u64 * geometry().chunk_size().bytes(), "{pulled} bytes");
+}
+
+/// The reply with a record is lost with the process that asked for it.
+#[tokio::test(start_paused = true)]
+async fn a_record_that_was_taken_and_never_arrived_is_asked_for_again() {
+    for round in 0..3 {
+        let (app, _here, seeder) = resting().await;
+        let link = Link::new(seeder, Step::Dirty, Fault::LeecherKilled { before: false }, round, 1);
+        let disk = Disk::new();
+        let writing = app.start(u64::from(round), Duration::from_millis(3));
+        let first = Process::new(&link, &disk, u64::MAX);
+        let leecher = first.leech().await.unwrap();
+        timeout(LONG, link.kill_leecher.notified()).await.unwrap();
+        first.life.kill();
+        drop(leecher);
+        drop(writing);
+        let standing = Ledger::load(&*disk).unwrap();
+        assert!(
+            matches!(standing, Some(Standing::Pulling { rounds, .. }) if rounds == u64::from(round)),
+            "{standing:?}"
+        );
+        let again = Process::new(&link, &disk, u64::MAX);
+        let leecher = again.leech().await.unwrap();
+        assert_eq!(leecher.progress().borrow().restarts, 0);
+        finish(&app, leecher).await;
+    }
+}
+
+/// A seeder that was started anew knows nothing of what was written before.
+#[tokio::test(start_paused = true)]
+async fn where_the_seeder_no_longer_records_everything_is_copied_again() {
+    let (app, _here, seeder) = resting().await;
+    let (link, disk) = (Link::healthy(seeder.clone()), Disk::new());
+    Process::new(&link, &disk, u64::MAX).until_killed().await;
+    seeder.stop_tracking().await.unwrap();
+    app.write(5).await;
+    let before = link.read.load(Ordering::SeqCst);
+    let again = Process::new(&link, &disk, u64::MAX);
+    let leecher = again.leech().await.unwrap();
+    assert_eq!(leecher.progress().borrow().restarts, 1);
+    leecher.ready().await.unwrap();
+    assert_eq!(link.read.load(Ordering::SeqCst) - before, SIZE);
+    finish(&app, leecher).await;
+}
+
+/// A process that is killed when it has asked to finalize, which does not arrive before it is dead for a while; and what
+/// the ledger says.
+async fn dies_asking(link: &Arc<Link>, disk: &Disk) -> (Process, Standing) {
+    let process = Process::new(link, disk, u64::MAX);
+    let asking = async {
+        let leecher = process.leech().await.unwrap();
+        leecher.ready().await.unwrap();
+        let _ = leecher.finalize().await;
+    };
+    tokio::select! {
+        () = asking => panic!("it is killed before"),
+        () = link.kill_leecher.notified() => process.life.kill(),
+    }
+    let standing = Ledger::load(disk).unwrap().unwrap();
+    assert!(matches!(standing, Standing::Asking { .. }), "{standing:?}");
+    (process, standing)
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_who_was_killed_while_he_asked_in_vain_goes_on_copying() {
+    let (app, _here, seeder) = resting().await;
+    let link = Link::new(seeder.clone(), Step::Finalize, Fault::LateOfTheDead, 0, 1);
+    let disk = Disk::new();
+    let (_first, standing) = dies_asking(&link, &disk).await;
+    let again = Process::new(&link, &disk, u64::MAX);
+    let refused = again.resume(&standing).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+    let read = link.read.load(Ordering::SeqCst);
+    let leecher = again.leech().await.unwrap();
+    leecher.ready().await.unwrap();
+    assert_eq!(link.read.load(Ordering::SeqCst), read, "everything is here");
+    sleep(Duration::from_secs(5)).await;
+    assert!(seeder.owns(), "what the dead one asked for came too late");
+    finish(&app, leecher).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_dead_one_has_asked_for_is_undone_by_the_one_who_goes_on() {
+    let (app, _here, seeder) = resting().await;
+    let link = Link::new(seeder.clone(), Step::Finalize, Fault::LateOfTheDead, 0, 1);
+    let disk = Disk::new();
+    let (first, standing) = dies_asking(&link, &disk).await;
+    drop(first);
+    let again = Process::new(&link, &disk, u64::MAX);
+    assert_eq!(again.resume(&standing).await.unwrap_err().kind(), ErrorKind::Conflict);
+    let handed_over = async {
+        let mut progress = seeder.progress();
+        progress.wait_for(|progress| progress.phase == SeederPhase::HandedOver).await.unwrap();
+    };
+    timeout(LONG, handed_over).await.unwrap();
+    let leecher = again.leech().await.unwrap();
+    assert_eq!((leecher.progress().borrow().restarts, app.host().await), (1, Some("A")));
+    app.write(9).await;
+    finish(&app, leecher).await;
+    assert_eq!((seeder.progress().borrow().phase, seeder.progress().borrow().epoch), (SeederPhase::Gone, 4));
+}
+
+/// A place that was written to since is none for a region that has not arrived.
+#[tokio::test(start_paused = true)]
+async fn a_place_in_which_the_application_has_written_is_refused() {
+    let (app, _here, seeder) = resting().await;
+    let (link, disk) = (Link::healthy(seeder), Disk::new());
+    Process::new(&link, &disk, u64::MAX).until_killed().await;
+    let standing = Ledger::load(&*disk).unwrap().unwrap();
+    let own = Here::whole(&disk).await;
+    own.guarded.front().write_at(0, &[1]).await.unwrap();
+    let refused = Process::new(&link, &disk, u64::MAX).leech().await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+    assert_eq!(Ledger::load(&*disk).unwrap(), Some(standing));
+    app.check().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_the_lease_it_begins_again() {
+    let (app, _here, seeder) = resting().await;
+    let (link, disk) = (Link::healthy(seeder.clone()), Disk::new());
+    for (dead, restarts) in [(LEASE / 2, 0), (2 * LEASE, 1)] {
+        Process::new(&link, &disk, u64::MAX).until_killed().await;
+        sleep(dead).await;
+        let tracked = seeder.progress().borrow().phase == SeederPhase::Tracked;
+        assert_eq!(tracked, restarts == 0);
+        let again = Process::new(&link, &disk, u64::MAX);
+        let leecher = again.leech().await.unwrap();
+        assert_eq!(leecher.progress().borrow().restarts, restarts);
+        again.life.kill();
+        drop(leecher);
+        sleep(Duration::from_secs(1)).await;
+    }
+    app.write(3).await;
+    finish(&app, Process::new(&link, &disk, u64::MAX).leech().await.unwrap()).await;
+}
