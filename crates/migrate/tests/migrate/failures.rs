@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use r3map_core::{ErrorKind, Result};
 use r3map_migrate::protocol::Description;
 use r3map_migrate::{
@@ -17,14 +18,14 @@ use r3map_migrate::{
     Unsettled,
 };
 use r3map_pipeline::Workers;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::support::application::Application;
 use crate::support::disk::{Disk, Life};
 use crate::support::host::{Here, Place, seed};
 use crate::support::link::{End, Fault, Link, MortalEnd, Step};
-use crate::support::{fresh_id, settings};
+use crate::support::{fresh_id, geometry, settings};
 
 /// One thing that goes wrong, at one call of one step.
 #[derive(Debug, Clone, Copy)]
@@ -350,4 +351,56 @@ async fn a_disk_that_fills_up_after_the_move_keeps_what_was_written_and_goes_on_
     disk.fill(false);
     running.pulled().await.unwrap();
     app.check().await.unwrap();
+}
+
+/// The seeder is away for longer than readers wait.
+#[tokio::test(start_paused = true)]
+async fn when_the_leecher_s_patience_is_spent_readers_get_an_error_and_nothing_is_lost() {
+    let app = Application::new();
+    let (seeders, leechers) = (Disk::new(), Disk::new());
+    let (here, seeder) = seed(&app, "A", &seeders).await;
+    for block in 0..geometry().block_count() {
+        app.write(block).await;
+    }
+    let link = Link::new(seeder, Step::ReadAfter, Fault::SeederKilled { before: true }, 0, 1);
+    let (life, parts) =
+        (Life::new(), |disk: &Arc<Disk>| LeecherParts { ledger: Some(disk.clone()), ..Default::default() });
+    let disk = leechers.in_process(&life);
+    let (place, peer) = (Place { disk: disk.clone() }, Arc::new(MortalEnd(link.clone(), life.clone())));
+    let leecher = Leecher::start(peer, fresh_id(), async move |_: &_| Ok(vec![place]), settings(), parts(&disk));
+    let running = leecher.await.unwrap().finalize().await.unwrap();
+    let front = running.regions()[0].guarded.front();
+    app.resume("B", front.clone()).await;
+    timeout(Duration::from_secs(60), link.kill_seeder.notified()).await.unwrap();
+    here.kill();
+    // Writes of whole blocks need nothing from over there, and reads do.
+    app.write(60).await;
+    for _ in 0..2 {
+        let (asked, mut block) = (Instant::now(), vec![0; 4096]);
+        let error = front.read_at(59 * 4096, &mut block).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(asked.elapsed() <= Duration::from_secs(7), "{:?}", asked.elapsed());
+    }
+    assert!(running.pulled().now_or_never().is_none(), "something is missing");
+    // Its process ends too, and comes back first.
+    app.suspend("B").await;
+    life.kill();
+    drop((front, running));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let standing = Ledger::load(&*leechers).unwrap().unwrap();
+    let resume = async || {
+        let disk = leechers.clone();
+        let (peer, parts) = (Arc::new(End(link.clone())), parts(&disk));
+        let targets = async move |_: &_| Ok(vec![Place { disk }]);
+        Leecher::<Pulling<Place>>::resume(peer, &standing, targets, settings(), parts).await
+    };
+    assert_eq!(resume().await.unwrap_err().kind(), ErrorKind::Unavailable);
+    let (_here, again) = seed(&app, "A", &seeders).await;
+    assert!(!again.owns());
+    link.connect(Some(again.clone()));
+    let running = resume().await.unwrap();
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    running.pulled().await.unwrap();
+    app.check().await.unwrap();
+    assert_eq!((app.refused(), again.progress().borrow().phase), (0, SeederPhase::Gone));
 }

@@ -5,5 +5,6 @@ mod chains;
 mod failures;
 mod going_on;
 mod going_well;
+mod leases;
 mod refusals;
 mod support;

@@ -122,6 +122,11 @@ impl Link {
         Self::new(seeder, Step::Describe, Fault::None, 0, 0)
     }
 
+    /// Nothing goes wrong any more.
+    pub(crate) fn heal(&self) {
+        self.hits.store(0, Ordering::SeqCst);
+    }
+
     /// Another process is there now, or none.
     pub(crate) fn connect(&self, seeder: Option<Seeder>) {
         *self.seeder.lock().unwrap() = seeder;
