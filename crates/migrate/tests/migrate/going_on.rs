@@ -66,6 +66,10 @@ impl Process {
 
     /// Leeches until it is killed, or ready.
     async fn until_killed(&self) {
+        self.killed_together_with(()).await;
+    }
+
+    async fn killed_together_with(&self, other: impl Sized) {
         let ready = async {
             // The error of one that was killed is nobody's.
             if let Ok(leecher) = self.leech().await {
@@ -77,6 +81,7 @@ impl Process {
             () = self.life.killed() => {}
         }
         self.life.kill();
+        drop(other);
         sleep(Duration::from_secs(1)).await;
     }
 }
@@ -124,6 +129,27 @@ async fn what_was_written_down_is_not_pulled_again() {
         steps += 1;
     }
     assert!(steps > 30, "it does more than {steps} things");
+}
+
+/// The application writes until the leecher is killed, and not after: whatever a record named that was taken before is
+/// named no more.
+#[tokio::test(start_paused = true)]
+async fn no_record_is_lost_with_a_process_that_is_killed_after_whatever_it_does_to_its_disk() {
+    let mut steps = 0;
+    loop {
+        let (app, _here, seeder) = resting().await;
+        let (link, disk) = (Link::healthy(seeder), Disk::new());
+        let first = Process::new(&link, &disk, steps);
+        timeout(LONG, first.killed_together_with(app.start(steps, Duration::from_millis(3)))).await.unwrap();
+        let leecher = Process::new(&link, &disk, u64::MAX).leech().await.unwrap();
+        assert_eq!(leecher.progress().borrow().restarts, 0);
+        finish(&app, leecher).await;
+        if !first.life.ran_out() {
+            break;
+        }
+        steps += 1;
+    }
+    assert!(steps > 50, "it does more than {steps} things");
 }
 
 /// A chunk that is written to while it is pulled may be torn, and is named only by the record after that: a process that
