@@ -147,6 +147,9 @@ impl CacheFile {
         if blocks.end > self.table.header.geometry.block_count() {
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Write, "no such block"));
         }
+        if blocks.is_empty() {
+            return Ok(());
+        }
         self.window.durability().changed();
         let changed = change(&self.table, self.file());
         self.window.durability().changed();

@@ -71,6 +71,26 @@ async fn remembers_bytes_and_states() {
 }
 
 #[tokio::test]
+async fn what_is_forgotten_is_absent_and_can_be_put_in_place_anew() {
+    let dir = scratch();
+    let (path, size) = (fresh(&dir), 300_001);
+    let cache = open(&path, size).unwrap();
+    cache.record(0..74, Recorded::Clean).unwrap();
+    cache.forget(3..5).unwrap();
+    cache.forget(60..74).unwrap();
+    cache.forget(60..60).unwrap();
+    let expected = [(0..3, Recorded::Clean), (5..60, Recorded::Clean)];
+    assert_eq!(runs(&cache), expected);
+    drop(cache);
+    let cache = open(&path, size).unwrap();
+    assert_eq!(runs(&cache), expected);
+    cache.record(4..5, Recorded::Dirty).unwrap();
+    cache.forget(4..5).unwrap();
+    cache.record(3..5, Recorded::Clean).unwrap();
+    assert_eq!(runs(&cache), [(0..60, Recorded::Clean)], "nothing is left of what it was");
+}
+
+#[tokio::test]
 async fn a_terabyte_opens_without_taking_room_and_zeros_take_none() {
     let dir = scratch();
     let path = fresh(&dir);

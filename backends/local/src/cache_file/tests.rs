@@ -49,6 +49,7 @@ enum Step {
     Pull(Range<u64>),
     Write(Range<u64>),
     Push(Range<u64>),
+    Forget(Range<u64>),
     Checkpoint,
 }
 
@@ -58,6 +59,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         3 => blocks().prop_map(Step::Pull),
         4 => blocks().prop_map(Step::Write),
         2 => blocks().prop_map(Step::Push),
+        2 => blocks().prop_map(Step::Forget),
         1 => Just(Step::Checkpoint),
     ]
 }
@@ -157,6 +159,13 @@ impl Model {
                 if model.states[block as usize] == Some(Recorded::Dirty) {
                     model.record(block, Recorded::Clean);
                     model.promised[block as usize] = None;
+                }
+            }),
+            Step::Forget(blocks) => self.each(blocks, |model, block| {
+                if model.states[block as usize] == Some(Recorded::Clean) {
+                    model.cache.forget(block..block + 1).unwrap();
+                    model.states[block as usize] = None;
+                    model.disk.changed();
                 }
             }),
             Step::Checkpoint => {
@@ -322,6 +331,7 @@ fn blocks_past_the_end_are_refused_and_found() {
     let path = dir.path().join("cache");
     let cache = open(&path);
     assert_eq!(cache.record(0..BLOCKS + 1, Recorded::Clean).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(cache.forget(0..BLOCKS + 1).unwrap_err().kind(), ErrorKind::InvalidInput);
     cache.file().write_all_at(&[0xff], cache.table.valid.range().start + BLOCKS / 8).unwrap();
     assert_eq!(cache.load(&mut |_, _| ()).unwrap_err().kind(), ErrorKind::Corrupt);
 }
