@@ -1,5 +1,6 @@
 //! The process of a leecher is killed with signal 9 while it copies, over real gRPC, and the next one goes on.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -182,6 +183,17 @@ async fn kill(mut child: Process) {
     tokio::task::spawn_blocking(move || child.kill()).await.unwrap();
 }
 
+/// Names the seed when a test fails.
+struct Replay(u64);
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = writeln!(std::io::stderr(), "to replay: R3MAP_MIGRATE_SEED={}", self.0);
+        }
+    }
+}
+
 fn can_mount() -> bool {
     Path::new("/dev/fuse").exists()
 }
@@ -238,10 +250,9 @@ fn killed_again_and_again_while_the_application_writes_nothing_is_lost() {
     }
     const TEST: &str = "killed_again_and_again_while_the_application_writes_nothing_is_lost";
     let given = std::env::var("R3MAP_MIGRATE_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed = given.unwrap_or_else(fresh_seed);
-    println!("to replay: R3MAP_MIGRATE_SEED={seed}");
+    let replay = Replay(given.unwrap_or_else(fresh_seed));
     run(async {
-        let mut random = Random::new(seed);
+        let mut random = Random::new(replay.0);
         let (host, folder) = (Host::new(), tempfile::tempdir().unwrap());
         let seeding = host.seed(Migration::new()).await;
         let application = tokio::spawn({
