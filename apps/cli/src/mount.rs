@@ -49,7 +49,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
         }),
     );
     tokio::select! {
-        () = watch(region, output) => {}
+        () = watch(region, args.pull_workers != args::Workers::Off, output) => {}
         () = mount.gone() => output.note("unmounted", "somebody else unmounted it; storing what is left"),
         () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
     }
@@ -171,19 +171,21 @@ fn check_modes(args: &args::Mount) -> Result<()> {
     Ok(())
 }
 
-/// Shows how pulling goes and whether the remote answers, for as long as the region is used.
-async fn watch(region: &Region, output: Output) {
-    let mut bar = region.progress().map(|_| output.bar("pulling", region.size()));
-    let mut silent = false;
+/// Shows how pulling goes, if anything is pulled that nobody asks for, and whether the remote answers, for as long as the
+/// region is used.
+async fn watch(region: &Region, pulls: bool, output: Output) {
+    let mut bar = region.progress().filter(|_| pulls).map(|_| output.bar("pulling", region.size()));
+    let (mut silent, mut told) = (false, false);
     loop {
         tokio::time::sleep(TICK).await;
         tell_waiting(region, &mut silent, output);
         let Some(progress) = region.progress().map(|progress| progress.borrow().clone()) else { continue };
         if progress.pulled {
-            if let Some(bar) = bar.take() {
-                bar.finish();
+            if !told {
+                bar.take().into_iter().for_each(Bar::finish);
                 let human = format!("pulled: all {} are local", size::format(progress.size));
                 output.event("pulled", &human, json!({ "size": progress.size }));
+                told = true;
             }
         } else if let Some(bar) = &bar {
             bar.set(progress.valid_bytes, &changes(&progress));

@@ -104,12 +104,14 @@ impl Bar {
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
         let rate = moved as f64 / seconds.max(1e-9);
         #[expect(clippy::cast_precision_loss, reason = "a time for people")]
-        let left = self.size.saturating_sub(done) as f64 / rate.max(1.0);
+        let left = self.size.saturating_sub(done) as f64 / rate;
+        // While nothing moves nobody knows.
+        let left = left.is_finite().then(|| left.round());
         if self.output.json {
             let (what, size) = (self.what, self.size);
             print_json(
                 "progress",
-                &json!({ "what": what, "done": done, "size": size, "bytes_per_second": rate.round(), "seconds_left": left.round() }),
+                &json!({ "what": what, "done": done, "size": size, "bytes_per_second": rate.round(), "seconds_left": left }),
             );
             return;
         }
@@ -117,7 +119,8 @@ impl Bar {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for people")]
         let rate = r3map::size::format(rate as u64);
         let (what, of) = (self.what, r3map::size::format(self.size));
-        let _ = writeln!(std::io::stderr(), "{what}: {percent} % of {of}, {rate}/s, {left:.0} s left {extra}");
+        let left = left.map_or_else(String::new, |left| format!(", {left:.0} s left"));
+        let _ = writeln!(std::io::stderr(), "{what}: {percent} % of {of}, {rate}/s{left} {extra}");
     }
 
     /// It is over; the bar goes away.

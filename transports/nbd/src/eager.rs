@@ -180,7 +180,7 @@ mod tests {
         // Each the last of its own process, so that both look.
         let (a, b) = UnixStream::pair().unwrap();
         let (a, b) = (Eager::among(alone(), a), Eager::among(alone(), b));
-        let bytes: Vec<u8> = (0..LENGTH).map(|at| (at * 7 % 251) as u8).collect();
+        let bytes: Vec<u8> = (0..=250).cycle().step_by(7).take(LENGTH).collect();
         let exchange = |socket: Eager<UnixStream>| {
             let (bytes, (mut from, mut to)) = (bytes.clone(), tokio::io::split(socket));
             let sending = tokio::spawn(async move {

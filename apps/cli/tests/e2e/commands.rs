@@ -169,6 +169,32 @@ fn the_demo_leaves_nothing_behind() {
     });
 }
 
+/// As in the README: the file is made for it, and every way to map it has its figures.
+#[test]
+fn the_demo_needs_no_file() {
+    Scene::with_fuse(LONG, |scene| {
+        std::fs::create_dir(scene.path("tmp")).expect("it is not there");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_r3map"));
+        command.args(["--json", "demo"]).env("TMPDIR", scene.path("tmp"));
+        let mut process = scene.start(&mut command);
+        let status = process.wait(LONG);
+        assert!(status.success(), "{}", process.stderr().join("\n"));
+        let events: Vec<_> = process.stdout().iter().map(|line| crate::support::event(line)).collect();
+        let figures: Vec<_> = events.iter().filter(|event| event["first_byte_seconds"].is_number()).collect();
+        assert_eq!(figures.len(), 4, "{events:?}");
+        for figure in figures {
+            let seconds = |what: &str| figure[what].as_f64().unwrap_or_else(|| panic!("{what} in {figure}"));
+            // The default round trip; memory that has been pulled is faster than that, but not faster than light.
+            assert!(seconds("first_byte_seconds") >= 0.02, "{figure}");
+            let rate = figure["read_bytes"].as_f64().expect("bytes") / seconds("read_seconds");
+            assert!(rate < 1e12, "{rate} bytes a second were not read: {figure}");
+        }
+        let checked = events.iter().any(|event| event["event"] == "checked");
+        assert!(checked, "{events:?}");
+        assert_eq!(std::fs::read_dir(scene.path("tmp")).expect("it is there").count(), 0, "nothing in TMPDIR");
+    });
+}
+
 /// How many processes are in a process group: the fifth field of their `stat`, behind a name in brackets.
 fn processes_in_group(group: u32) -> usize {
     let stats = std::fs::read_dir("/proc").expect("there is a /proc").flatten().map(|entry| entry.path().join("stat"));

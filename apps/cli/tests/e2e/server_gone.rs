@@ -28,6 +28,9 @@ fn killed_in_the_middle_of_pulling() {
         let server = scene.serve(&source, &[]);
         // One chunk at a time: a GiB takes long enough for the server to be killed in the middle.
         let mut mounted = scene.mount(&server.uri, "region", &["--pull-workers", "1"]);
+        let mut first = vec![0; usize::try_from(MIB).expect("it fits")];
+        mounted.open().read_exact_at(&mut first, 0).expect("it has begun");
+        expected.check(0, &first).unwrap_or_else(|wrong| panic!("{wrong}"));
         let address = server.kill();
         let reader = {
             let (path, expected) = (mounted.path.clone(), expected.clone());

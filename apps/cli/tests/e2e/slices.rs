@@ -119,6 +119,9 @@ fn the_server_dies_and_comes_back() {
         settings.pull.workers = Workers::Fixed(std::num::NonZeroUsize::MIN);
         let mount = Mount::managed(open(&server.uri)).settings(settings);
         let mut slice = block_on(mount.slice()).expect("it can be mapped");
+        let mut first = vec![0; span(0..MIB).len()];
+        slice.read_at(0, &mut first).expect("it has begun");
+        expected.check(0, &first).unwrap_or_else(|wrong| panic!("{wrong}"));
         let address = server.kill();
         let server = std::thread::scope(|threads| {
             let reader = threads.spawn(|| check_memory(&slice, &expected));
@@ -244,4 +247,58 @@ fn a_slice_with_a_cache_file() {
             expected.check_file(&scene.path("source"));
         }
     });
+}
+
+/// The cache file of a slice whose process is killed: of what was pulled, in the middle of pulling; of what a flush has
+/// acknowledged, after it.
+#[test]
+fn a_gib_and_a_byte_whose_process_is_killed() {
+    if let Some(argument) = crash::role("holder") {
+        let (uri, cache) = argument.split_once(' ').expect("a name and a path");
+        let mut slice = cached(uri, cache.into());
+        slice.read_at(0, &mut [0]).expect("it can be read");
+        crash::reached("pulling");
+        // Once everything is there, it is as good as memory.
+        assert!(slice.as_slice().iter().step_by(4096).map(|byte| usize::from(*byte)).sum::<usize>() > 0);
+        slice
+            .write_at(GIB_AND_A_BYTE / 2, &r3map_testkit::fill::bytes(GIB_AND_A_BYTE / 2, 1 << 20, 22))
+            .expect("it fits");
+        block_on(slice.flush()).expect("it can be flushed");
+        slice
+            .write_at(GIB_AND_A_BYTE / 4, &r3map_testkit::fill::bytes(GIB_AND_A_BYTE / 4, 1 << 20, 23))
+            .expect("it fits");
+        crash::stop("flushed");
+    }
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 21);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let argument = format!("{} {}", server.uri, scene.name("cache"));
+        let test = "a_gib_and_a_byte_whose_process_is_killed";
+        let mut holder = child(scene, test, "holder", &argument);
+        holder.wait_for_line(SOON, "pulling");
+        holder.kill();
+        scene.step("map again");
+        let mut slice = cached(&server.uri, scene.path("cache"));
+        check_memory(&slice, &expected);
+        block_on(slice.close()).expect("it can be closed");
+        drop(slice);
+
+        let mut holder = child(scene, test, "holder", &argument);
+        holder.wait_for_line(LONG, "flushed");
+        holder.kill();
+        expected.write(GIB_AND_A_BYTE / 2..GIB_AND_A_BYTE / 2 + MIB, 22);
+        expected.keep();
+        expected.write(GIB_AND_A_BYTE / 4..GIB_AND_A_BYTE / 4 + MIB, 23);
+        expected.check_file(&scene.path("source"));
+        scene.step("map once more");
+        let slice = cached(&server.uri, scene.path("cache"));
+        check_memory(&slice, &expected);
+        through_memory(slice, &mut expected, scene);
+        server.stop();
+    });
+}
+
+fn cached(uri: &str, cache: std::path::PathBuf) -> SliceMount {
+    let mount = Mount::managed(open(uri)).identity(uri).cache(Cache::File(cache));
+    block_on(mount.slice()).expect("it can be mapped")
 }

@@ -84,3 +84,20 @@ async fn it_can_be_opened_and_dropped_in_asynchronous_code() {
     let (map, _) = open(100);
     assert_eq!(map[99], byte(99));
 }
+
+/// The examples do what they say: they are programs that somebody starts from.
+#[test]
+fn the_examples_run() {
+    let examples = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "one\ntwo\nthree\n".repeat(5000)).unwrap();
+    let run = |name: &str, argument: Option<&std::path::Path>| {
+        let output = std::process::Command::new(examples.join(name)).args(argument).output().unwrap();
+        assert!(output.status.success(), "{name}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let counted = run("map_file", Some(file.path()));
+    assert!(counted.ends_with(": 70000 bytes, 15000 lines\n"), "{counted}");
+    let fetched = run("map_remote", None);
+    assert!(fetched.starts_with("of 1073741824 bytes, the first, middle and last are [0, "), "{fetched}");
+}
