@@ -278,6 +278,28 @@ fn what_the_user_may_not() {
     });
 }
 
+/// What a later version has written is not guessed at, and left as it is.
+#[test]
+fn wrong_versions() {
+    Scene::play(LONG, |scene| {
+        let region = format!("directory:{}?size=1MiB&chunk=64KiB", scene.name("chunks"));
+        let made = scene.ended(&["copy", "memory:?size=1MiB", &region]);
+        assert_eq!(made.code, Some(0), "{made:?}");
+        let manifest = scene.path("chunks").join(".r3map-directory");
+        let text = std::fs::read_to_string(&manifest).expect("it was made");
+        let later = text.replace("r3map directory 1", "r3map directory 2");
+        assert_ne!(later, text);
+        std::fs::write(&manifest, &later).expect("there is room");
+        for command in ["info", "serve"] {
+            let listen = ["--listen", "grpc://127.0.0.1:0"];
+            let rest = if command == "serve" { listen.as_slice() } else { &[] };
+            let arguments = [&[command, region.as_str()], rest].concat();
+            one_line(&arguments, &scene.ended(&arguments), "this version knows format 1 only");
+        }
+        assert_eq!(std::fs::read_to_string(&manifest).expect("it is there"), later);
+    });
+}
+
 /// With `--json` the one line is an event on standard output.
 #[test]
 fn errors_as_events() {

@@ -289,6 +289,7 @@ fn a_gib_and_a_byte_whose_process_is_killed() {
         expected.write(GIB_AND_A_BYTE / 2..GIB_AND_A_BYTE / 2 + MIB, 22);
         expected.keep();
         expected.write(GIB_AND_A_BYTE / 4..GIB_AND_A_BYTE / 4 + MIB, 23);
+        expected.crash();
         expected.check_file(&scene.path("source"));
         scene.step("map once more");
         let slice = cached(&server.uri, scene.path("cache"));
