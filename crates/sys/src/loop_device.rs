@@ -191,8 +191,10 @@ mod tests {
         LoopSpec { block_size: 512, read_only: false, direct_io: false }
     }
 
-    fn is_attached(number: u32) -> bool {
-        Path::new(&format!("/sys/block/loop{number}/loop")).exists()
+    /// Whether it is a device of that file. Once it is not, the number may be anybody's.
+    fn is_attached(number: u32, file: &Path) -> bool {
+        let backing = std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file"));
+        backing.is_ok_and(|backing| Path::new(backing.trim_end()) == file)
     }
 
     /// This crate knows no testkit: as there, a skip is said past the harness's capture, and is a failure in CI.
@@ -221,10 +223,10 @@ mod tests {
         let user = claim(number, true).expect("nobody has claimed it");
         let busy = device.detach(LIMIT).expect_err("it is claimed");
         assert_eq!(busy.kind(), io::ErrorKind::ResourceBusy);
-        assert!(is_attached(number));
+        assert!(is_attached(number, &path));
         drop(user);
         device.detach(LIMIT).expect("nobody has it");
-        assert!(!is_attached(number));
+        assert!(!is_attached(number, &path));
         device.detach(LIMIT).expect("again is the same as once");
     }
 
@@ -236,7 +238,7 @@ mod tests {
         let number = device.number();
         drop(device);
         let end = std::time::Instant::now() + LIMIT;
-        while is_attached(number) {
+        while is_attached(number, file.path()) {
             assert!(std::time::Instant::now() < end, "it is still attached");
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -150,7 +150,7 @@ async fn with_a_file_system(kind: Kind) {
         Writer::new(Disk::mount(&device), seed)
     });
     let place = |_, _: &mut Random| Place::block(Some(kind));
-    let moved = move_again_and_again(writer.await, mount.source().unwrap(), &replay, 6, place).await;
+    let moved = move_again_and_again(writer.await, mount.source().unwrap(), &replay, 4, place).await;
     let last = moved.regions[0].block().expect("it is a device");
     let (device, application) = (last.path().to_owned(), moved.application);
     blocking(move || {
@@ -170,6 +170,38 @@ async fn a_file_system_on_ublk_is_moved_while_it_is_written() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_system_on_nbd_is_moved_while_it_is_written() {
     with_a_file_system(Kind::Nbd).await;
+}
+
+/// A partition table with one partition, in the form of the DOS.
+fn partition_table() -> [u8; 512] {
+    let (mut table, first, sectors) = ([0; 512], 8u32, 800u32);
+    table[450] = 0x83;
+    table[454..458].copy_from_slice(&first.to_le_bytes());
+    table[458..462].copy_from_slice(&sectors.to_le_bytes());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    table
+}
+
+/// It looks for them when the device appears, before anything may be written.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kernel_finds_the_partitions_of_a_device_that_arrives() {
+    if !in_vm() {
+        return;
+    }
+    let mount = migratable(SIZE as u64, Kind::Ublk).await;
+    let file = mount.file().await.unwrap();
+    blocking(move || file.write_all_at(&partition_table(), 0).unwrap()).await;
+    let sources = vec![("disk".into(), mount.source().unwrap())];
+    let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), sources).await.unwrap();
+    let uri: Uri = seeding.uris()[0].parse().unwrap();
+    let places = vec![Place::block(Some(Kind::Ublk))];
+    let leeching = Migration::new().settings(settings()).leech(&Registry::standard(), &uri, places).await;
+    let running = leeching.unwrap().finalize().await.unwrap();
+    let here = running.regions()[0].block().unwrap();
+    assert!(Path::new(&format!("{}p1", name(here.path()))).exists(), "there is no partition");
+    running.pulled().await.unwrap();
+    here.close().await.unwrap();
+    mount.abandon().await;
 }
 
 /// The old device takes nothing more, and what cannot be a device is refused while the application still runs there.
