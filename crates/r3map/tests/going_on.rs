@@ -1,6 +1,8 @@
-//! The process of a leecher is killed with signal 9 while it copies, over real gRPC, and the next one goes on.
+//! The process of a leecher is killed with signal 9 while it copies, while it asks for the region, and while it pulls the
+//! rest, over real gRPC, and the next one goes on.
 
 use std::io::Write as _;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -79,6 +81,9 @@ struct Host {
     expected: Mutex<Vec<u8>>,
     /// The application is to stop.
     suspended: AtomicBool,
+    /// How often it was asked to, and how often it may do so.
+    asked: watch::Sender<u32>,
+    stops: Semaphore,
 }
 
 impl Host {
@@ -87,14 +92,20 @@ impl Host {
         let region = Arc::new(Dripping { inner, blocks, dry: watch::Sender::new(false) });
         let guarded = Arc::new(Guarded::new(region.clone(), ChunkSize::new(CHUNK).unwrap()).unwrap());
         let expected = Mutex::new(fill::bytes(0, usize::try_from(SIZE).unwrap(), 1));
-        Arc::new(Self { region, guarded, expected, suspended: AtomicBool::new(false) })
+        let (suspended, asked, stops) = (AtomicBool::new(false), watch::Sender::new(0), Semaphore::new(1));
+        Arc::new(Self { region, guarded, expected, suspended, asked, stops })
     }
 
     async fn seed(self: &Arc<Self>, migration: Migration) -> Seeding {
         let host = self.clone();
         let hooks = Hooks::default().on_suspend(move || {
-            host.suspended.store(true, Ordering::SeqCst);
-            async { Ok(()) }
+            let host = host.clone();
+            async move {
+                host.asked.send_modify(|asked| *asked += 1);
+                host.stops.acquire().await.unwrap().forget();
+                host.suspended.store(true, Ordering::SeqCst);
+                Ok(())
+            }
         });
         let uri = "grpc://127.0.0.1:0".parse().unwrap();
         let regions = vec![("region".into(), self.guarded.clone() as Arc<dyn Source>)];
@@ -111,9 +122,13 @@ impl Host {
         let bytes: Vec<u8> = stamp.to_le_bytes().into_iter().cycle().take(len).collect();
         // Refused is a write only when the region has left, and then it changes nothing.
         if self.guarded.front().write_at(start, &bytes).await.is_ok() {
-            let start = usize::try_from(start).unwrap();
-            self.expected.lock().unwrap()[start..start + len].copy_from_slice(&bytes);
+            self.expect(block, &bytes);
         }
+    }
+
+    fn expect(&self, block: u64, bytes: &[u8]) {
+        let start = usize::try_from(block * BLOCK).unwrap();
+        self.expected.lock().unwrap()[start..start + bytes.len()].copy_from_slice(bytes);
     }
 
     /// Compares all that has arrived in a folder.
@@ -127,29 +142,47 @@ impl Host {
     }
 }
 
+/// What the application of a leecher's process writes, and where.
+const WRITTEN: (u64, [u8; 4096]) = (17, [0x55; 4096]);
+
 /// What a leecher's process does, until it is killed or has done it.
 fn leech(argument: &str) {
-    let mut words = argument.split(' ');
-    let (uri, folder) = (words.next().unwrap().parse::<Uri>().unwrap(), PathBuf::from(words.next().unwrap()));
-    let finishes = words.next() == Some("finish");
+    let words: Vec<_> = argument.split(' ').collect();
+    let (uri, folder, then) = (words[0].parse::<Uri>().unwrap(), PathBuf::from(words[1]), words[2]);
     let mut settings = LeecherSettings::default();
     settings.precopy.recheck = Duration::from_millis(20);
     settings.pull.workers = Workers::Fixed(std::num::NonZeroUsize::MIN);
     settings.pull.max_request = std::num::NonZeroU64::MIN;
     tokio::runtime::Runtime::new().unwrap().block_on(async {
-        let place = Place::path(folder.join("region")).cache(Cache::File(folder.join("cache")));
+        // A file on no path: whoever is killed leaves nothing mounted.
+        let place = Place::file().cache(Cache::File(folder.join("cache")));
         let migration = Migration::new().settings(settings).ledger(folder.join("ledger"));
-        let leecher = migration.leech(&Registry::standard(), &uri, vec![place]).await.unwrap();
-        let ready = leecher.ready().await.unwrap();
-        crash::reached(&format!("ready {} {}", ready.restarts, ready.pulled));
-        if !finishes {
-            std::future::pending::<()>().await;
+        let running = if then == "resume" {
+            migration.resume(&Registry::standard(), &uri, vec![place]).await.unwrap()
+        } else {
+            let leecher = migration.leech(&Registry::standard(), &uri, vec![place]).await.unwrap();
+            if then != "take" {
+                let ready = leecher.ready().await.unwrap();
+                crash::reached(&format!("ready {} {}", ready.restarts, ready.pulled));
+            }
+            if then == "wait" {
+                std::future::pending::<()>().await;
+            }
+            leecher.finalize().await.unwrap()
+        };
+        if then == "take" {
+            let file = running.regions()[0].file().unwrap().file().try_clone().unwrap();
+            let write = move || {
+                file.write_all_at(&WRITTEN.1, WRITTEN.0 * BLOCK).unwrap();
+                file.sync_all().unwrap();
+            };
+            tokio::task::spawn_blocking(write).await.unwrap();
+            crash::reached("written");
         }
-        let running = leecher.finalize().await.unwrap();
-        running.pulled().await.unwrap();
+        let report = running.pulled().await.unwrap();
         running.confirmed().unwrap();
-        running.regions()[0].path().unwrap().close().await.unwrap();
-        crash::reached("done");
+        running.regions()[0].file().unwrap().flush().await.unwrap();
+        crash::reached(&format!("done {}", report.pulled_after));
     });
 }
 
@@ -170,13 +203,14 @@ async fn until_ready(child: Process) -> (Process, u64, u64) {
     waiting.await.unwrap()
 }
 
-/// Waits until a leecher has everything.
-async fn until_done(mut child: Process) {
+/// Waits until a leecher has everything; how much of it came after it was asked for.
+async fn until_done(mut child: Process) -> u64 {
     let waiting = tokio::task::spawn_blocking(move || {
-        child.wait_for_line(LIMIT, "done");
+        let line = child.wait_for_line(LIMIT, "done ");
         assert!(child.wait(LIMIT).success());
+        line.rsplit("done ").next().unwrap().parse().unwrap()
     });
-    waiting.await.unwrap();
+    waiting.await.unwrap()
 }
 
 async fn kill(mut child: Process) {
@@ -215,14 +249,14 @@ fn a_process_that_is_killed_while_it_pulls_and_between_rounds_is_followed_by_one
         let (host, folder) = (Host::new(), tempfile::tempdir().unwrap());
         let seeding = host.seed(Migration::new()).await;
         host.region.allow(40 * 16);
-        let first = start(TEST, &seeding, folder.path(), "");
+        let first = start(TEST, &seeding, folder.path(), "wait");
         host.region.dry().await;
         kill(first).await;
         host.write(3, 7).await;
         host.write(900, 8).await;
 
         host.region.allow(Semaphore::MAX_PERMITS / 2);
-        let (second, restarts, pulled) = until_ready(start(TEST, &seeding, folder.path(), "")).await;
+        let (second, restarts, pulled) = until_ready(start(TEST, &seeding, folder.path(), "wait")).await;
         assert_eq!(restarts, 0);
         // What was under way when the first one was killed, and what was written.
         assert!(pulled <= SIZE - 36 * CHUNK + 2 * BLOCK, "{pulled} bytes");
@@ -266,7 +300,7 @@ fn killed_again_and_again_while_the_application_writes_nothing_is_lost() {
         });
         for _ in 0..8 {
             host.region.allow(usize::try_from(100 + random.below(300)).unwrap());
-            let child = start(TEST, &seeding, folder.path(), "");
+            let child = start(TEST, &seeding, folder.path(), "wait");
             host.region.dry().await;
             kill(child).await;
         }
@@ -281,6 +315,69 @@ fn killed_again_and_again_while_the_application_writes_nothing_is_lost() {
 }
 
 #[test]
+fn a_process_that_is_killed_while_it_asks_is_followed_by_one_that_has_the_region() {
+    if let Some(argument) = crash::role("leecher") {
+        return leech(&argument);
+    }
+    if !can_mount() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    const TEST: &str = "a_process_that_is_killed_while_it_asks_is_followed_by_one_that_has_the_region";
+    run(async {
+        let (host, folder) = (Host::new(), tempfile::tempdir().unwrap());
+        host.stops.forget_permits(1);
+        let seeding = host.seed(Migration::new()).await;
+        host.region.allow(Semaphore::MAX_PERMITS / 2);
+        let (first, ..) = until_ready(start(TEST, &seeding, folder.path(), "finish")).await;
+        let mut asked = host.asked.subscribe();
+        deadline(LIMIT, "the question", asked.wait_for(|asked| *asked == 1)).await.unwrap();
+        kill(first).await;
+        host.write(30, 7).await;
+        // The answer finds nobody, and is the same when it is asked for again.
+        host.stops.add_permits(1);
+        let mut progress = seeding.seeder().progress();
+        let handed_over = progress.wait_for(|progress| progress.phase == SeederPhase::HandedOver);
+        deadline(LIMIT, "the handover", handed_over).await.unwrap();
+        let pulled = until_done(start(TEST, &seeding, folder.path(), "resume")).await;
+        assert!((BLOCK..=CHUNK).contains(&pulled), "{pulled} bytes were missing still");
+        assert_eq!((seeding.seeder().progress().borrow().phase, *host.asked.borrow()), (SeederPhase::Gone, 1));
+        host.check(folder.path()).await;
+    });
+}
+
+#[test]
+fn a_process_that_is_killed_while_its_application_runs_is_followed_by_one_that_has_what_it_wrote() {
+    if let Some(argument) = crash::role("leecher") {
+        return leech(&argument);
+    }
+    if !can_mount() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    const TEST: &str = "a_process_that_is_killed_while_its_application_runs_is_followed_by_one_that_has_what_it_wrote";
+    run(async {
+        let (host, folder) = (Host::new(), tempfile::tempdir().unwrap());
+        let seeding = host.seed(Migration::new()).await;
+        host.region.allow(20 * 16);
+        let first = start(TEST, &seeding, folder.path(), "take");
+        let first = tokio::task::spawn_blocking(move || {
+            let mut first = first;
+            first.wait_for_line(LIMIT, "written");
+            first
+        });
+        let first = first.await.unwrap();
+        host.region.dry().await;
+        kill(first).await;
+        host.expect(WRITTEN.0, &WRITTEN.1);
+        assert!(!seeding.seeder().owns());
+        host.region.allow(Semaphore::MAX_PERMITS / 2);
+        let pulled = until_done(start(TEST, &seeding, folder.path(), "resume")).await;
+        assert!((SIZE - 22 * CHUNK..=SIZE - 16 * CHUNK).contains(&pulled), "{pulled} bytes were missing still");
+        assert_eq!(seeding.seeder().progress().borrow().phase, SeederPhase::Gone);
+        host.check(folder.path()).await;
+    });
+}
+
+#[test]
 fn for_a_process_that_never_comes_back_nothing_is_recorded_for_ever() {
     if let Some(argument) = crash::role("leecher") {
         return leech(&argument);
@@ -290,7 +387,7 @@ fn for_a_process_that_never_comes_back_nothing_is_recorded_for_ever() {
         let (host, folder) = (Host::new(), tempfile::tempdir().unwrap());
         let seeding = host.seed(Migration::new().lease(Duration::from_secs(2))).await;
         host.region.allow(Semaphore::MAX_PERMITS / 2);
-        let (child, ..) = until_ready(start(TEST, &seeding, folder.path(), "")).await;
+        let (child, ..) = until_ready(start(TEST, &seeding, folder.path(), "wait")).await;
         let mut progress = seeding.seeder().progress();
         assert_eq!(progress.borrow().phase, SeederPhase::Tracked);
         kill(child).await;
@@ -298,7 +395,7 @@ fn for_a_process_that_never_comes_back_nothing_is_recorded_for_ever() {
         deadline(LIMIT, "the end of recording", owner).await.unwrap();
         let standing = Migration::new().ledger(folder.path().join("ledger")).standing().unwrap();
         assert!(matches!(standing, Some(Standing::Pulling { .. })), "{standing:?}");
-        let (_child, restarts, pulled) = until_ready(start(TEST, &seeding, folder.path(), "")).await;
+        let (_child, restarts, pulled) = until_ready(start(TEST, &seeding, folder.path(), "wait")).await;
         assert!(restarts >= 1 && pulled >= SIZE, "{restarts} {pulled}");
     });
 }
