@@ -9,6 +9,10 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use r3map::{ChunkSize, Uri, size};
 
+mod migration;
+
+pub(crate) use migration::{Application, DemoMigrate, DemoOf, Finalize, Leech, Seed};
+
 /// Use any resource as if it were your own memory or file: read what you touch on demand, have the rest pulled in the
 /// background, and have your writes pushed back.
 #[derive(Parser, Debug)]
@@ -28,7 +32,10 @@ Examples:
   r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337 lend a file
   r3map mount grpc://host:1337 ./region                        use it elsewhere as ./region
   r3map mount grpc://host:1337 --as block                      use it elsewhere as a disk
-  r3map copy grpc://host:1337 file:./disk.img                  fetch all of it";
+  r3map copy grpc://host:1337 file:./disk.img                  fetch all of it
+  r3map seed file:/data/disk.img ./region --listen grpc://0.0.0.0:1337
+                                                               use it here, until it is moved
+  r3map leech grpc://host:1337 ./region                        move it here while it is used there";
 
 /// What the command does.
 #[derive(Subcommand, Debug)]
@@ -38,6 +45,8 @@ pub(crate) enum Command {
     Remove(Remove),
     Info(Info),
     Copy(Copy),
+    Seed(Seed),
+    Leech(Leech),
     Nbd(Nbd),
     Demo(Demo),
     Completions(Completions),
@@ -328,9 +337,13 @@ pub(crate) struct Copy {
 
 /// See it work: serve a file behind a simulated round trip, map it as memory and as a file, write, and check.
 ///
-/// Needs nothing installed and leaves nothing behind.
+/// Needs nothing installed and leaves nothing behind. `r3map demo migrate` shows a live migration.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Demo {
+    /// Something else to see.
+    #[command(subcommand)]
+    pub(crate) what: Option<DemoOf>,
     /// A file to use instead of a generated one of 256 MiB; a copy is served, the file itself is not changed.
     #[arg(long, value_hint = ValueHint::FilePath)]
     pub(crate) file: Option<PathBuf>,

@@ -6,6 +6,7 @@ mod args;
 mod copy;
 mod demo;
 mod info;
+mod migrate;
 mod mount;
 mod nbd;
 mod order;
@@ -74,6 +75,8 @@ async fn run(command: Command, output: Output) -> Result<()> {
         Command::Remove(args) => remove::run(args, output).await,
         Command::Info(args) => info::run(&registry, args, output).await,
         Command::Copy(args) => copy::run(&registry, args, output).await,
+        Command::Seed(args) => migrate::seed::run(&registry, args, output).await,
+        Command::Leech(args) => migrate::leech::run(&registry, args, output).await,
         Command::Nbd(args) => nbd::run(args, output).await,
         Command::Demo(args) => demo::run(args, output).await,
         Command::Completions(args) => {

@@ -44,6 +44,22 @@ impl Output {
         }
     }
 
+    /// As [`Self::note`], with `value` as the event.
+    pub(crate) fn tell(self, event: &str, human: &str, value: impl Serialize) {
+        if self.json {
+            print_json(event, &value);
+        } else {
+            let _ = writeln!(std::io::stderr(), "{event}: {human}");
+        }
+    }
+
+    /// A step of something whose bar shows it too: said only where there is no bar.
+    pub(crate) fn step(self, event: &str, human: &str, value: impl Serialize) {
+        if self.json || !std::io::stderr().is_terminal() {
+            self.tell(event, human, value);
+        }
+    }
+
     /// A bar over `size` bytes.
     pub(crate) fn bar(self, what: &'static str, size: u64) -> Bar {
         Bar::new(self, what, size)
@@ -121,6 +137,14 @@ impl Bar {
         let (what, of) = (self.what, r3map::size::format(self.size));
         let left = left.map_or_else(String::new, |left| format!(", {left:.0} s left"));
         let _ = writeln!(std::io::stderr(), "{what}: {percent} % of {of}, {rate}/s{left} {extra}");
+    }
+
+    /// Has `say` print something while the bar is out of the way.
+    pub(crate) fn aside(&self, say: impl FnOnce()) {
+        match &self.bar {
+            Some(bar) => bar.suspend(say),
+            None => say(),
+        }
     }
 
     /// It is over; the bar goes away.

@@ -1,4 +1,4 @@
-//! How long a leecher that copies may be silent: its signs of life, of which each read is one.
+//! How long a leecher that copies may be silent: its signs of life, of which each read is one. And how much it has read.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,11 +14,13 @@ pub(crate) struct Pulse {
     began: Instant,
     /// Nanoseconds after that.
     last: AtomicU64,
+    /// Bytes.
+    read: AtomicU64,
 }
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        Self { began: Instant::now(), last: AtomicU64::new(0) }
+        Self { began: Instant::now(), last: AtomicU64::new(0), read: AtomicU64::new(0) }
     }
 
     /// It is there.
@@ -30,6 +32,15 @@ impl Pulse {
     /// For how long it has been silent.
     pub(crate) fn silence(&self) -> Duration {
         self.began.elapsed().saturating_sub(Duration::from_nanos(self.last.load(Ordering::Relaxed)))
+    }
+
+    /// How many bytes it has read.
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, bytes: u64) {
+        self.read.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// It is there until this is dropped.
@@ -69,7 +80,9 @@ impl Backend for Heard {
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let _busy = self.pulse.busy();
-        self.inner.read_at(offset, buf).await
+        self.inner.read_at(offset, buf).await?;
+        self.pulse.count(buf.len() as u64);
+        Ok(())
     }
 
     async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
@@ -90,7 +103,9 @@ impl ReadPieces for Heard {
         visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
     ) -> Result<()> {
         let _busy = self.pulse.busy();
-        self.inner.capabilities().pieces.expect(DECLARED).read_pieces(offset, len, visit).await
+        self.inner.capabilities().pieces.expect(DECLARED).read_pieces(offset, len, visit).await?;
+        self.pulse.count(len);
+        Ok(())
     }
 }
 
@@ -98,7 +113,9 @@ impl ReadPieces for Heard {
 impl ReadMany for Heard {
     async fn read_many(&self, reads: &mut [ReadOp<'_>]) -> Result<()> {
         let _busy = self.pulse.busy();
-        self.inner.capabilities().read_many.expect(DECLARED).read_many(reads).await
+        self.inner.capabilities().read_many.expect(DECLARED).read_many(reads).await?;
+        self.pulse.count(reads.iter().map(|read| read.buf.len() as u64).sum());
+        Ok(())
     }
 }
 
@@ -132,5 +149,18 @@ mod tests {
         let pieces = heard.capabilities().pieces.expect("a store has pieces");
         pieces.read_pieces(0, 1, &mut |_, _| Ok(())).await.unwrap();
         assert_eq!(pulse.silence(), Duration::ZERO);
+    }
+    #[tokio::test]
+    async fn every_way_to_read_is_counted_and_failures_are_not() {
+        let pulse = Arc::new(Pulse::new());
+        let heard = Heard { inner: Arc::new(Store::new(10_000)), pulse: pulse.clone() };
+        heard.read_at(0, &mut [0; 100]).await.unwrap();
+        heard.read_at(9_999, &mut [0; 2]).await.unwrap_err();
+        let able = heard.capabilities();
+        able.pieces.expect("a store has pieces").read_pieces(5, 1_000, &mut |_, _| Ok(())).await.unwrap();
+        let (mut one, mut two) = ([0; 10], [0; 20]);
+        let mut reads = [ReadOp { offset: 0, buf: &mut one }, ReadOp { offset: 50, buf: &mut two }];
+        able.read_many.expect("a store reads many").read_many(&mut reads).await.unwrap();
+        assert_eq!(pulse.read_bytes(), 1_130);
     }
 }

@@ -188,6 +188,12 @@ impl Seeder {
         Arc::new(Heard { inner: self.shared.sources[index].backend(), pulse: self.shared.pulse.clone() })
     }
 
+    /// How many bytes leechers have read so far, of all regions together.
+    #[must_use]
+    pub fn served(&self) -> u64 {
+        self.shared.pulse.read_bytes()
+    }
+
     /// How many regions there are.
     #[must_use]
     pub fn regions(&self) -> usize {
@@ -328,6 +334,7 @@ impl Shared {
             }
             work.seat.tracked(id, leased);
             work.forget();
+            self.progress.send_modify(|progress| (progress.rounds, progress.dirty_bytes) = (0, 0));
             self.pulse.beat();
             work.watch = leased.then(|| self.watch(id));
             self.publish(&work);

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use moving::{BLOCK, Front, Replay, Stamps, anywhere, blocking, move_again_and_again, settings};
-use r3map::migration::{Migration, Place, Unsettled};
+use r3map::migration::{FileLedger, Ledger, Migration, MigrationId, Place, Standing, Unsettled};
 use r3map::{Backend, Cache, ErrorKind, Mount, Registry, Uri};
 use r3map_testkit::fill;
 use r3map_testkit::store::Store;
@@ -149,13 +149,39 @@ async fn a_place_that_cannot_be_shown_gives_the_region_back() {
     let regions = vec![("memory".into(), mount.source())];
     let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
     let uri: Uri = seeding.uris()[0].parse().unwrap();
-    let nowhere = Place::path(folder.path().join("no/such/folder/region"));
+    let place = |name: &str| vec![Place::path(folder.path().join(name))];
+    let wrong = Migration::new().leech(&Registry::standard(), &uri, place("no/such/folder/region")).await.unwrap_err();
+    assert_eq!(wrong.kind(), ErrorKind::NotFound, "it is known before anything is copied: {wrong}");
     let leecher =
-        Migration::new().settings(settings()).leech(&Registry::standard(), &uri, vec![nowhere]).await.unwrap();
+        Migration::new().settings(settings()).leech(&Registry::standard(), &uri, place("region")).await.unwrap();
     leecher.ready().await.unwrap();
+    std::fs::write(folder.path().join("region"), "somebody else was faster").unwrap();
     let left = leecher.finalize().await.unwrap_err();
     assert!(matches!(left.then, Unsettled::Returned), "{left}");
     assert!(seeding.seeder().owns());
     mount.as_mut_slice().unwrap()[0] = 1;
     assert_eq!(mount.as_slice()[0], 1, "it can be written as before");
+}
+
+#[tokio::test]
+async fn what_a_ledger_speaks_of_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let ledger = FileLedger::new(folder.path().join("ledger"));
+    let nobody: Uri = "grpc://127.0.0.1:1".parse().unwrap();
+    let id = MigrationId([1; 16]);
+    let leech = async || {
+        let migration = Migration::new().ledger(folder.path().join("ledger"));
+        migration.leech(&Registry::standard(), &nobody, vec![Place::slice()]).await.unwrap_err().kind()
+    };
+    for standing in [
+        Standing::Owner { epoch: 1 },
+        Standing::HandedOver { id, epoch: 2, dirty: Vec::new() },
+        Standing::Asking { id, rounds: 1 },
+        Standing::Arrived { id, epoch: 2 },
+    ] {
+        ledger.save(&standing).unwrap();
+        assert_eq!(leech().await, ErrorKind::Conflict, "{standing:?}");
+    }
+    ledger.save(&Standing::Gone { id, epoch: 2 }).unwrap();
+    assert_ne!(leech().await, ErrorKind::Conflict, "what has gone is nobody's loss");
 }

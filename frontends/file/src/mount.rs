@@ -65,6 +65,20 @@ impl FileMount {
         off_runtime(move || Mounted::mount(backend, &path, &settings, runtime).map(Self::from)).await
     }
 
+    /// Whether something can be shown on `path` now, as far as that can be known without mounting. Nothing is left of
+    /// it, except that a mount which a killed process left behind there is removed.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`] that are about the settings and the path.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub async fn check(path: impl AsRef<Path>, settings: FileSettings) -> Result<()> {
+        settings.validate()?;
+        let path = path.as_ref().to_owned();
+        off_runtime(move || Place::reserve(&path, &settings.show).map(|place| place.made().remove())).await
+    }
+
     /// The path of the file, with symbolic links resolved.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -4,6 +4,7 @@
 //! and as a file, directly and managed, writes through both, and compares the source with what it should be.
 
 mod measure;
+mod migrate;
 mod scene;
 
 use anyhow::{Result, bail};
@@ -20,8 +21,15 @@ use scene::Scene;
 pub(crate) async fn run(args: args::Demo, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
     tokio::select! {
-        done = play(args, output) => done,
+        done = show(args, output) => done,
         () = signals.next() => bail!("stopped; nothing is left behind"),
+    }
+}
+
+async fn show(args: args::Demo, output: Output) -> Result<()> {
+    match args.what {
+        Some(args::DemoOf::Migrate(args)) => migrate::run(args, output).await,
+        None => play(args, output).await,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::support::{MIB, SOON, Scene, make_file};
+use crate::support::{MIB, SOON, Scene, Served, make_file};
 
 /// The root of the sources.
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
@@ -43,13 +43,25 @@ fn blocks(document: &Path) -> Vec<Line> {
                 continued = format!("{more} ");
                 continue;
             }
-            let words: Vec<_> = std::mem::take(&mut continued).split_whitespace().map(str::to_owned).collect();
+            let words = words(&std::mem::take(&mut continued));
             if !words.is_empty() && !words[0].starts_with('#') {
                 found.push(Line { document: document.to_owned(), words });
             }
         }
     }
     found
+}
+
+/// The words of a line as a shell has them: what is in single quotes is one.
+fn words(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    for (number, part) in line.split('\'').enumerate() {
+        match number % 2 {
+            0 => words.extend(part.split_whitespace().map(str::to_owned)),
+            _ => words.push(part.to_owned()),
+        }
+    }
+    words
 }
 
 /// The arguments of `r3map`, whichever way it is started.
@@ -73,8 +85,13 @@ fn every_line_of_the_documents_is_understood() {
         let lines: Vec<_> = lines().into_iter().filter_map(|line| Some((arguments(&line)?, line))).collect();
         assert!(lines.iter().filter(|(_, line)| line.document.ends_with("README.md")).count() >= 5, "{lines:?}");
         for (number, (arguments, line)) in lines.iter().enumerate() {
-            let arguments: Vec<_> = arguments.iter().map(|word| stage(scene, number, word, &server.uri)).collect();
+            let seeder = arguments.contains(&"leech".to_owned()).then(|| seeder(scene, arguments));
+            let uri = seeder.as_ref().map_or(&server.uri, |seeder| &seeder.uri);
+            let arguments: Vec<_> = arguments.iter().map(|word| stage(scene, number, word, uri)).collect();
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+            if let ["seed", "--cache", cache, ..] = arguments[..] {
+                fill(scene, cache);
+            }
             scene.step(format!("{line:?}"));
             let mut program = scene.r3map(&arguments);
             match arguments.iter().find(|word| !word.starts_with('-')).copied() {
@@ -85,7 +102,14 @@ fn every_line_of_the_documents_is_understood() {
                         "{line:?}: {outcome:?}"
                     );
                 }
-                Some("serve" | "mount") => {
+                Some("leech") => {
+                    if arguments.contains(&"manual") {
+                        program.wait_for_line(SOON, "Enter");
+                        program.send("\n");
+                    }
+                    program.wait_for_line(SOON, "pulled");
+                }
+                Some("serve" | "mount" | "seed") => {
                     program.wait_for_line(SOON, "ready");
                     program.terminate();
                     let outcome = program.end(SOON);
@@ -100,6 +124,26 @@ fn every_line_of_the_documents_is_understood() {
             }
         }
     });
+}
+
+/// Something to leech: as many regions as that takes.
+fn seeder(scene: &Scene, leech: &[String]) -> Served {
+    let also = ["--also".to_owned(), "memory:?size=1MiB".to_owned(), scene.name("seeded-too")];
+    let more = if leech.contains(&also[0]) { &also.each_ref().map(String::as_str)[..] } else { &[] };
+    let seeded = scene.name("seeded");
+    let all = [&["--json", "seed", "memory:?size=1MiB", &seeded, "--listen", "grpc://127.0.0.1:0"], more].concat();
+    let mut program = scene.r3map(&all);
+    let ready = program.wait_for_event(SOON, "ready");
+    Served { uri: ready["uri"].as_str().expect("it tells its address").to_owned(), program }
+}
+
+/// Has a leech leave a cache file.
+fn fill(scene: &Scene, cache: &str) {
+    let seeder = seeder(scene, &[]);
+    let mut leech = scene.r3map(&["leech", &seeder.uri, &scene.name("filled"), "--cache", cache]);
+    leech.wait_for_line(SOON, "pulled");
+    leech.terminate();
+    leech.end_well(SOON);
 }
 
 /// Whether it is about a device of a kind that this kernel does not have.
@@ -128,6 +172,7 @@ fn stage(scene: &Scene, number: usize, word: &str, server: &str) -> String {
         "./disks" => scene.name(&format!("disks{number}")),
         _ if word.starts_with("/var/cache/") => scene.name(&format!("cache{number}")),
         _ if word.starts_with("directory:/") => format!("directory:{}", scene.name(&format!("chunks{number}"))),
+        _ if word.starts_with("systemctl ") => "true".to_owned(),
         _ if word.starts_with("/usr/") || word.starts_with("./man") => scene.name("."),
         _ => word.to_owned(),
     }

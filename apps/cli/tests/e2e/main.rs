@@ -14,6 +14,7 @@ mod entries;
 mod exercisers;
 mod file_systems;
 mod lifecycle;
+mod migrate;
 mod nbd;
 mod never_zeros;
 mod options;

@@ -16,12 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
-use r3map_migrate::protocol::{Description, MigrationId};
+use r3map_migrate::protocol::Description;
 use r3map_migrate::{LeecherParts, SeederParts};
 use r3map_pipeline::Priority;
 
 use crate::{Listener, Registry, Uri};
 
+pub use r3map_migrate::protocol::MigrationId;
 pub use r3map_migrate::{
     Downtime, FinalizeError, Guarded, Hooks, Ledger, Leecher, LeecherSettings, Owed, Peer, Precopy, PullPhase,
     PullProgress, Pulling, Report, Running, Secret, Seeder, SeederPhase, SeederProgress, Source, Standing, Unconverged,
@@ -30,7 +31,7 @@ pub use r3map_migrate::{
 
 pub use carry::{Carry, LeechOptions, SeedOptions};
 pub use ledger::FileLedger;
-pub use place::{Arrived, Landing, Place, open_cache};
+pub use place::{Arrived, CacheFacts, Landing, Place, describe_cache, open_cache};
 #[cfg(feature = "block")]
 pub(crate) use sources::BlockSource;
 pub(crate) use sources::{FileSource, SliceSource, Syncing};
@@ -201,11 +202,21 @@ impl Migration {
     ///
     /// # Errors
     /// As [`Leecher::start`] and [`Leecher::go_on`]; `Conflict` where the ledger says that the regions were asked for:
-    /// [`Self::resume`] goes on with that.
+    /// [`Self::resume`] goes on with that. Likewise where it says that they are here, or that somebody may still need
+    /// what is here: their bytes would be lost.
     pub async fn leech(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Pulling<Landing>>> {
         let standing = self.standing()?;
-        if let Some(Standing::Asking { .. } | Standing::Arrived { .. }) = standing {
-            let message = "a migration to here was under way: resume it, or remove its ledger";
+        let refused = match standing {
+            None | Some(Standing::Gone { .. } | Standing::Pulling { .. }) => None,
+            Some(Standing::Asking { .. } | Standing::Arrived { .. }) => {
+                Some("a migration to here was under way: resume it, or remove its ledger")
+            }
+            Some(Standing::Owner { .. }) => Some("the regions are here already, as the ledger says: seed them"),
+            Some(Standing::HandedOver { .. }) => Some(
+                "the regions were handed over from here, and may be missed there still: seed them until they have gone",
+            ),
+        };
+        if let Some(message) = refused {
             return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
         }
         let peer = self.connect(registry, uri).await?;
@@ -213,7 +224,7 @@ impl Migration {
         crate::engine::run(async move {
             let before = standing.filter(|standing| matches!(standing, Standing::Pulling { .. }));
             let keep = before.is_some();
-            let landings = async move |description: &Description| place::prepare(places, description, keep);
+            let landings = async move |description: &Description| place::prepare(places, description, keep).await;
             match before {
                 Some(standing) => Leecher::go_on(peer, &standing, landings, settings, parts).await,
                 None => Leecher::start(peer, id, landings, settings, parts).await,
@@ -233,7 +244,7 @@ impl Migration {
         let peer = self.connect(registry, uri).await?;
         let (parts, settings) = (self.leecher_parts(), self.settings.clone());
         crate::engine::run(async move {
-            let landings = async move |description: &Description| place::prepare(places, description, true);
+            let landings = async move |description: &Description| place::prepare(places, description, true).await;
             Leecher::<Pulling<Landing>>::resume(peer, &standing, landings, settings, parts).await
         })
         .await

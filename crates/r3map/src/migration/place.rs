@@ -103,7 +103,13 @@ enum Front {
 }
 
 /// Makes the places for what a seeder describes. `keep` what survived in cache files; otherwise it is dropped.
-pub(super) fn prepare(places: Vec<Place>, description: &Description, keep: bool) -> Result<Vec<Landing>> {
+pub(super) async fn prepare(places: Vec<Place>, description: &Description, keep: bool) -> Result<Vec<Landing>> {
+    for place in &places {
+        // It would be a pity to find out when everything has been copied and the application has stopped.
+        if let Show::Path(path) = &place.show {
+            PathMount::check(path, &place.settings, true).await?;
+        }
+    }
     if places.len() != description.regions.len() {
         let message =
             format!("{} regions are seeded, and there are {} places", description.regions.len(), places.len());
@@ -113,9 +119,12 @@ pub(super) fn prepare(places: Vec<Place>, description: &Description, keep: bool)
     pairs.map(|(place, facts)| Landing::new(place, &facts.name, facts.geometry()?, keep)).collect()
 }
 
-/// What a cache file that a migration has filled says of itself.
+/// How a cache file that a migration fills begins to say whose bytes it holds.
+const MIGRATED: &str = "migrated ";
+
+/// Whose bytes a cache file that a migration fills holds.
 fn cache_identity(name: &str) -> String {
-    format!("migrated {name}")
+    format!("{MIGRATED}{name}")
 }
 
 impl Landing {
@@ -161,13 +170,38 @@ fn take_cache(path: &Path, name: &str, geometry: Geometry, keep: bool) -> Result
     CacheFile::open(path, &identity, geometry)
 }
 
-/// Opens a cache file that a migration has filled, as a region of its own, and says what stays the same of it.
+/// What a cache file that a migration has filled holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheFacts {
+    /// What the seeder called the region.
+    pub name: String,
+    /// What stays the same for as long as its bytes live in this file, for [`Migration::identity`](super::Migration::identity).
+    pub identity: String,
+}
+
+/// Says what a cache file holds that a migration has filled, also while it is in use.
 ///
 /// # Errors
-/// As [`CacheFile::open`]; `Conflict` if something is missing.
-pub async fn open_cache(path: impl AsRef<Path>) -> Result<(Arc<dyn Backend>, String)> {
+/// As [`CacheFile::describe`]; `InvalidInput` if it is the cache of a mount.
+pub fn describe_cache(path: impl AsRef<Path>) -> Result<CacheFacts> {
+    let path = path.as_ref();
+    let (whose, _) = CacheFile::describe(path)?;
+    let Some(name) = whose.strip_prefix(MIGRATED) else {
+        let message = format!("{} is the cache of a mount, and holds no region of its own", path.display());
+        return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+    };
+    let place = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    Ok(CacheFacts { name: name.to_owned(), identity: format!("{whose} in {}", place.display()) })
+}
+
+/// Opens a cache file that a migration has filled, as a region of its own.
+///
+/// # Errors
+/// As [`describe_cache`] and [`CacheFile::open`]; `Conflict` if something is missing.
+pub async fn open_cache(path: impl AsRef<Path>) -> Result<(Arc<dyn Backend>, CacheFacts)> {
     let path = path.as_ref().to_owned();
     crate::engine::run(async move {
+        let facts = describe_cache(&path)?;
         let (identity, geometry) = CacheFile::describe(&path)?;
         let file = Arc::new(CacheFile::open(&path, &identity, geometry)?);
         let settings = CachedSettings {
@@ -182,8 +216,7 @@ pub async fn open_cache(path: impl AsRef<Path>) -> Result<(Arc<dyn Backend>, Str
             let message = format!("{} does not hold all of its region: go on with the leech", path.display());
             return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
         }
-        let place = path.canonicalize().unwrap_or(path);
-        Ok((cached as Arc<dyn Backend>, format!("{identity} in {}", place.display())))
+        Ok((cached as Arc<dyn Backend>, facts))
     })
     .await
 }

@@ -89,6 +89,12 @@ impl PathMount {
         }
     }
 
+    /// Whether [`Self::show`] would find the path usable. Runs on the engine.
+    #[cfg(feature = "slice")]
+    pub(crate) async fn check(path: &Path, settings: &Settings, managed: bool) -> Result<()> {
+        Fuse::check(path, file_settings(settings, managed)).await
+    }
+
     /// The region as one that can leave for another host; see [`crate::migration`].
     ///
     /// # Errors

@@ -7,6 +7,7 @@ mod lent;
 mod loops;
 mod program;
 mod scene;
+mod stamps;
 
 pub(crate) use bitflip::Bitflip;
 pub(crate) use expected::{Expected, PIECE, make_file};
@@ -14,6 +15,7 @@ pub(crate) use lent::{Lent, block_on, open};
 pub(crate) use loops::{FileSystem, LoopDevice};
 pub(crate) use program::{Mounted, Outcome, Program, Served, event, is_mounted};
 pub(crate) use scene::Scene;
+pub(crate) use stamps::Stamps;
 
 use std::time::Duration;
 

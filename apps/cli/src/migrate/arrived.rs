@@ -1,0 +1,232 @@
+//! After the regions have changed hands: what is missing is fetched, then they are shown until somebody says stop, or
+//! until the next host takes them over.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow, bail};
+use futures_util::future::select_all;
+use r3map::migration::{Arrived, Leecher, Migration, Report, Running};
+use r3map::{PathMount, Registry, size};
+use serde_json::{Value, json};
+
+use super::host::{self, Ended, Host};
+use super::{GIVE_UP_LIMIT, TICK, rounds};
+use crate::args;
+use crate::output::{Bar, Output};
+use crate::signals::Signals;
+
+/// Says that the application may run here.
+pub(super) fn tell_running(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], output: Output) {
+    let report = running.report();
+    let human = format!("downtime {}", report.downtime);
+    tell(running, paths, &human, json!({ "downtime": downtime(&report) }), output);
+}
+
+/// Says that it may run again: how long it did not, nobody knows.
+pub(super) fn tell_resumed(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], output: Output) {
+    tell(running, paths, "going on with what is missing", json!({ "resumed": true }), output);
+}
+
+fn tell(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], how: &str, mut value: Value, output: Output) {
+    if let Err(error) = running.resumed() {
+        output.note("warning", &format!("the region is here, but the application was not started: {error}"));
+    }
+    let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    let size = running.report().size;
+    let names: Vec<_> = running.regions().iter().map(|region| region.name()).collect();
+    value["regions"] = json!(names);
+    value["paths"] = json!(paths);
+    value["size"] = json!(size);
+    value["epoch"] = json!(running.epoch());
+    let human = format!("running: {} ({}) at {}; {how}", names.join(", "), size::format(size), paths.join(", "));
+    output.event("running", &human, value);
+}
+
+fn downtime(report: &Report) -> Value {
+    let downtime = report.downtime;
+    json!({
+        "total_seconds": downtime.total().as_secs_f64(),
+        "suspend_seconds": downtime.suspend.as_secs_f64(),
+        "flush_seconds": downtime.flush.as_secs_f64(),
+        "round_trip_seconds": downtime.round_trip.as_secs_f64(),
+        "resume_seconds": downtime.resume.as_secs_f64(),
+    })
+}
+
+fn tell_report(report: &Report, output: Output) {
+    let [size, before, after, dirty] =
+        [report.size, report.pulled_before, report.pulled_after, report.dirty].map(size::format);
+    let human = format!(
+        "pulled: all {size} are here after {:.1?}: {before} before the move in {}, {after} after it ({dirty} were \
+         written last)",
+        report.total,
+        rounds(report.rounds),
+    );
+    let value = json!({
+        "size": report.size,
+        "rounds": report.rounds,
+        "pulled_before": report.pulled_before,
+        "pulled_after": report.pulled_after,
+        "dirty_bytes": report.dirty,
+        "total_seconds": report.total.as_secs_f64(),
+        "downtime": downtime(report),
+    });
+    output.event("pulled", &human, value);
+}
+
+/// Regions that have arrived.
+pub(super) struct Site {
+    pub(super) running: Leecher<Running<Arrived>>,
+    pub(super) args: args::Leech,
+    /// Nothing where they are in memory.
+    pub(super) caches: Vec<PathBuf>,
+    /// How they are seeded on.
+    pub(super) next: Migration,
+    pub(super) output: Output,
+}
+
+impl Site {
+    /// Shows them until it is over.
+    pub(super) async fn stay(self, registry: &Registry, signals: &mut Signals) -> Result<()> {
+        let stop = self.rest(signals).await?;
+        if stop || self.args.then_seed.is_empty() {
+            return self.keep(stop, signals).await;
+        }
+        self.seed_on(registry, signals).await
+    }
+
+    /// Waits until nothing is missing. Whether somebody has said stop meanwhile.
+    async fn rest(&self, signals: &mut Signals) -> Result<bool> {
+        let mut pulled = std::pin::pin!(self.running.pulled());
+        let bar = self.output.bar("pulling", self.running.report().size);
+        let (mut stop, mut silent) = (false, false);
+        let report = loop {
+            tokio::select! {
+                report = &mut pulled => break report?,
+                () = tokio::time::sleep(TICK) => self.draw(&bar, &mut silent),
+                () = unmounted(self.running.regions()), if !stop => {
+                    stop = true;
+                    bar.aside(|| self.output.note("unmounted", "somebody else unmounted it; fetching what is missing"));
+                }
+                () = signals.next() => {
+                    if std::mem::replace(&mut stop, true) {
+                        bar.finish();
+                        return Err(self.give_up().await);
+                    }
+                    let human = "the region is here, and something is missing still, which is fetched first; Ctrl-C again gives up";
+                    bar.aside(|| self.output.note("stopping", human));
+                }
+            }
+        };
+        bar.finish();
+        tell_report(&report, self.output);
+        if let Err(error) = self.running.confirmed() {
+            let human = format!(
+                "everything is here, but the seeder does not know; it is told when it answers, or can be stopped by hand: \
+                 {error}"
+            );
+            self.output.note("warning", &human);
+        }
+        Ok(stop)
+    }
+
+    fn draw(&self, bar: &Bar, silent: &mut bool) {
+        let regions = self.running.regions().iter().map(|region| region.region());
+        let outage =
+            regions.clone().find_map(|region| region.outage().borrow().as_ref().map(|outage| outage.error.clone()));
+        match &outage {
+            Some(error) if !*silent => {
+                let human =
+                    format!("the seeder does not answer; what is missing waits for it, and it is tried again: {error}");
+                bar.aside(|| self.output.note("waiting", &human));
+            }
+            None if *silent => bar.aside(|| self.output.note("resumed", "the seeder answers again")),
+            _ => {}
+        }
+        *silent = outage.is_some();
+        let here = |region: &r3map::Region| region.progress().map_or(0, |progress| progress.borrow().valid_bytes);
+        bar.set(regions.map(here).sum(), "");
+    }
+
+    async fn give_up(&self) -> anyhow::Error {
+        abandon(self.running.regions()).await;
+        match self.caches.is_empty() {
+            true => anyhow!(
+                "gave up; the region was in memory only, and what was written here is lost: the seeder has it as it was when \
+                 it left, and `r3map seed --take-back` shows it again"
+            ),
+            false => anyhow!("gave up while something was missing here: run the same command again to go on"),
+        }
+    }
+
+    /// Shows them until somebody says stop.
+    async fn keep(&self, mut stop: bool, signals: &mut Signals) -> Result<()> {
+        if !stop {
+            tokio::select! {
+                () = unmounted(self.running.regions()) => {
+                    self.output.note("unmounted", "somebody else unmounted it; storing what is left");
+                }
+                () = signals.next() => stop = true,
+            }
+        }
+        if self.caches.is_empty() {
+            if stop {
+                self.output.note("stopping", "the region is in this process's memory only: Ctrl-C again loses it");
+                tokio::select! {
+                    () = signals.next() => {}
+                    () = unmounted(self.running.regions()) => {}
+                }
+            }
+            abandon(self.running.regions()).await;
+            bail!("stopped; the region was in memory only, and is lost");
+        }
+        self.output.note("stopping", "storing what is left; Ctrl-C again gives up");
+        for mount in mounts(self.running.regions()) {
+            tokio::select! {
+                closed = host::close(mount, self.output) => closed?,
+                () = signals.next() => {
+                    abandon(self.running.regions()).await;
+                    bail!("gave up before everything was stored");
+                }
+            }
+        }
+        let human = "stopped: everything is stored; `r3map seed --cache` goes on with it";
+        self.output.event("stopped", human, json!({}));
+        Ok(())
+    }
+
+    /// Offers them to the next host.
+    async fn seed_on(self, registry: &Registry, signals: &mut Signals) -> Result<()> {
+        let Self { running, args, caches, next, output } = self;
+        let (regions, seeding) = next.release(registry, &args.then_seed, running).await?;
+        for uri in seeding.uris() {
+            output.event("seeding", &format!("seeding: to be taken over at {uri}"), json!({ "uri": uri }));
+        }
+        let mounts = mounts(&regions).collect();
+        let host = Host { seeder: seeding.seeder().clone(), mounts, volatile: caches.is_empty(), output };
+        let ended = host.until_gone(signals).await?;
+        host::close_listeners(seeding, ended, output).await?;
+        debug_assert_ne!(ended, Ended::Returned, "they are shown");
+        Ok(())
+    }
+}
+
+fn mounts(regions: &[Arc<Arrived>]) -> impl Iterator<Item = &PathMount> {
+    regions.iter().filter_map(|region| region.path())
+}
+
+/// Returns when somebody else has unmounted one of the files.
+async fn unmounted(regions: &[Arc<Arrived>]) {
+    let mut waiting = mounts(regions).map(|mount| Box::pin(mount.unmounted())).peekable();
+    match waiting.peek() {
+        Some(_) => drop(select_all(waiting).await),
+        None => std::future::pending().await,
+    }
+}
+
+async fn abandon(regions: &[Arc<Arrived>]) {
+    for mount in mounts(regions) {
+        let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;
+    }
+}
