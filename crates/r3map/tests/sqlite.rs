@@ -40,6 +40,9 @@ fn a_database_moves_between_hosts_and_every_acknowledged_transaction_is_there() 
     if !Path::new("/dev/fuse").exists() {
         return skip("there is no /dev/fuse");
     }
+    if let Some(absent) = ["ip", "sqlite3"].iter().find(|program| Command::new(program).arg("-V").output().is_err()) {
+        return skip(&format!("{absent} is not installed"));
+    }
     let (hosts, folder) = (Hosts::new(), tempfile::tempdir().unwrap());
     let image = make_database(folder.path());
     let mut here = hosts.stay(0, &format!("file:{}", image.display()), folder.path());

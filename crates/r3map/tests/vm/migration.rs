@@ -88,22 +88,31 @@ impl Drop for Disk {
 
 const FILES: usize = 20;
 
+/// What a file has.
+#[derive(Clone)]
+struct Written {
+    len: usize,
+    version: u64,
+    durable: bool,
+}
+
 /// Writes files anew, some of them durably.
 struct Writer {
     disk: Disk,
-    /// The length and the version of each file.
-    written: Vec<Option<(usize, u64)>>,
+    /// Whether the file system is frozen when it is suspended.
+    freeze: bool,
+    written: Vec<Option<Written>>,
     version: u64,
     random: Random,
 }
 
 impl Writer {
-    fn new(disk: Disk, seed: u64) -> Self {
-        Self { disk, written: vec![None; FILES], version: 0, random: Random::new(seed) }
+    fn new(disk: Disk, freeze: bool, seed: u64) -> Self {
+        Self { disk, freeze, written: vec![None; FILES], version: 0, random: Random::new(seed) }
     }
 
     fn check_file(&self, file: usize) {
-        let Some((len, version)) = self.written[file] else { return };
+        let Some(Written { len, version, .. }) = self.written[file] else { return };
         let found = std::fs::read(self.disk.path(file)).unwrap();
         assert_eq!(found.len(), len, "file {file}");
         fill::check(&found, 0, version).unwrap();
@@ -119,15 +128,22 @@ impl Application for Writer {
         self.check_file(file);
         self.version += 1;
         std::fs::write(self.disk.path(file), fill::bytes(0, len, self.version)).unwrap();
-        if self.random.chance(0.25) {
+        let durable = self.random.chance(0.25);
+        if durable {
             std::fs::File::open(self.disk.path(file)).unwrap().sync_all().unwrap();
         }
-        self.written[file] = Some((len, self.version));
+        self.written[file] = Some(Written { len, version: self.version, durable });
     }
 
-    /// What the file system holds goes to the device.
+    /// What the file system holds goes to the device, or what was not made durable may be lost.
     fn suspend(&mut self) {
-        run("fsfreeze", &["--freeze", name(self.disk.0.path())]);
+        match self.freeze {
+            true => run("fsfreeze", &["--freeze", name(self.disk.0.path())]),
+            false => {
+                let is_durable = |written: &Written| written.durable;
+                self.written.iter_mut().for_each(|file| *file = file.take().filter(is_durable));
+            }
+        }
     }
 
     fn resume(&mut self, here: &Arrived) -> Disk {
@@ -139,7 +155,7 @@ impl Application for Writer {
     }
 }
 
-async fn with_a_file_system(kind: Kind) {
+async fn with_a_file_system(kind: Kind, freeze: bool) {
     if !in_vm() {
         return;
     }
@@ -147,7 +163,7 @@ async fn with_a_file_system(kind: Kind) {
     let (device, seed) = (mount.path().to_owned(), replay.0);
     let writer = blocking(move || {
         run("mkfs.ext4", &["-q", "-F", name(&device)]);
-        Writer::new(Disk::mount(&device), seed)
+        Writer::new(Disk::mount(&device), freeze, seed)
     });
     let place = |_, _: &mut Random| Place::block(Some(kind));
     let moved = move_again_and_again(writer.await, mount.source().unwrap(), &replay, 4, place).await;
@@ -164,12 +180,17 @@ async fn with_a_file_system(kind: Kind) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_system_on_ublk_is_moved_while_it_is_written() {
-    with_a_file_system(Kind::Ublk).await;
+    with_a_file_system(Kind::Ublk, true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_system_on_nbd_is_moved_while_it_is_written() {
-    with_a_file_system(Kind::Nbd).await;
+    with_a_file_system(Kind::Nbd, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_system_that_is_not_frozen_has_what_was_durable() {
+    with_a_file_system(Kind::Ublk, false).await;
 }
 
 /// A partition table with one partition, in the form of the DOS.
