@@ -39,8 +39,9 @@ pub trait Source: Send + Sync + 'static {
     /// When something may not have been handed over.
     async fn flush(&self) -> Result<()>;
 
-    /// Ends writing: every write of the application fails from now on, those under way have ended when this returns, and
-    /// the next [`Self::take`] is the last and complete.
+    /// Ends writing, after the application has said that it writes no more: the next [`Self::take`] is the last and
+    /// complete, and what is written all the same fails. Where that takes long (memory, as much as there is), it may take
+    /// effect a little after this has returned; what is written in between is found out, and reported as an error.
     ///
     /// # Errors
     /// When writing cannot be ended; it goes on then.

@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::general as raw;
@@ -22,6 +22,9 @@ use crate::{Event, PAGE_SIZE};
 /// How many faults one read takes from the kernel.
 const BATCH: usize = 64;
 const MESSAGE: usize = size_of::<raw::uffd_msg>();
+/// How many bytes have their protection changed at a time. It takes some 20 ms for a GiB, and meanwhile nobody in the
+/// process can map memory, and the kernel reads nothing of it for [`Pager::read`].
+const PROTECT_STEP: usize = 8 << 20;
 
 /// An access to a missing page, which waits until it is filled or poisoned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +70,8 @@ pub struct Pager {
     /// poisoned or healed.
     poisoned: RwLock<BTreeMap<u64, Instant>>,
     shared: AtomicBool,
+    /// All access has ended. Held while the protection of some of the memory is changed.
+    sealed: Mutex<bool>,
 }
 
 impl Pager {
@@ -81,8 +86,8 @@ impl Pager {
         unsafe { userfault::register(&uffd, span.address(), span.len(), protection) }?;
         // Only now: whoever touches a page from here on is waited for.
         span.allow(protection)?;
-        let (poisoned, shared) = (RwLock::default(), AtomicBool::new(false));
-        Ok(Self { span, uffd, pagemap: Pagemap::open()?, len, protection, scope, poisoned, shared })
+        let (poisoned, shared, sealed) = (RwLock::default(), AtomicBool::new(false), Mutex::default());
+        Ok(Self { span, uffd, pagemap: Pagemap::open()?, len, protection, scope, poisoned, shared, sealed })
     }
 
     /// The length in bytes, as it was asked for.
@@ -323,12 +328,16 @@ impl Pager {
     }
 
     /// Makes every later store of the application a segmentation fault, and returns when none is under way that was not
-    /// one: what is found to be written from now on was written before. Loads, filling and reading go on.
+    /// one: what is found to be written from now on was written before. Loads, filling and reading go on. Takes some 40 ms
+    /// for each GiB that is filled, half of which leaves the process's memory to others.
     ///
     /// # Errors
     /// When the kernel refuses; stores are allowed as before then.
     pub fn freeze(&self) -> io::Result<()> {
-        self.span.allow(Protection::ReadOnly)
+        self.allow(Protection::ReadOnly, std::thread::sleep).inspect_err(|_| {
+            // What is split up already can be joined again whatever the kernel's limits are.
+            let _ = self.thaw();
+        })
     }
 
     /// Allows again what the application may do.
@@ -336,7 +345,22 @@ impl Pager {
     /// # Errors
     /// When the kernel refuses.
     pub fn thaw(&self) -> io::Result<()> {
-        self.span.allow(self.protection)
+        self.allow(self.protection, |_| {})
+    }
+
+    /// Changes the protection step by step, unless all access has ended; `rest` is told how long each step took.
+    fn allow(&self, protection: Protection, rest: impl Fn(Duration)) -> io::Result<()> {
+        for start in (0..self.span.len()).step_by(PROTECT_STEP) {
+            let sealed = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+            if *sealed {
+                return Ok(());
+            }
+            let began = Instant::now();
+            self.span.allow_in(start, (self.span.len() - start).min(PROTECT_STEP as u64), protection)?;
+            drop(sealed);
+            rest(began.elapsed());
+        }
+        Ok(())
     }
 
     /// Makes whole pages missing.
@@ -422,7 +446,10 @@ impl Pager {
     /// # Errors
     /// When the kernel is out of memory for its own tables; then access has not ended.
     pub fn seal(&self) -> io::Result<()> {
+        let mut sealed = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
         self.span.forbid()?;
+        *sealed = true;
+        drop(sealed);
         userfault::wake(&self.uffd, self.span.address(), self.span.len())
     }
 

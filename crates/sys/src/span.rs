@@ -81,10 +81,17 @@ impl Span {
 
     /// Lets the program use the pages.
     pub(crate) fn allow(&self, protection: Protection) -> io::Result<()> {
-        self.protect(match protection {
+        self.allow_in(0, self.len(), protection)
+    }
+
+    /// The same for some of them, which are whole.
+    pub(crate) fn allow_in(&self, offset: u64, len: u64, protection: Protection) -> io::Result<()> {
+        let flags = match protection {
             Protection::ReadOnly => MprotectFlags::READ,
             Protection::Tracked => MprotectFlags::READ | MprotectFlags::WRITE,
-        })
+        };
+        let (offset, len) = self.inside(offset, len)?;
+        self.protect(offset, len, flags)
     }
 
     /// Huge pages and merged pages would be split and copied at the first write-protected page; kernels that are built
@@ -129,12 +136,13 @@ impl Span {
 
     /// Makes every later access a segmentation fault.
     pub(crate) fn forbid(&self) -> io::Result<()> {
-        self.protect(MprotectFlags::empty())
+        self.protect(0, self.len, MprotectFlags::empty())
     }
 
-    fn protect(&self, flags: MprotectFlags) -> io::Result<()> {
+    fn protect(&self, offset: usize, len: usize, flags: MprotectFlags) -> io::Result<()> {
+        let start = self.base.as_ptr().wrapping_add(offset).cast();
         // SAFETY: the pages are this span's own. No byte changes; what is no longer allowed fails loudly.
-        Ok(unsafe { mprotect(self.base.as_ptr().cast(), self.len, flags) }?)
+        Ok(unsafe { mprotect(start, len, flags) }?)
     }
 
     /// Copies bytes out without touching them from user space: see [`crate::Pager::read`].

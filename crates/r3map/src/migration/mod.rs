@@ -8,6 +8,7 @@
 
 mod carry;
 mod ledger;
+mod memory;
 mod place;
 mod sources;
 
@@ -31,10 +32,11 @@ pub use r3map_migrate::{
 
 pub use carry::{Carry, LeechOptions, SeedOptions};
 pub use ledger::FileLedger;
+pub(crate) use memory::SliceSource;
 pub use place::{Arrived, CacheFacts, Landing, Place, describe_cache, open_cache};
 #[cfg(feature = "block")]
 pub(crate) use sources::BlockSource;
-pub(crate) use sources::{FileSource, SliceSource, Syncing};
+pub(crate) use sources::{FileSource, Syncing};
 
 /// What matters to a migration, on either side.
 ///

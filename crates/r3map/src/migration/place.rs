@@ -300,7 +300,7 @@ fn show_slice(name: String, prepared: Prepared, arrival: Arrival) -> Result<Arri
     let region = Region::arrived_in_memory(handle.clone(), arrival.remote);
     let mount = SliceMount::new(slice, region.clone());
     let kept = Kept::Slice(Mutex::new(Some(mount)), handle.clone());
-    Ok(Arrived { name, region, source: Arc::new(SliceSource(handle)), kept })
+    Ok(Arrived { name, region, source: Arc::new(SliceSource::new(handle)), kept })
 }
 
 async fn open_local(

@@ -1,4 +1,4 @@
-//! Mounts as regions that can leave.
+//! Files and block devices as regions that can leave.
 
 use std::sync::Arc;
 #[cfg(feature = "block")]
@@ -15,48 +15,6 @@ use r3map_migrate::{Guarded, Source};
 use r3map_pipeline::BlockSet;
 #[cfg(feature = "block")]
 use r3map_pipeline::Closed;
-use r3map_slice::SliceHandle;
-
-/// A slice that can leave: what is written is found in the mapping, and writing is ended by its protection.
-pub(crate) struct SliceSource(pub(crate) SliceHandle);
-
-#[async_trait]
-impl Source for SliceSource {
-    fn backend(&self) -> Arc<dyn Backend> {
-        Arc::new(self.0.clone())
-    }
-
-    fn chunk_size(&self) -> ChunkSize {
-        self.0.geometry().chunk_size()
-    }
-
-    async fn track(&self) -> Result<()> {
-        self.0.track().await
-    }
-
-    async fn take(&self) -> Result<BlockSet> {
-        self.0.take_written().await
-    }
-
-    async fn untrack(&self) {
-        self.0.untrack();
-    }
-
-    /// No kernel holds anything: the memory itself is read.
-    async fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    async fn fence(&self) -> Result<()> {
-        self.0.freeze()
-    }
-
-    async fn unfence(&self) {
-        if let Err(error) = self.0.thaw() {
-            tracing::error!(%error, "the memory stays read-only");
-        }
-    }
-}
 
 /// Has the kernel hand over what it holds of a file.
 pub(crate) type Syncing = Arc<dyn Fn() -> BoxFuture<'static, Result<()>> + Send + Sync>;
