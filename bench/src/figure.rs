@@ -11,6 +11,9 @@ pub(crate) enum Unit {
     /// How often something is done: more is better.
     #[serde(rename = "1/s")]
     PerSecond,
+    /// How often something is done in one piece of work: less is better.
+    #[serde(rename = "×")]
+    Times,
     /// Size: less is better.
     #[serde(rename = "MB")]
     Megabytes,
@@ -33,6 +36,7 @@ impl Unit {
         match self {
             Self::MebibytesPerSecond => "MiB/s",
             Self::PerSecond => "1/s",
+            Self::Times => "×",
             Self::Megabytes => "MB",
             Self::Nanoseconds => "ns",
             Self::Microseconds => "µs",
@@ -50,6 +54,8 @@ pub(crate) enum Target {
     RatioAtLeast(f64),
     /// Ours ÷ limit is at most this.
     RatioAtMost(f64),
+    /// Ours ÷ limit is at most this in every run.
+    EveryRatioAtMost(f64),
     /// Ours is at most this, in the figure's unit.
     AtMost(f64),
 }
@@ -59,6 +65,7 @@ impl Target {
         match self {
             Self::RatioAtLeast(least) => ratio.map(|ratio| ratio.median >= least),
             Self::RatioAtMost(most) => ratio.map(|ratio| ratio.median <= most),
+            Self::EveryRatioAtMost(most) => ratio.map(|ratio| ratio.max <= most),
             Self::AtMost(most) => Some(ours.median <= most),
         }
     }
@@ -193,6 +200,8 @@ mod tests {
         assert_eq!(figure(Target::RatioAtLeast(0.8), &[7.9], &[10.0]).met, Some(false));
         assert_eq!(figure(Target::RatioAtMost(1.3), &[13.0], &[10.0]).met, Some(true));
         assert_eq!(figure(Target::RatioAtMost(1.3), &[13.1], &[10.0]).met, Some(false));
+        assert_eq!(figure(Target::EveryRatioAtMost(1.0), &[1.0, 10.0, 1.0], &[10.0; 3]).met, Some(true));
+        assert_eq!(figure(Target::EveryRatioAtMost(1.0), &[1.0, 10.1, 1.0], &[10.0; 3]).met, Some(false));
         assert_eq!(figure(Target::AtMost(100.0), &[101.0], &[]).met, Some(false));
         assert_eq!(figure(Target::AtMost(100.0), &[100.0], &[]).met, Some(true));
         // Without a limit, or with one too small to be measured, there is no ratio to judge.

@@ -197,6 +197,7 @@ fn wish(target: Target, unit: &str) -> String {
     match target {
         Target::RatioAtLeast(least) => format!("≥ {least}"),
         Target::RatioAtMost(most) => format!("≤ {most}"),
+        Target::EveryRatioAtMost(most) => format!("all ≤ {most}"),
         Target::AtMost(most) => format!("≤ {most} {unit}"),
     }
 }

@@ -83,7 +83,17 @@ fn figures() -> BTreeSet<String> {
         for what in ["time", "memory"] {
             add("open", &format!("1 TiB as {shown}: {what}"));
         }
+        for rtt in [0, 5, 20, 40] {
+            for what in ["downtime", "total"] {
+                add("migrate", &format!("{shown}, {rtt} ms: {what}"));
+            }
+            for what in ["downtime", "records", "total"] {
+                add("migrate", &format!("busy {shown}, {rtt} ms: {what}"));
+            }
+        }
+        add("migrate", &format!("{shown}, 0 ms: downtime, by size"));
     }
+    add("migrate", "slice: writing while tracked");
     names
 }
 

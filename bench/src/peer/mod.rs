@@ -1,11 +1,12 @@
 //! The other process: this program, started again in a role that the parent gives it. It says one line when it is
-//! ready, and ends when its standard input does, so that it never outlives its parent.
+//! ready, some roles then one for one, and ends when its standard input does, so that it never outlives its parent.
 
+mod leaving;
 mod roles;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::Times;
 
+pub(crate) use leaving::{Leaving, Left, Offered, PIECE, Writing, now};
 pub(crate) use roles::{Address, Addresses, Opened};
 use roles::{Serving, ServingNbd};
 
@@ -27,6 +29,9 @@ pub(crate) enum Role {
     ServeNbd { size: u64, seed: u64, socket: PathBuf },
     /// Opens a region of `size` zeros and says what that took.
     Open { size: u64, shown: Shown },
+    /// Has a region that an application uses, and lets it leave. Told for how long to write, the application begins; it
+    /// says what it has written when it is stopped.
+    Leave(Leaving),
 }
 
 /// How a region is shown.
@@ -49,6 +54,7 @@ impl Shown {
 /// The other process, while it runs.
 pub(crate) struct Peer<T> {
     child: Child,
+    output: BufReader<ChildStdout>,
     ready: T,
 }
 
@@ -59,14 +65,9 @@ impl<T: DeserializeOwned> Peer<T> {
         let mut command = Command::new(program);
         command.arg("--peer").arg(serde_json::to_string(role)?).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("starting the other process")?;
-        let mut line = String::new();
-        if let Some(output) = child.stdout.take() {
-            BufReader::new(output).read_line(&mut line)?;
-        }
-        if line.is_empty() {
-            bail!("the other process failed: {}", child.wait()?);
-        }
-        Ok(Self { child, ready: serde_json::from_str(&line).context("what the other process says")? })
+        let mut output = BufReader::new(child.stdout.take().context("the other process has no output")?);
+        let ready = hear(&mut output, &mut child)?;
+        Ok(Self { child, output, ready })
     }
 
     /// What it said when it was ready.
@@ -74,10 +75,30 @@ impl<T: DeserializeOwned> Peer<T> {
         &self.ready
     }
 
+    /// Says a line to it.
+    pub(crate) fn tell(&mut self, what: &impl Serialize) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("the other process has no input")?;
+        writeln!(input, "{}", serde_json::to_string(what)?).context("telling the other process")
+    }
+
+    /// Waits for the next line that it says.
+    pub(crate) fn hear<U: DeserializeOwned>(&mut self) -> Result<U> {
+        hear(&mut self.output, &mut self.child)
+    }
+
     /// The processor time that it has used so far.
     pub(crate) fn times(&self) -> Result<Times> {
         Times::of(self.child.id()).context("the other process's times")
     }
+}
+
+fn hear<T: DeserializeOwned>(output: &mut impl BufRead, child: &mut Child) -> Result<T> {
+    let mut line = String::new();
+    output.read_line(&mut line)?;
+    if line.is_empty() {
+        bail!("the other process failed: {}", child.wait()?);
+    }
+    serde_json::from_str(&line).context("what the other process says")
 }
 
 impl<T> Drop for Peer<T> {
@@ -109,6 +130,7 @@ pub(crate) fn play(role: &str) -> Result<()> {
             std::io::stdin().read_to_end(&mut Vec::new())?;
         }
         Role::Open { size, shown } => announce(&Opened::measure(size, shown)?)?,
+        Role::Leave(leaving) => leaving.play()?,
     }
     Ok(())
 }

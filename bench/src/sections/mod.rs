@@ -3,6 +3,7 @@
 pub(crate) mod block;
 pub(crate) mod file;
 pub(crate) mod grpc;
+pub(crate) mod migrate;
 pub(crate) mod mounted;
 pub(crate) mod nbd;
 pub(crate) mod nbd_server;

@@ -2,10 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
+use r3map::migration::Source;
 use r3map::{Backend, Mount, OpenOptions as Open, PathMount, Registry, Settings, SliceMount};
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
@@ -41,12 +44,16 @@ enum View {
 
 impl Mounted {
     pub(crate) fn open(remote: Arc<dyn Backend>, mode: Mode, shown: Shown, settings: Settings) -> Result<Self> {
-        let runtime = runtime()?;
         let mount = match mode {
             Mode::Managed => Mount::managed(remote),
             Mode::Direct => Mount::direct(remote),
         };
-        let mount = mount.settings(settings);
+        Self::show(mount.settings(settings), shown)
+    }
+
+    /// Shows a mount that is described.
+    pub(crate) fn show(mount: Mount, shown: Shown) -> Result<Self> {
+        let runtime = runtime()?;
         let view = match shown {
             Shown::Slice => View::Slice(Box::new(runtime.block_on(mount.slice())?)),
             Shown::File => {
@@ -57,6 +64,23 @@ impl Mounted {
             }
         };
         Ok(Self { view, runtime })
+    }
+
+    /// The same as a region that can leave.
+    pub(crate) fn source(&self) -> Result<Arc<dyn Source>> {
+        match &self.view {
+            View::Slice(mount) => Ok(mount.source()),
+            View::File { mount, .. } => Ok(mount.source()?),
+        }
+    }
+
+    /// Waits until all of it is local.
+    pub(crate) fn pulled(&self) -> Result<()> {
+        let region = match &self.view {
+            View::Slice(mount) => mount.region(),
+            View::File { mount, .. } => mount.region(),
+        };
+        Ok(self.runtime.block_on(region.pulled())?)
     }
 
     /// Fills `buffer` from `offset`, as a program would.
@@ -91,6 +115,17 @@ impl Mounted {
         Ok(())
     }
 
+    /// Ends the mount without storing anything more.
+    pub(crate) fn abandon(self) {
+        match self.view {
+            View::Slice(mount) => mount.abandon(),
+            View::File { mount, file, _directory } => {
+                drop(file);
+                self.runtime.block_on(mount.abandon());
+            }
+        }
+    }
+
     /// Stores everything and ends the mount.
     pub(crate) fn close(self) -> Result<()> {
         match self.view {
@@ -104,8 +139,18 @@ impl Mounted {
     }
 }
 
+/// Longer than a run.
+const NEVER: Duration = Duration::from_secs(24 * 3600);
+
+/// Settings with which nothing is looked for or pushed behind the back of a measurement.
+pub(crate) fn alone() -> Settings {
+    let mut settings = Settings::default();
+    (settings.push.interval, settings.push.collect_interval) = (NEVER, NEVER);
+    settings.dirty_budget(NonZeroU64::MAX)
+}
+
 /// What waits for mounts; they work on threads of their own.
-fn runtime() -> Result<Runtime> {
+pub(crate) fn runtime() -> Result<Runtime> {
     Ok(Builder::new_current_thread().enable_all().build()?)
 }
 
