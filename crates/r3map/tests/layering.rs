@@ -30,6 +30,7 @@ fn allowed(place: &str) -> &'static [&'static str] {
             Some("transports") => &["crates/core", "crates/pipeline", "crates/sys"],
             Some("frontends") => &["crates/core", "crates/pipeline", "crates/sys"],
             Some("apps") => &["crates/r3map", "testing/testkit"],
+            Some("examples") => &["crates/r3map"],
             Some("testing") => &["crates/core"],
             _ => panic!("{place} has no place in the house; say in this test what it may use"),
         },
@@ -94,8 +95,28 @@ fn unsafe_code_is_behind_one_fence() {
             open.insert(place(&metadata, package));
         }
     }
-    assert_eq!(open, BTreeSet::from(["crates/sys".to_owned()]), "these do not forbid unsafe code");
+    let fence = ["crates/sys", "examples/wasm"].map(str::to_owned);
+    assert_eq!(open, BTreeSet::from(fence), "these do not forbid unsafe code");
     let root = std::fs::read_to_string(metadata.workspace_root.join("Cargo.toml")).expect("the root manifest");
     assert!(root.contains("unsafe_code = \"forbid\""));
     assert!(Path::new(metadata.workspace_root.as_str()).join("crates/sys/src").is_dir());
+}
+
+#[test]
+fn the_example_that_cannot_do_without_unsafe_code_has_it_in_one_file() {
+    let root = metadata().workspace_root.join("examples/wasm");
+    let read = |path: &Path| std::fs::read_to_string(path).expect("a file can be read");
+    let manifest = read(root.join("Cargo.toml").as_std_path());
+    // Denied, so that each place has to say that it is one.
+    assert!(manifest.contains("unsafe_code = \"deny\"") && manifest.contains("undocumented_unsafe_blocks = \"warn\""));
+    let mut seen = 0;
+    for folder in ["src", "tests"] {
+        for file in std::fs::read_dir(root.join(folder)).expect("a folder can be read") {
+            let path = file.expect("a folder can be read").path();
+            let says_so = read(&path).lines().any(|line| line.contains("unsafe_code"));
+            assert_eq!(says_so, path.ends_with("src/memory.rs"), "{} and unsafe code", path.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 3, "the example was not found");
 }
