@@ -201,7 +201,9 @@ async fn serve(registry: &Registry, desk: &Shared, offered: &mut mpsc::Receiver<
 /// Waits until somebody else has everything.
 async fn gone(seeding: Option<&Seeding>) {
     match seeding {
-        Some(seeding) => drop(seeding.seeder().gone().await),
+        Some(seeding) => {
+            seeding.seeder().gone().await;
+        }
         None => std::future::pending().await,
     }
 }
