@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Part, Segment, Table, narrow};
 use crate::bits::{first, first_run};
 use crate::sync::lock;
-use crate::{BLOCK_SIZE, Result};
+use crate::{BLOCK_SIZE, Error, Result};
 
 /// What is to be pushed next; see [`Table::push`].
 #[derive(Debug)]
@@ -15,34 +15,32 @@ pub enum NextPush {
     Push(Push),
     /// A unit whose dirty blocks can go only with the rest of it, which is absent: pull these bytes and ask again.
     Absent(Range<u64>),
+    /// The journal refuses to call clean ones among these blocks dirty, which a push that fails would make them. They stay
+    /// as they were: go on behind them, and come back to them later.
+    Refused(Range<u64>, Error),
 }
 
 impl Table {
     /// Claims the first run of dirty blocks at or after block `from` that nobody is pushing, up to `max_bytes` (at
     /// least one unit). It begins and ends at multiples of `unit` bytes (a power of two, at least a block and at most a
     /// chunk; the region's end counts) and takes clean blocks in between along. Nothing if there is none.
-    ///
-    /// # Errors
-    /// When the journal refuses to call such clean blocks dirty, which a push that fails would make them.
-    pub fn push(self: &Arc<Self>, from: u64, max_bytes: u64, unit: u64) -> Result<Option<NextPush>> {
+    pub fn push(self: &Arc<Self>, from: u64, max_bytes: u64, unit: u64) -> Option<NextPush> {
         let unit = narrow(unit / BLOCK_SIZE);
         let max = narrow((max_bytes / BLOCK_SIZE).clamp(u64::from(unit), self.segment_blocks));
         let mut at = from;
         loop {
-            let Some(index) = lock(&self.dirty).range(at / self.segment_blocks..).next().copied() else {
-                return Ok(None);
-            };
+            let index = lock(&self.dirty).range(at / self.segment_blocks..).next().copied()?;
             let base = index * self.segment_blocks;
             let part = self.part(index, at.max(base)..self.geometry.block_count());
-            let next = self.with(index, |segment, _| self.push_in(segment, part, max / unit * unit, unit))?;
+            let next = self.with(index, |segment, _| self.push_in(segment, part, max / unit * unit, unit));
             if next.is_some() {
-                return Ok(next);
+                return next;
             }
             at = base + self.segment_blocks;
         }
     }
 
-    fn push_in(self: &Arc<Self>, segment: &mut Segment, part: Part, max: u32, unit: u32) -> Result<Option<NextPush>> {
+    fn push_in(self: &Arc<Self>, segment: &mut Segment, part: Part, max: u32, unit: u32) -> Option<NextPush> {
         let len = self.segment_len(part.segment);
         let mut rest = part.bits;
         while let Some(dirty) = first(rest.clone(), |index| segment.dirty.word(index) & !segment.pushing.word(index)) {
@@ -50,18 +48,20 @@ impl Table {
             let end = segment.pushable_until(start, (start + max).min(len), unit);
             if end > start {
                 let claim = Part { segment: part.segment, bits: start..end };
-                self.begin_push(segment, &claim)?;
-                return Ok(Some(NextPush::Push(Push { table: self.clone(), part: claim, done: false })));
+                return Some(match self.begin_push(segment, &claim) {
+                    Ok(()) => NextPush::Push(Push { table: self.clone(), part: claim, done: false }),
+                    Err(error) => NextPush::Refused(self.blocks(&claim), error),
+                });
             }
             let one = start..(start + unit).min(len);
             if !segment.valid.all(one.clone()) {
                 let blocks = self.blocks(&Part { segment: part.segment, bits: one });
-                return Ok(Some(NextPush::Absent(self.geometry.blocks_range(&blocks))));
+                return Some(NextPush::Absent(self.geometry.blocks_range(&blocks)));
             }
             // Part of this unit is on its way already; the rest comes the next time.
             rest.start = one.end.min(rest.end);
         }
-        Ok(None)
+        None
     }
 
     fn begin_push(&self, segment: &mut Segment, claim: &Part) -> Result<()> {

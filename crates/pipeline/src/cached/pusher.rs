@@ -129,15 +129,20 @@ impl Inner {
         }
     }
 
-    /// The next run at or after `at`, made whole where the remote takes whole chunks only.
+    /// The next run at or after `at`, made whole where the remote takes whole chunks only. After an error, too, `at` is
+    /// behind what it was about: the others go, and nothing is tried twice in a round.
     async fn next_push(self: &Arc<Self>, at: &mut u64) -> Result<Option<Push>> {
         let longest = self.settings.push.max_request.get().min(self.request_limit);
         loop {
-            match self.table.push(*at, longest, self.push_unit)? {
+            match self.table.push(*at, longest, self.push_unit) {
                 None => return Ok(None),
                 Some(NextPush::Push(push)) => {
                     *at = push.blocks().end;
                     return Ok(Some(push));
+                }
+                Some(NextPush::Refused(blocks, error)) => {
+                    *at = blocks.end;
+                    return Err(error);
                 }
                 Some(NextPush::Absent(bytes)) => {
                     if let Err(error) = self.demand(bytes.clone()).await {

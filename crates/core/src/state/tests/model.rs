@@ -195,7 +195,7 @@ impl<'t> World<'t> {
 
     fn begin_push(&mut self, at: u64, blocks: u64, whole: bool) {
         let unit = if whole { self.table.geometry().chunk_size().bytes() } else { BLOCK_SIZE };
-        let Some(NextPush::Push(push)) = self.table.push(at, blocks * BLOCK_SIZE, unit).unwrap() else { return };
+        let Some(NextPush::Push(push)) = self.table.push(at, blocks * BLOCK_SIZE, unit) else { return };
         for (other, _) in &self.pushes {
             assert!(other.blocks().end <= push.blocks().start || push.blocks().end <= other.blocks().start);
         }
@@ -279,7 +279,7 @@ impl<'t> World<'t> {
             self.end_push(push, &values, false);
         }
         let mut at = 0;
-        while let Some(NextPush::Push(push)) = self.table.push(at, 1 << 20, BLOCK_SIZE).unwrap() {
+        while let Some(NextPush::Push(push)) = self.table.push(at, 1 << 20, BLOCK_SIZE) {
             at = push.blocks().end;
             let values: Vec<u64> = push.blocks().map(|block| self.local(block)).collect();
             self.end_push(push, &values, true);

@@ -51,7 +51,7 @@ impl World {
     }
 
     fn push(&self) -> bool {
-        let Some(NextPush::Push(push)) = self.table.push(0, BLOCK, BLOCK).unwrap() else { return false };
+        let Some(NextPush::Push(push)) = self.table.push(0, BLOCK, BLOCK) else { return false };
         let value = self.local.load(SeqCst);
         self.remote.store(value, SeqCst);
         push.done();
@@ -147,7 +147,7 @@ fn loom_two_pushers_never_push_one_block_at_once() {
         world.write(2);
         let inside = Arc::new(AtomicUsize::new(0));
         let push = |world: &World, inside: &AtomicUsize| {
-            if let Some(NextPush::Push(push)) = world.table.push(0, BLOCK, BLOCK).unwrap() {
+            if let Some(NextPush::Push(push)) = world.table.push(0, BLOCK, BLOCK) {
                 assert_eq!(inside.fetch_add(1, SeqCst), 0);
                 inside.fetch_sub(1, SeqCst);
                 push.done();

@@ -191,11 +191,19 @@ impl Backend for Vector {
 pub(crate) struct Record {
     blocks: Mutex<BTreeMap<u64, Recorded>>,
     pub(crate) checkpoints: AtomicUsize,
+    /// Blocks of which nothing can be recorded, as on a disk that is full or broken there.
+    pub(crate) refused: Mutex<Range<u64>>,
+    refusals: AtomicUsize,
 }
 
 impl Record {
     pub(crate) fn state(&self, block: u64) -> Option<Recorded> {
         self.blocks.lock().unwrap().get(&block).copied()
+    }
+
+    fn refuses(&self, blocks: &Range<u64>) -> bool {
+        let refused = self.refused.lock().unwrap();
+        blocks.start < refused.end && refused.start < blocks.end
     }
 }
 
@@ -207,6 +215,11 @@ impl StateRecord for Record {
     }
 
     fn record(&self, blocks: Range<u64>, state: Recorded) -> Result<()> {
+        if self.refuses(&blocks) {
+            let before = self.refusals.fetch_add(1, Ordering::SeqCst);
+            assert!(before < 100, "it is asked again and again");
+            return Err(Error::new(ErrorKind::Exhausted, Operation::Write, "the local disk is full"));
+        }
         self.blocks.lock().unwrap().extend(blocks.map(|block| (block, state)));
         Ok(())
     }

@@ -13,9 +13,9 @@ use r3map_testkit::random::Random;
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill};
 
-use super::fakes::{SOON, joined, quiet, read, reading};
+use super::fakes::{Record, SOON, flushing, joined, quiet, read, reading};
 use super::{Side, open};
-use crate::{CachedSettings, PullSettings, PushSettings, Workers};
+use crate::{Cached, CachedParts, CachedSettings, PullSettings, PushSettings, Workers};
 
 const CHUNK: u64 = 64 << 10;
 const SIZE: u64 = 20 * CHUNK + 100;
@@ -124,6 +124,30 @@ async fn a_write_that_is_given_up_is_there_or_not_and_the_same_everywhere() {
         cached.flush().await.unwrap();
         assert!(store.snapshot()[..4096] == seen, "after {polls} polls");
     }
+}
+
+#[tokio::test]
+async fn a_record_that_refuses_fails_the_flush_and_what_lies_elsewhere_is_pushed() {
+    // Whole chunks only: a push takes clean blocks along, which must be recorded as dirty first.
+    let store = Arc::new(Store::new(SIZE).filled(7).whole_chunks(ChunkSize::new(CHUNK).unwrap()));
+    let record = Arc::new(Record::default());
+    let parts = CachedParts { record: Some(record.clone()), ..CachedParts::default() };
+    let cached = Cached::open(Side::vector(SIZE), store.clone(), quiet(), parts).await.unwrap();
+    read(&cached, 0, SIZE as usize).await;
+    let (refused, other) = (2 * CHUNK + 5, 4 * CHUNK + 5);
+    let before = store.snapshot()[refused as usize];
+    let new = before.wrapping_add(1);
+    cached.write_at(refused, &[new]).await.unwrap();
+    cached.write_at(other, &[0]).await.unwrap();
+    *record.refused.lock().unwrap() = cached.geometry().blocks_of_chunk(2);
+    for _ in 0..2 {
+        assert_eq!(joined(flushing(&cached)).await.unwrap_err().kind(), ErrorKind::Exhausted);
+    }
+    assert_eq!((store.snapshot()[refused as usize], store.snapshot()[other as usize]), (before, 0));
+    *record.refused.lock().unwrap() = 0..0;
+    joined(flushing(&cached)).await.unwrap();
+    assert_eq!(store.snapshot()[refused as usize], new);
+    joined(tokio::spawn(async move { cached.close().await })).await.unwrap();
 }
 
 /// Random operations over a remote that fails, delays and loses what was not flushed, with calls that are given up. A
