@@ -201,12 +201,9 @@ impl Chunks {
 
     fn sync(&self) -> std::result::Result<(), Undurable> {
         self.table.check_not_cut()?;
-        let taken = self.table.take_unflushed()?;
-        let synced = self.sync_files(&taken).and_then(|()| self.table.set_durable(&taken));
-        if synced.is_err() {
-            self.table.put_back(&taken)?;
-        }
-        synced
+        let unflushed = self.table.begin_flush()?;
+        self.sync_files(&unflushed)?;
+        self.table.set_durable(&unflushed)
     }
 
     fn sync_files(&self, chunks: &[Range<u64>]) -> std::result::Result<(), Undurable> {

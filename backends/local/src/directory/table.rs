@@ -10,14 +10,15 @@
 //!   12  boot id of the machine that opened it last, 36 bytes
 //! ```
 //! - *written*: the chunk is in its file. If this is not set there is no chunk, whatever file is there.
-//! - *unflushed*: it was written since the last flush.
+//! - *unflushed*: it was written, and no flush since then has ended.
 //! - *durable*: the file is known to be on the disk under its name.
 //!
 //! # What a killed process leaves
 //! A chunk's file is complete before *written* is set, and *written* is cleared before the file is removed. So a chunk
 //! that is *written* has a complete file; a write that was killed in between was not acknowledged, and its chunk is what
 //! it was: absent. (A chunk that exists is written in place; a write to it that was killed may have changed some of its
-//! pages, as on a disk.) A file without its bit takes room until the chunk is written again.
+//! pages, as on a disk.) A file without its bit takes room until the chunk is written again. *unflushed* is cleared only
+//! when the file is on the disk, so that a flush which was killed is made up for by the next, whoever makes it.
 //!
 //! # What a loss of power leaves
 //! The bits may be on the disk before or after the files. A flush makes the files durable first, then their names, then
@@ -33,8 +34,9 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use r3map_core::{ErrorKind, Operation, Result};
+use r3map_pipeline::BlockSet;
 
-use crate::bitmap::{Bitmap, PIECE, Piece, Runs};
+use crate::bitmap::{Bitmap, PIECE, Runs};
 use crate::boot::{BootId, is_same_boot};
 use crate::durability::{Undurable, sync_data};
 use crate::opened::{Opened, refusal};
@@ -50,8 +52,8 @@ pub(super) struct Table {
     written: Bitmap,
     unflushed: Bitmap,
     durable: Bitmap,
-    /// Held while bits change.
-    bits: Mutex<()>,
+    /// Held while bits change: the chunks that were written since the last flush began.
+    rewritten: Mutex<BlockSet>,
 }
 
 impl Table {
@@ -59,7 +61,7 @@ impl Table {
         let written = Bitmap::new(PIECE as u64, chunks);
         let unflushed = Bitmap::new(written.end(), chunks);
         let durable = Bitmap::new(unflushed.end(), chunks);
-        Self { opened, written, unflushed, durable, bits: Mutex::default() }
+        Self { opened, written, unflushed, durable, rewritten: Mutex::default() }
     }
 
     /// A new table in a directory that has no manifest, in which `existing` chunks are written already. What an earlier
@@ -197,7 +199,8 @@ impl Table {
 
     /// A chunk's file is complete, or was changed.
     pub(super) fn set_written(&self, chunk: u64) -> io::Result<()> {
-        let _bits = self.lock();
+        let mut rewritten = self.lock();
+        rewritten.insert(chunk..chunk + 1);
         let file = &self.opened.file;
         self.unflushed.fill(file, chunk..chunk + 1, true, |_| ()).map_err(if_cut)?;
         self.written.fill(file, chunk..chunk + 1, true, |_| ()).map_err(if_cut)
@@ -239,53 +242,28 @@ impl Table {
         Ok(found)
     }
 
-    /// Chunks whose files have to be made durable, and which do not count as unflushed from now on: give them back with
-    /// [`Self::put_back`] if that fails.
-    pub(super) fn take_unflushed(&self) -> io::Result<Vec<Range<u64>>> {
-        let _bits = self.lock();
-        let taken = self.runs(&self.written, |written, unflushed, durable| written & (unflushed | !durable))?;
-        for run in &taken {
-            self.unflushed.fill(&self.opened.file, run.clone(), false, |_| ())?;
-        }
-        Ok(taken)
+    /// A flush begins: the chunks whose files have to be made durable.
+    pub(super) fn begin_flush(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut rewritten = self.lock();
+        *rewritten = BlockSet::default();
+        self.runs(&self.written, |written, unflushed, durable| written & (unflushed | !durable))
     }
 
-    pub(super) fn put_back(&self, taken: &[Range<u64>]) -> io::Result<()> {
-        let _bits = self.lock();
-        taken.iter().try_for_each(|run| self.unflushed.fill(&self.opened.file, run.clone(), true, |_| ()))
-    }
-
-    /// The files of these chunks are durable, and so are their names; but those that were removed or written meanwhile
-    /// may not be.
-    pub(super) fn set_durable(&self, taken: &[Range<u64>]) -> std::result::Result<(), Undurable> {
-        for run in taken {
-            let _bits = self.lock();
-            let mut at = run.start;
-            while at < run.end {
-                let piece = Bitmap::piece_of(at);
-                let end = run.end.min(Bitmap::first_bit(piece + 1));
-                self.set_durable_in(piece, &(at..end))?;
-                at = end;
-            }
-        }
-        sync_data(&self.opened.file)
-    }
-
-    fn set_durable_in(&self, piece: u64, chunks: &Range<u64>) -> io::Result<()> {
+    /// The files that a flush began with are durable, and so are their names; but those of chunks that were removed or
+    /// written since then may not be.
+    pub(super) fn set_durable(&self, flushed: &[Range<u64>]) -> std::result::Result<(), Undurable> {
         let file = &self.opened.file;
-        let (written, unflushed) = (self.written.read(file, piece)?, self.unflushed.read(file, piece)?);
-        let mut still: Piece = written;
-        still.iter_mut().zip(unflushed).for_each(|(written, unflushed)| *written &= !unflushed);
-        let mut set = Ok(());
-        let mut runs = Runs::new(|run: Range<u64>, _| {
-            let run = run.start.max(chunks.start)..run.end.min(chunks.end);
-            if !run.is_empty() && set.is_ok() {
-                set = self.durable.fill(file, run, true, |_| ());
+        for run in flushed {
+            let rewritten = self.lock();
+            let mut durable = BlockSet::default();
+            self.written_runs(run.clone())?.into_iter().for_each(|run| durable.insert(run));
+            durable.subtract(&rewritten);
+            for run in durable.runs() {
+                self.durable.fill(file, run.clone(), true, |_| ())?;
+                self.unflushed.fill(file, run, false, |_| ())?;
             }
-        });
-        runs.pieces(piece, &still, &[]);
-        runs.finish();
-        set
+        }
+        sync_data(file)
     }
 
     /// Fails with `UnexpectedEof` if the table was cut.
@@ -293,8 +271,8 @@ impl Table {
         self.opened.check_not_cut(self.durable.end())
     }
 
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.bits.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BlockSet> {
+        self.rewritten.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// For tests: as if the machine had lost power since.

@@ -147,17 +147,34 @@ fn what_is_written_while_a_flush_runs_is_left_to_the_next() {
     write(&directory, 0, 1);
     write(&directory, 1, 1);
     let table = &directory.chunks.table;
-    let taken = table.take_unflushed().unwrap();
-    assert_eq!(taken.first(), Some(&(0..2)));
+    let unflushed = table.begin_flush().unwrap();
+    assert_eq!(unflushed.first(), Some(&(0..2)));
     directory.chunks.trim(0..CHUNK).unwrap();
     write(&directory, 0, 2);
     write(&directory, 5, 1);
-    table.set_durable(&taken).unwrap();
+    table.set_durable(&unflushed).unwrap();
     assert_eq!(table.durable_chunks(), 1);
-    assert_eq!(table.take_unflushed().unwrap(), [0..1, 5..6]);
-    table.put_back(&taken).unwrap();
+    assert_eq!(table.begin_flush().unwrap(), [0..1, 5..6]);
     directory.chunks.flush().unwrap();
     assert_eq!(table.durable_chunks(), 3);
+}
+
+#[test]
+fn a_flush_that_was_killed_is_made_up_for_by_the_next() {
+    let dir = TempDir::new().unwrap();
+    let directory = open(dir.path());
+    write(&directory, 0, 1);
+    directory.chunks.flush().unwrap();
+    write(&directory, 0, 2);
+    write(&directory, 5, 1);
+    let unflushed = directory.chunks.table.begin_flush().unwrap();
+    assert_eq!(unflushed, [0..1, 5..6]);
+    // Here it is killed: the first chunk counts as durable by its first flush, and its file may not be on the disk.
+    drop(directory);
+    let directory = open(dir.path());
+    assert_eq!(directory.chunks.table.begin_flush().unwrap(), unflushed);
+    directory.chunks.flush().unwrap();
+    assert_eq!(directory.chunks.table.begin_flush().unwrap(), []);
 }
 
 #[test]
