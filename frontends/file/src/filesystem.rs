@@ -6,6 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -27,6 +28,9 @@ const ATTRIBUTES_KEPT: Duration = Duration::from_secs(1);
 /// The bounds of `st_blksize`, the unit that programs like to read and write in.
 const IO_SIZE: Range<u64> = 4096..(1 << 20) + 1;
 const MAX_NAME: u32 = 255;
+/// The handle of a file that is open for reading, and of one that is open for writing.
+const READER: FileHandle = FileHandle(0);
+const WRITER: FileHandle = FileHandle(1);
 
 /// One file of a fixed size over a backend.
 pub(crate) struct RegionFile {
@@ -35,6 +39,9 @@ pub(crate) struct RegionFile {
     size: u64,
     file: Attributes,
     directory: Option<Directory>,
+    /// How many are open for writing. The kernel releases one when its last descriptor and its last mapping are gone, and
+    /// has handed over by then what was written through them.
+    writers: AtomicUsize,
 }
 
 /// The root directory and the name of its one entry.
@@ -64,7 +71,7 @@ impl RegionFile {
                 name: name.clone(),
             }),
         };
-        Self { service, settings, size: backend.size(), file, directory }
+        Self { service, settings, size: backend.size(), file, directory, writers: AtomicUsize::new(0) }
     }
 
     fn attributes(&self, ino: INodeNo) -> Option<&Attributes> {
@@ -170,10 +177,30 @@ impl Filesystem for RegionFile {
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if self.settings.read_only && flags.acc_mode() != OpenAccMode::O_RDONLY {
+        if flags.acc_mode() == OpenAccMode::O_RDONLY {
+            return reply.opened(READER, self.open_flags());
+        }
+        if self.settings.read_only {
             return reply.error(Errno::EROFS);
         }
-        reply.opened(FileHandle(0), self.open_flags());
+        self.writers.fetch_add(1, Ordering::SeqCst);
+        reply.opened(WRITER, self.open_flags());
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        if handle == WRITER {
+            self.writers.fetch_sub(1, Ordering::SeqCst);
+        }
+        reply.ok();
     }
 
     fn read(
@@ -289,7 +316,9 @@ impl Filesystem for RegionFile {
         match (self.service.backend(), u64::try_from(offset)) {
             (None, _) => reply.error(Errno::ENOTCONN),
             (Some(backend), Ok(offset)) if offset < self.size => {
-                self.service.run(requests::seek(backend, offset, whence, reply));
+                // What a mapping has written the kernel does not hand over before it asks, and the backend calls it a hole.
+                let holes_are_known = self.writers.load(Ordering::SeqCst) == 0;
+                self.service.run(requests::seek(backend, offset, whence, holes_are_known, reply));
             }
             _ => reply.error(Errno::ENXIO),
         }

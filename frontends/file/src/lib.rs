@@ -16,7 +16,7 @@
 //! | `close` | makes nothing durable, as with any file: what was written is with the backend, but a crash of the backend may lose it before a `flush` |
 //! | `truncate`, `ftruncate`, `O_TRUNC` | `EPERM` unless the size stays the same: emptying a region by a wrong `>` would be too easy. Use `dd conv=notrunc` |
 //! | `fallocate` | inside the region: punching holes trims, zeroing a range zeroes, room is always there. Beyond the end `ENOSPC`; other modes, or a backend that can neither trim nor zero, `EOPNOTSUPP` |
-//! | `lseek` with `SEEK_DATA`, `SEEK_HOLE` | from the backend's extents; all is data where it does not know. What a mapping wrote and has not handed over does not show yet |
+//! | `lseek` with `SEEK_DATA`, `SEEK_HOLE` | from the backend's extents; all is data where it does not know, and while anybody has the file open or mapped for writing: the kernel may hold what a mapping wrote |
 //! | `stat` | the exact size; as many blocks as it would take without holes; mode 0644 (0444 if read-only) and the owner who mounted, which `chmod` and `chown` change while it is mounted |
 //! | `flock`, `fcntl` locks | between the processes of this host |
 //! | changes to a read-only file | `EROFS` |

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use fuser::{Errno, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite};
-use r3map_core::{Backend, Error, ErrorKind, ExtentKind, Operation, Piece, ReadPieces, Result};
+use r3map_core::{Backend, Error, ErrorKind, ExtentKind, Extents, Operation, Piece, ReadPieces, Result};
 
 use crate::buffers::Buffer;
 use crate::service::Service;
@@ -199,27 +199,33 @@ pub(crate) async fn allocate(backend: Arc<dyn Backend>, what: Allocate, range: R
     answer(reply, done);
 }
 
-/// Finds the next data or hole from an offset inside the region.
-pub(crate) async fn seek(backend: Arc<dyn Backend>, offset: u64, whence: i32, reply: ReplyLseek) {
+/// Finds the next data or hole from an offset inside the region; all is data unless holes are known.
+pub(crate) async fn seek(
+    backend: Arc<dyn Backend>,
+    offset: u64,
+    whence: i32,
+    holes_are_known: bool,
+    reply: ReplyLseek,
+) {
     let wanted = match whence {
         SEEK_DATA => ExtentKind::Data,
         SEEK_HOLE => ExtentKind::Hole,
         _ => return reply.error(Errno::EINVAL),
     };
-    match find(&*backend, offset, wanted).await {
+    let extents = backend.capabilities().extents.filter(|_| holes_are_known);
+    match find(extents, backend.size(), offset, wanted).await {
         Ok(Some(at)) => reply.offset(i64::try_from(at).unwrap_or(i64::MAX)),
         Ok(None) => reply.error(Errno::ENXIO),
         Err(error) => reply.error(errno(&error)),
     }
 }
 
-/// The first offset from `offset` on that is of the wanted kind. The end of the region counts as a hole; where the
-/// backend does not know, everything is data.
-async fn find(backend: &dyn Backend, offset: u64, wanted: ExtentKind) -> Result<Option<u64>> {
-    let size = backend.size();
+/// The first offset from `offset` on that is of the wanted kind. The end of the region counts as a hole; without extents
+/// everything is data.
+async fn find(extents: Option<&dyn Extents>, size: u64, offset: u64, wanted: ExtentKind) -> Result<Option<u64>> {
     let mut at = offset;
     while at < size {
-        let next = match backend.capabilities().extents {
+        let next = match extents {
             None => vec![],
             Some(extents) => extents.extents(at, size - at).await?,
         };

@@ -122,15 +122,13 @@ impl WriteZeroes for Region {
 
 #[async_trait]
 impl Extents for Region {
-    /// The one extent that starts at `offset`. What mappings wrote is handed over first: the kernel does not do that
-    /// before it asks for holes.
+    /// The one extent that starts at `offset`.
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
         check_range(Operation::Extents, self.size, offset, len)?;
         if len == 0 {
             return Ok(vec![]);
         }
         let ask = |to| block_in_place(|| seek(&self.file, to));
-        self.flush().await?;
         let (kind, end) = match ask(SeekFrom::Data(offset)) {
             Ok(at) if at == offset => (ExtentKind::Data, ask(SeekFrom::Hole(offset))),
             Err(Errno::NXIO) => (ExtentKind::Hole, Ok(self.size)),

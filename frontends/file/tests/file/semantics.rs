@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use r3map_core::{MAX_REGION_SIZE, Operation};
 use r3map_file::{Caching, FileSettings, Show};
 use r3map_local::Memory;
+use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::faults::Faults;
 use r3map_testkit::fill;
 use r3map_testkit::store::Store;
@@ -161,7 +162,7 @@ fn holes_are_found_where_they_are_known() {
     memory.write_now(3 << 20, &[1; 70_000]).unwrap();
     memory.write_now((10 << 20) - 1, &[1]).unwrap();
     let mount = world.mount(memory, FileSettings::default());
-    let file = open(mount.path());
+    let file = File::open(mount.path()).unwrap();
     let mib = 1 << 20;
     let data_end = 3 * mib + 2 * 65_536;
     assert_eq!(seek(&file, SeekFrom::Data(0)), Ok(3 * mib));
@@ -174,10 +175,23 @@ fn holes_are_found_where_they_are_known() {
         assert_eq!(seek(&file, SeekFrom::Data(at)), Err(Errno::NXIO));
         assert_eq!(seek(&file, SeekFrom::Hole(at)), Err(Errno::NXIO));
     }
-    fallocate(&file, PUNCH, 3 * mib, 2 * 65_536).unwrap();
-    assert_eq!(seek(&file, SeekFrom::Data(0)), Ok(10 * mib - 65_536));
-    fallocate(&file, PUNCH, 9 * mib, mib).unwrap();
-    assert_eq!(seek(&file, SeekFrom::Data(0)), Err(Errno::NXIO));
+    // The kernel says that a file was closed some time after it was.
+    let first_data = |expected| world.wait_until("the next hole", || seek(&file, SeekFrom::Data(0)) == expected);
+    fallocate(open(mount.path()), PUNCH, 3 * mib, 2 * 65_536).unwrap();
+    first_data(Ok(10 * mib - 65_536));
+    fallocate(open(mount.path()), PUNCH, 9 * mib, mib).unwrap();
+    first_data(Err(Errno::NXIO));
+
+    let mapping = FileMapping::new(&open(mount.path()), 10 << 20, Sharing::Shared, true).unwrap();
+    mapping.write(2 << 20, b"hello").unwrap();
+    assert_eq!(seek(&file, SeekFrom::Data(0)), Ok(0), "the kernel holds something, and nobody else knows where");
+    assert_eq!(seek(&file, SeekFrom::Hole(0)), Ok(10 * mib));
+    let mut seen = [0; 5];
+    file.read_exact_at(&mut seen, 2 * mib).unwrap();
+    assert_eq!(&seen, b"hello");
+    mapping.sync().unwrap();
+    drop(mapping);
+    first_data(Ok(2 * mib));
 }
 
 #[test]

@@ -68,6 +68,15 @@ impl World {
         self.runtime.block_on(deadline(LIMIT, what, future))
     }
 
+    /// Waits until something holds, not for ever.
+    pub(crate) fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
+        self.wait(what, async {
+            while !holds() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+    }
+
     pub(crate) fn try_mount(&self, backend: Arc<dyn Backend>, settings: FileSettings) -> Result<FileMount> {
         self.wait("mounting", FileMount::open(backend, self.path(), settings))
     }
