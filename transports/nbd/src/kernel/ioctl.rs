@@ -27,7 +27,7 @@ pub(super) struct Serving {
 }
 
 impl Serving {
-    /// Attaches `wanted`, or the first device that is free. Gives back its index too.
+    /// Attaches `wanted`, or the first device that is free; a request may take `timeout` seconds. Gives back its index too.
     ///
     /// # Errors
     /// `EBUSY` if it is in use, or all are; otherwise as [`NbdDevice`]'s calls.
@@ -35,7 +35,7 @@ impl Serving {
         wanted: Option<u32>,
         sockets: Vec<OwnedFd>,
         disk: Disk,
-        timeout: Duration,
+        timeout: u64,
     ) -> io::Result<(u32, Self)> {
         let (report, outcome) = channel();
         // The kernel lets one thread set a device up, and knows it by its id.
@@ -77,13 +77,7 @@ fn begun(outcome: &Receiver<Begun>) -> Begun {
     outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the serving thread ended")))
 }
 
-fn run(
-    wanted: Option<u32>,
-    sockets: &[OwnedFd],
-    disk: Disk,
-    timeout: Duration,
-    report: &Sender<Begun>,
-) -> io::Result<()> {
+fn run(wanted: Option<u32>, sockets: &[OwnedFd], disk: Disk, timeout: u64, report: &Sender<Begun>) -> io::Result<()> {
     let device = match claim(wanted, sockets).and_then(|(index, device)| {
         set_up(&device, disk, timeout)?;
         Ok((index, device))
@@ -128,12 +122,12 @@ fn give(index: u32, sockets: &[OwnedFd]) -> io::Result<NbdDevice> {
     Ok(device)
 }
 
-fn set_up(device: &NbdDevice, disk: Disk, timeout: Duration) -> io::Result<()> {
+fn set_up(device: &NbdDevice, disk: Disk, timeout: u64) -> io::Result<()> {
     let number = |value: u64| usize::try_from(value).map_err(|_| io::Error::from(Errno::INVAL));
     let set = || {
         device.set_block_size(number(disk.block_size.into())?)?;
         device.set_size_in_blocks(number(disk.size / u64::from(disk.block_size))?)?;
-        device.set_timeout(number(timeout.as_secs())?)?;
+        device.set_timeout(number(timeout)?)?;
         device.set_flags(disk.flags.bits())
     };
     set().inspect_err(|_| {

@@ -14,7 +14,8 @@
 //! ```
 //!
 //! A request that was under way when the server died fails, or goes to another connection, only when `request_timeout`
-//! has passed: so readers get an error after at most `request_timeout` + `dead_connection_timeout`.
+//! has passed: so readers get an error after at most `request_timeout` + `dead_connection_timeout`. By ioctl they get it at
+//! once when no connection is left.
 //!
 //! Calls block, for a bounded time; in async code call them on a thread for blocking.
 
@@ -50,6 +51,11 @@ pub const SECTOR: u64 = 512;
 
 /// The largest block size in bytes that every kernel takes.
 const LARGEST_BLOCK: u32 = 4096;
+
+/// What stands for no limit on a request: over three weeks, the longest time that the kernel counts correctly on every
+/// machine, in ticks as in milliseconds. Nothing does not: the kernel then keeps the 30 s of any block device in mind, and
+/// with several connections ends each on which a request takes longer (`nbd_xmit_timeout`).
+const NO_LIMIT: Duration = Duration::from_secs(i32::MAX as u64 / 1000);
 
 /// The longest [`Settings::identifier`] in bytes.
 pub const LONGEST_IDENTIFIER: usize = 200;
@@ -103,8 +109,10 @@ pub struct Settings {
     /// Which device; by default one that is free.
     pub device: Option<u32>,
     /// How long a request may take before its connection counts as dead; whole seconds, rounded up; `None` is without
-    /// limit. A server that is slower than this loses the connection; without a limit, what was under way when a server
-    /// died waits until the device is detached. [default: 60 s]
+    /// limit (of three weeks, to be exact). A server that is slower than this loses the connection, and the request goes to
+    /// another one: let it be longer than the server ever takes, because a write that the server has not given up then may
+    /// land after later ones. Without a limit, what was under way on a connection that died waits until the device is
+    /// detached, or by ioctl until all of them are dead. [default: 60 s]
     pub request_timeout: Option<Duration>,
     /// How long requests wait for [`take_over`] when all connections are dead; whole seconds, rounded up. Netlink only.
     /// [default: 0: they fail at once]
@@ -170,7 +178,7 @@ pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<
 ///
 /// # Errors
 /// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live; otherwise
-/// as [`attach`]. Without a request time-out a device whose connections live is not noticed.
+/// as [`attach`].
 pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<Device> {
     check(sockets, disk, settings)?;
     if !sysfs::is_attached(index) {
@@ -186,7 +194,7 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
     // Set to zero it would fail whoever waits for the new connections, before they are there.
     request.dead_timeout = request.dead_timeout.filter(|seconds| *seconds > 0);
     open()?.reconfigure(index, &request).map_err(|io| explain_take_over(index, io))?;
-    if settings.request_timeout.is_some() && !sockets.iter().any(is_taken) {
+    if !sockets.iter().any(is_taken) {
         let what = format!("{} is served: its connections live", sysfs::node(index).display());
         return Err(error(ErrorKind::Conflict, what));
     }
@@ -243,8 +251,8 @@ pub fn is_attached(index: u32) -> Result<bool> {
     }
 }
 
-/// Detaches a device, whoever attached it: everything written to it is flushed first. With `force` also if it is in use,
-/// mounted for example; its user then gets errors.
+/// Detaches a device, whoever attached it: everything written to it is flushed first, and nobody can mount it in between.
+/// With `force` also if it is in use, mounted for example; its user then gets errors, as anybody does who merely has it open.
 ///
 /// # Errors
 /// `NotFound` if it is not attached; `Conflict` if it is in use; the error of the flush, when the device has been
@@ -253,12 +261,9 @@ pub fn detach(index: u32, force: bool) -> Result<()> {
     if !is_attached(index)? {
         return Err(error(ErrorKind::NotFound, format!("{} is not attached", sysfs::node(index).display())));
     }
-    let flushed = flush(index, force);
-    if let Err(error) = &flushed
-        && error.kind() == ErrorKind::Conflict
-    {
-        return flushed;
-    }
+    // Held until it is detached.
+    let held = hold(index, force)?;
+    let flushed = flush(index, held.as_ref());
     disconnect(index)?;
     flushed
 }
@@ -288,20 +293,36 @@ impl Device {
         self.serving.as_ref().map_or_else(|| sysfs::is_attached(self.index), Serving::is_alive)
     }
 
-    /// Flushes and detaches it.
+    /// Flushes and detaches it; nobody can mount it in between.
     ///
     /// # Errors
     /// `Conflict` if it is in use, mounted for example: it stays attached, and is given back. The error of the flush, when
     /// it has been detached nevertheless.
     pub fn detach(mut self) -> std::result::Result<(), (Error, Option<Self>)> {
-        let flushed = flush(self.index, false);
-        match flushed {
-            Err(error) if error.kind() == ErrorKind::Conflict => Err((error, Some(self))),
-            flushed => {
-                self.ours = false;
-                self.let_go().and(flushed).map_err(|error| (error, None))
-            }
+        let held = match hold(self.index, false) {
+            Ok(held) => held,
+            Err(error) => return Err((error, Some(self))),
+        };
+        let flushed = flush(self.index, held.as_ref());
+        let detached = self.disconnect();
+        self.ours = false;
+        detached.and(flushed).map_err(|error| (error, None))
+    }
+
+    /// Detaches it as it is: what the kernel still holds of what was written is lost. For who has flushed it, and has it
+    /// open exclusively (`O_EXCL`), so that nobody can mount it in between. Does nothing if it is not attached.
+    ///
+    /// # Errors
+    /// `Unavailable` if the kernel does not let go in time, because the server does not answer what is under way. This can be
+    /// called again.
+    pub fn disconnect(&mut self) -> Result<()> {
+        match &mut self.serving {
+            Some(serving) => serving.stop().map_err(|error| explain(Some(self.index), error))?,
+            None if sysfs::is_attached(self.index) => disconnect(self.index)?,
+            None => {}
         }
+        self.ours = false;
+        Ok(())
     }
 
     /// Leaves it attached for good, without a process: what a server in another process and a netlink device allow.
@@ -315,21 +336,14 @@ impl Device {
         self.ours = false;
         Ok(())
     }
-
-    fn let_go(&mut self) -> Result<()> {
-        match &mut self.serving {
-            Some(serving) => serving.stop().map_err(|error| explain(Some(self.index), error)),
-            None if sysfs::is_attached(self.index) => disconnect(self.index),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
         if self.ours {
-            let _ = flush(self.index, true);
-            let _ = self.let_go();
+            let held = hold(self.index, true).unwrap_or_default();
+            let _ = flush(self.index, held.as_ref());
+            let _ = self.disconnect();
         }
     }
 }
@@ -349,8 +363,7 @@ fn by_netlink(mut control: Control, sockets: &[OwnedFd], disk: Disk, settings: &
 }
 
 fn by_ioctl(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
-    let timeout = Duration::from_secs(seconds(settings.request_timeout.unwrap_or_default()));
-    match Serving::start(settings.device, sockets, disk, timeout) {
+    match Serving::start(settings.device, sockets, disk, request_seconds(settings)) {
         Ok((index, serving)) => Ok(Device { index, serving: Some(serving), ours: true }),
         Err(error) => Err(explain(settings.device, error)),
     }
@@ -358,11 +371,16 @@ fn by_ioctl(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<De
 
 fn timeouts(settings: &Settings) -> Request<'_> {
     Request {
-        timeout: settings.request_timeout.map(seconds),
+        timeout: Some(request_seconds(settings)),
         dead_timeout: Some(seconds(settings.dead_connection_timeout)),
         identifier: settings.identifier.as_deref(),
         ..Request::default()
     }
+}
+
+/// How long a request may take: never nothing, which would not mean what it says; see [`NO_LIMIT`].
+fn request_seconds(settings: &Settings) -> u64 {
+    seconds(settings.request_timeout.unwrap_or(NO_LIMIT)).clamp(1, NO_LIMIT.as_secs())
 }
 
 /// Whole seconds, which is what the kernel counts in; never fewer than asked for.
@@ -380,14 +398,36 @@ fn disconnect(index: u32) -> Result<()> {
     }
 }
 
-/// Has everything that was written to the device reach the server. Unless `force`, nobody else may be using it.
-fn flush(index: u32, force: bool) -> Result<()> {
-    let path = sysfs::node(index);
+/// Opens a device so that nobody can mount it meanwhile; with `force`, where somebody has, in the ordinary way. Nothing if
+/// it cannot be opened at all.
+///
+/// # Errors
+/// `Conflict` if it is mounted or otherwise claimed.
+fn hold(index: u32, force: bool) -> Result<Option<File>> {
     // For a block device O_EXCL without O_CREAT means: fail if it is mounted or otherwise claimed (open(2)).
-    let exclusive = if force { OFlags::empty() } else { OFlags::EXCL };
-    let flags = i32::try_from(exclusive.bits()).expect("a single low bit");
-    let opened = OpenOptions::new().read(true).custom_flags(flags).open(&path);
-    opened.and_then(|device: File| device.sync_all()).map_err(|error| explain(Some(index), error))
+    match open_node(index, OFlags::EXCL) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => {
+            if force {
+                Ok(open_node(index, OFlags::empty()).ok())
+            } else {
+                Err(explain(Some(index), error))
+            }
+        }
+        opened => Ok(opened.ok()),
+    }
+}
+
+fn open_node(index: u32, flags: OFlags) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(sysfs::node(index))
+}
+
+/// Has everything that was written to the device reach the server.
+fn flush(index: u32, held: Option<&File>) -> Result<()> {
+    let Some(device) = held else {
+        let what = format!("{} cannot be opened, so that it was not flushed", sysfs::node(index).display());
+        return Err(error(ErrorKind::Unavailable, what));
+    };
+    device.sync_all().map_err(|error| explain(Some(index), error))
 }
 
 fn check(sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<()> {

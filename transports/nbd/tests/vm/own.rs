@@ -1,21 +1,23 @@
 //! The kernel's client on our own server: over a socket pair in one process, and over a slow link.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use r3map_core::{Backend, Operation};
-use r3map_nbd::kernel::{Device, Disk, Interface, Settings, block_size};
+use r3map_nbd::kernel::{self, Device, Disk, Interface, Settings, block_size};
 use r3map_nbd::{Address, Server, ServerExport, ServerSettings};
-use r3map_testkit::faults::Faults;
+use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{fill, in_vm};
 use rustix::fs::OFlags;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use crate::support::{Aligned, SIZE, attach, connect_to, exercise, open_direct, read_direct, run, runtime};
+use crate::support::{Aligned, SIZE, attach, connect_to, exercise, open_direct, read_direct, run, runtime, until};
+
+const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// A server in this process, and what its backend is asked.
 struct Own {
@@ -30,6 +32,13 @@ impl Own {
         let backend: Arc<dyn Backend> = calls.clone();
         let server = Server::new(vec![ServerExport::new("", backend)], ServerSettings::default()).unwrap();
         Self { runtime: runtime(), server, calls }
+    }
+
+    /// Connects twice.
+    fn pairs(&self) -> (Vec<OwnedFd>, Disk) {
+        let ((mut sockets, disk), (more, _)) = (self.pair(), self.pair());
+        sockets.extend(more);
+        (sockets, disk)
     }
 
     /// The kernel's end of a socket pair whose other end is served.
@@ -120,6 +129,65 @@ fn what_was_written_is_flushed_when_it_is_detached() {
         own.runtime.block_on(own.calls.read_at(0, &mut read)).unwrap();
         assert!(read == bytes, "{interface:?}: what was written is not there");
     }
+}
+
+#[test]
+fn a_request_is_tried_elsewhere_after_its_time_and_never_where_it_has_none() {
+    if !in_vm() {
+        return;
+    }
+    let own = Own::new(Store::new(SIZE).plain());
+    let hasty = Settings { request_timeout: Some(Duration::from_secs(1)), ..Settings::default() };
+    let device = attach(own.pairs(), &hasty);
+    drop(own.calls.take_calls());
+    own.calls.add(Rule::on(Operation::Read).touching(0..4096).hold(&Pause::new()));
+    read_direct(&device.path(), 0).unwrap_err();
+    assert_eq!(own.calls.count(Operation::Read), 2, "once on each connection");
+    own.calls.clear();
+    let index = device.index();
+    // Its connections are gone, and it says so; nothing was written.
+    let _ = device.detach();
+    until("it is free", || !kernel::is_attached(index).unwrap());
+    // The same device, which would still know the time of before.
+    for interface in [Interface::Netlink, Interface::Ioctl] {
+        let settings = Settings { interface, device: Some(index), request_timeout: None, ..Settings::default() };
+        let device = attach(own.pairs(), &settings);
+        let limit = std::fs::read_to_string(format!("/sys/block/nbd{index}/queue/io_timeout")).unwrap();
+        assert!(Duration::from_millis(limit.trim().parse().unwrap()) > WEEK, "{interface:?}: {limit} ms");
+        read_direct(&device.path(), 0).unwrap();
+        device.detach().unwrap();
+        until("it is free", || !kernel::is_attached(index).unwrap());
+    }
+}
+
+#[test]
+fn nobody_can_mount_a_device_that_is_being_detached() {
+    if !in_vm() {
+        return;
+    }
+    let own = Own::new(Store::new(SIZE).plain());
+    // By ioctl the end waits for what is under way.
+    let device = own.attach(&Settings { interface: Interface::Ioctl, ..Settings::default() });
+    let path = device.path();
+    let pause = Pause::new();
+    own.calls.add(Rule::on(Operation::Read).touching(0..4096).hold(&pause));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read_direct(&path, 0));
+        until("the read is under way", || pause.held() > 0);
+        let flushes = own.calls.count(Operation::Flush);
+        let leaving = scope.spawn(move || device.detach());
+        until("what was written is flushed", || own.calls.count(Operation::Flush) > flushes);
+        for _ in 0..50 {
+            let mut exclusive = std::fs::OpenOptions::new();
+            let exclusive = exclusive.read(true).custom_flags(OFlags::EXCL.bits().cast_signed());
+            assert!(exclusive.open(&path).is_err());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        pause.release();
+        leaving.join().unwrap().unwrap();
+        // Whoever merely has it open is not waited for by promise.
+        let _ = reader.join().unwrap();
+    });
 }
 
 #[test]
