@@ -133,7 +133,7 @@ impl BlockDevice {
     /// Whether the device is still served: it was not removed, by us or by somebody else.
     #[must_use]
     pub fn is_there(&self) -> bool {
-        !self.attached.removed.load(Relaxed) && self.attached.node.exists()
+        self.attached.is_there()
     }
 
     /// Writes what the kernel has cached of it, and makes it durable: `fsync`.
@@ -243,21 +243,23 @@ impl Attached {
         }
         match &self.by {
             By::Ublk { device, service } => self.leave_ublk(device, service, anyway),
-            By::Nbd(_) => self.leave_nbd(anyway),
+            By::Nbd(device) => self.leave_nbd(device, anyway),
             By::Loop(device) => self.leave_loop(device, anyway),
         }
     }
 
+    /// Whether it is still ours; another device may have its name by now.
+    fn is_there(&self) -> bool {
+        let exists = match &self.by {
+            // The node stays when nothing is attached to it.
+            By::Nbd(device) => device.is_alive(),
+            By::Ublk { .. } | By::Loop(_) => self.node.exists(),
+        };
+        exists && !self.removed.load(Relaxed)
+    }
+
     fn leave_ublk(self: &Arc<Self>, device: &Ublk, service: &Arc<Service>, anyway: bool) -> Result<()> {
-        // Held until it is stopped: nobody can mount it in between.
-        let claimed = self.claim(anyway)?;
-        let synced = if claimed.is_some() && service.backend().is_some() { self.sync() } else { Ok(()) };
-        match (&synced, anyway) {
-            (Err(_), false) => return synced,
-            // Whoever still waits for the backend would keep the kernel from letting go.
-            (Err(_), true) => service.close(),
-            (Ok(()), _) => {}
-        }
+        let (claimed, synced) = self.claim_and_sync(anyway, service.backend().is_some(), || service.close())?;
         let stopped = device.stop(self.limit);
         drop(claimed);
         let flushed = self.settle(service);
@@ -266,9 +268,43 @@ impl Attached {
         synced.and(stopped).and(deleted).and(flushed)
     }
 
+    fn leave_nbd(self: &Arc<Self>, device: &Nbd, anyway: bool) -> Result<()> {
+        let (claimed, synced) = self.claim_and_sync(anyway, true, || device.close())?;
+        let stopped = device.stop();
+        drop(claimed);
+        self.removed.store(stopped.is_ok() || !device.is_alive(), Relaxed);
+        let flushed = device.settle(self.node.is_read_only(), self.limit);
+        synced.and(stopped).and(flushed)
+    }
+
+    /// Has the device for itself, and writes what the kernel holds if it is `served`. Gives back the claim, to be held until
+    /// the device is stopped so that nobody can mount it in between, and what could not be written: then the service is
+    /// closed.
+    ///
+    /// # Errors
+    /// Unless it is to be removed `anyway`, what objects; the device is as before.
+    fn claim_and_sync(
+        self: &Arc<Self>,
+        anyway: bool,
+        served: bool,
+        close: impl FnOnce(),
+    ) -> Result<(Option<File>, Result<()>)> {
+        let claimed = self.claim(anyway)?;
+        let synced = if claimed.is_some() && served { self.sync() } else { Ok(()) };
+        match synced {
+            Err(error) if !anyway => Err(error),
+            Err(error) => {
+                // Whoever still waits for the backend would keep the kernel from letting go.
+                close();
+                Ok((claimed, Err(error)))
+            }
+            Ok(()) => Ok((claimed, Ok(()))),
+        }
+    }
+
     /// Claims the device; nothing if it is gone, or in use and to be detached anyway.
     fn claim(self: &Arc<Self>, anyway: bool) -> Result<Option<File>> {
-        if !self.node.exists() {
+        if !self.is_there() {
             return Ok(None);
         }
         match self.node.claim() {
@@ -294,27 +330,6 @@ impl Attached {
                 if read_only { Ok(()) } else { backend.flush().await }
             })
         })
-    }
-
-    fn leave_nbd(self: &Arc<Self>, anyway: bool) -> Result<()> {
-        let attached = self.clone();
-        let detached = within(self.limit, "flushing and detaching the device", move || match &attached.by {
-            By::Nbd(device) => device.detach(&attached.node, anyway),
-            By::Ublk { .. } | By::Loop(_) => Ok(()),
-        });
-        let By::Nbd(device) = &self.by else { return detached };
-        match (&detached, anyway) {
-            (Err(_), false) => detached,
-            (Err(_), true) => {
-                // Whoever still waits for the backend would keep the kernel from letting go.
-                device.close();
-                detached
-            }
-            (Ok(()), _) => {
-                self.removed.store(true, Relaxed);
-                device.settle(self.node.is_read_only(), self.limit)
-            }
-        }
     }
 
     fn leave_loop(&self, device: &LoopDevice, anyway: bool) -> Result<()> {

@@ -1,7 +1,8 @@
-//! Devices of the kernel's NBD client, over socket pairs to a server in this process: the way for kernels without ublk.
+//! Devices of the kernel's NBD client, over a socket pair to a server in this process: the way for kernels without ublk.
 //!
 //! They are attached by ioctl, and not by netlink: a thread of this process then keeps the device, so that it ends with
-//! the process, and what is under way fails at once, however the process ends.
+//! the process, and what is under way fails at once, however the process ends. For the same reason there is one connection:
+//! the kernel would let what is under way on one of several wait for ever when that alone ends.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -22,7 +23,7 @@ const TICK: Duration = Duration::from_millis(200);
 
 /// A device that is served.
 pub(crate) struct Nbd {
-    device: Mutex<Option<Device>>,
+    device: Mutex<Device>,
     server: Mutex<Option<Server>>,
     backend: Arc<dyn Backend>,
     runtime: Handle,
@@ -46,19 +47,20 @@ impl Nbd {
         let _sockets_and_tasks = runtime.enter();
         let export = ServerExport { read_only: settings.read_only, ..ServerExport::new("", backend.clone()) };
         let server = Server::new(vec![export], ServerSettings::default())?;
-        let (sockets, disk) = connect(&server, backend.size(), settings)?;
+        let (socket, disk) = connect(&server, backend.size(), settings)?;
         let how = kernel::Settings {
             interface: Interface::Ioctl,
+            // How long the remote may take is not the kernel's business.
             request_timeout: None,
             ready_limit: settings.start_limit,
             ..kernel::Settings::default()
         };
-        let device = kernel::attach(sockets, disk, &how)?;
+        let device = kernel::attach(vec![socket], disk, &how)?;
         let name = format!("nbd{}", device.index());
         let node = Node::wait(name, backend.size(), settings.read_only, settings.start_limit)?;
         node.set("queue/read_ahead_kb", settings.read_ahead >> 10);
         node.set("queue/max_sectors_kb", settings.max_request >> 10);
-        let (device, server) = (Mutex::new(Some(device)), Mutex::new(Some(server)));
+        let (device, server) = (Mutex::new(device), Mutex::new(Some(server)));
         Ok((Self { device, server, backend, runtime: runtime.clone() }, node))
     }
 
@@ -69,32 +71,23 @@ impl Nbd {
         }
     }
 
-    fn is_alive(&self) -> bool {
+    /// Whether the kernel has it.
+    pub(crate) fn is_alive(&self) -> bool {
         match self.device.try_lock() {
-            Ok(device) => device.as_ref().is_some_and(Device::is_alive),
+            Ok(device) => device.is_alive(),
             // It is being detached, which may take as long as the backend does.
             Err(_) => true,
         }
     }
 
-    /// Flushes and detaches it; `anyway` also if it is in use. Blocks, perhaps as long as the backend takes.
-    pub(crate) fn detach(&self, node: &Node, anyway: bool) -> Result<()> {
-        let mut held = lock(&self.device);
-        match held.take() {
-            None => Ok(()),
-            Some(device) if anyway => {
-                let synced = node.sync();
-                drop(device);
-                synced
-            }
-            Some(device) => device.detach().map_err(|(error, back)| {
-                *held = back;
-                match held.is_some() {
-                    true => node.in_use(),
-                    false => error,
-                }
-            }),
-        }
+    /// Detaches it as it is. Blocks, not for ever.
+    pub(crate) fn stop(&self) -> Result<()> {
+        let mut device = lock(&self.device);
+        device.disconnect().or_else(|error| {
+            // Whoever still waits for the backend keeps the kernel from letting go.
+            self.close();
+            device.disconnect().and(Err(error))
+        })
     }
 
     /// Ends the service: what is under way or comes gets errors.
@@ -122,19 +115,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The kernel's ends of connections to the server: as many as there are to be queues.
-fn connect(server: &Server, size: u64, settings: &BlockSettings) -> Result<(Vec<OwnedFd>, Disk)> {
+/// The kernel's end of a connection to the server.
+fn connect(server: &Server, size: u64, settings: &BlockSettings) -> Result<(OwnedFd, Disk)> {
     let failed = |error| Error::from_io(Operation::Mount, "no connection for the kernel can be made", error);
-    let mut sockets = Vec::new();
-    let mut disk = None;
-    for _ in 0..settings.queue_count() {
-        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        ours.set_nonblocking(true).map_err(failed)?;
-        let ours = Eager::new(tokio::net::UnixStream::from_std(ours).map_err(failed)?);
-        let (facts, _task) = server.serve_export(ours, "")?;
-        disk = Some(Disk { size, block_size: settings.logical_block_size, flags: facts.flags });
-        sockets.push(theirs.into());
-    }
-    let disk = disk.ok_or_else(|| Error::new(ErrorKind::InvalidInput, Operation::Mount, "no queues were asked for"))?;
-    Ok((sockets, disk))
+    let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+    ours.set_nonblocking(true).map_err(failed)?;
+    let ours = Eager::new(tokio::net::UnixStream::from_std(ours).map_err(failed)?);
+    let (facts, _task) = server.serve_export(ours, "")?;
+    Ok((theirs.into(), Disk { size, block_size: settings.logical_block_size, flags: facts.flags }))
 }

@@ -256,8 +256,9 @@ impl Plan<'_> {
 
     fn take_over(&self, info: &DeviceInfo, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
         let had = self.control.limits(info.id).map_err(|error| cannot_make("the kept device has no limits", error))?;
-        if had.sectors != self.limits.sectors || had.logical_shift != self.limits.logical_shift {
-            let message = format!("/dev/ublkb{} was made for another size; remove it first", info.id);
+        // Its users were told these, and the kernel goes by them.
+        if let Some(what) = difference(&had, &self.limits) {
+            let message = format!("/dev/ublkb{} was made with {what}; remove it first", info.id);
             return Err(Error::new(ErrorKind::Conflict, Operation::Mount, message));
         }
         self.begin_recovery(info)?;
@@ -279,6 +280,24 @@ impl Plan<'_> {
             begun => begun.map_err(|error| cannot_make("the kept ublk device cannot be taken over", error)),
         }
     }
+}
+
+/// In what a kept device is another one than was to be made.
+fn difference(had: &Limits, wanted: &Limits) -> Option<String> {
+    let other = if had.sectors != wanted.sectors {
+        format!("another size, {} bytes", had.sectors * SECTOR)
+    } else if had.logical_shift != wanted.logical_shift {
+        format!("logical blocks of {} bytes", 1u64 << had.logical_shift)
+    } else if had.read_only != wanted.read_only {
+        if had.read_only { "writes refused" } else { "writes allowed" }.to_owned()
+    } else if had.max_sectors != wanted.max_sectors {
+        format!("requests of up to {} bytes", u64::from(had.max_sectors) * SECTOR)
+    } else if had != wanted {
+        "other abilities to discard and to write zeros".to_owned()
+    } else {
+        return None;
+    };
+    Some(other)
 }
 
 fn features_of(meanwhile: Meanwhile) -> Features {
@@ -321,4 +340,34 @@ fn sweep(control: &Control) {
 
 fn is_left_over(info: &DeviceInfo) -> bool {
     Mark::of(info) == Some(Mark::default()) && info.state() == DeviceState::Dead && !is_alive(info.server)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kept_device_must_be_the_same_in_everything() {
+        let limits = Limits {
+            sectors: 4096,
+            logical_shift: 9,
+            physical_shift: 12,
+            max_sectors: 2048,
+            read_only: false,
+            max_discard_sectors: 1,
+            max_write_zeroes_sectors: 1,
+            discard_granularity: GRANULE,
+        };
+        assert_eq!(difference(&limits, &limits), None);
+        for (wanted, says) in [
+            (Limits { sectors: 8192, ..limits }, "another size, 2097152 bytes"),
+            (Limits { logical_shift: 12, ..limits }, "logical blocks of 512 bytes"),
+            (Limits { read_only: true, max_discard_sectors: 0, ..limits }, "writes allowed"),
+            (Limits { max_sectors: 8, ..limits }, "requests of up to 1048576 bytes"),
+            (Limits { max_discard_sectors: 0, ..limits }, "other abilities to discard and to write zeros"),
+            (Limits { max_write_zeroes_sectors: 0, ..limits }, "other abilities to discard and to write zeros"),
+        ] {
+            assert_eq!(difference(&limits, &wanted).as_deref(), Some(says));
+        }
+    }
 }

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r3map_core::{Backend, Error, ErrorKind, Operation, Piece, ReadPieces, Result};
-use r3map_sys::ublk::{self, Bell, Request, Transfer};
+use r3map_sys::ublk::{self, Bell, Request};
 
 use crate::service::Service;
 
@@ -130,7 +130,8 @@ async fn read_lent(service: &Service, pieces: &dyn ReadPieces, request: &Request
         if at != request.offset + given || piece.len() > request.len - given {
             return Err(broken(request, "the backend lent a piece that is not the next one"));
         }
-        give_piece(&service.zeroes, &request.transfer, given, piece).map_err(kernel(Operation::Read, request))?;
+        let put = |at: u64, bytes: &[u8]| request.transfer.give(at, bytes);
+        give_piece(&service.zeroes, given, piece, put).map_err(kernel(Operation::Read, request))?;
         given += piece.len();
         Ok(())
     };
@@ -138,14 +139,24 @@ async fn read_lent(service: &Service, pieces: &dyn ReadPieces, request: &Request
     if given == request.len { Ok(()) } else { Err(broken(request, "the backend lent less than it was asked for")) }
 }
 
-fn give_piece(zeroes: &[u8], transfer: &Transfer, at: u64, piece: Piece<'_>) -> std::io::Result<()> {
-    match piece {
-        Piece::Data(bytes) => transfer.give(at, bytes),
-        Piece::Zeroes(len) => {
-            let some = usize::try_from(len).unwrap_or(usize::MAX).min(zeroes.len());
-            transfer.give(at, &zeroes[..some])
-        }
+/// Puts a piece at a place of the request; zeros are put as often as the piece is longer than `zeroes`.
+fn give_piece(
+    zeroes: &[u8],
+    at: u64,
+    piece: Piece<'_>,
+    put: impl Fn(u64, &[u8]) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let len = match piece {
+        Piece::Data(bytes) => return put(at, bytes),
+        Piece::Zeroes(len) => len,
+    };
+    let mut done = 0;
+    while done < len {
+        let some = usize::try_from(len - done).unwrap_or(usize::MAX).min(zeroes.len());
+        put(at + done, &zeroes[..some])?;
+        done += some as u64;
     }
+    Ok(())
 }
 
 fn broken(request: &Request, message: &str) -> Error {
@@ -177,4 +188,24 @@ async fn clear(backend: &dyn Backend, request: &Request) -> Result<()> {
         }
     }
     if request.fua { backend.flush().await } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn zeros_fill_a_piece_however_long_it_is() {
+        let request = RefCell::new([9; 10]);
+        let put = |at: u64, bytes: &[u8]| {
+            let at = usize::try_from(at).unwrap();
+            request.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        };
+        give_piece(&[0; 3], 1, Piece::Zeroes(7), put).unwrap();
+        give_piece(&[0; 3], 9, Piece::Data(&[5]), put).unwrap();
+        assert_eq!(*request.borrow(), [9, 0, 0, 0, 0, 0, 0, 0, 9, 5]);
+    }
 }

@@ -1,6 +1,7 @@
 //! What is read and written, flushed, discarded and zeroed, and what happens when the backend fails.
 
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::support::{KINDS, aligned, app, device, name, open_direct, run, try_de
 
 const SIZE: u64 = 8 << 20;
 const LEN: usize = 8 << 20;
+const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_byte_is_read_and_written() {
@@ -232,4 +234,59 @@ async fn requests_are_served_at_the_same_time_and_a_slow_one_holds_up_nobody() {
         app(move || held.join().unwrap()).await;
         unmount(device).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_is_asked_at_once_than_queues_and_depth_allow() {
+    if !in_vm() {
+        return;
+    }
+    let slow = Link::new(Arc::new(Store::new(SIZE).filled(1)), Duration::from_millis(5), None);
+    let faults = Faults::new(slow);
+    let settings = BlockSettings {
+        queues: std::num::NonZeroU16::new(2),
+        depth: std::num::NonZeroU16::new(4).unwrap(),
+        ..BlockSettings::default()
+    };
+    let device = try_device(Kind::Ublk, faults.clone(), settings).await.unwrap();
+    let queues = std::fs::read_dir(sys_block(device.path()).join("mq")).unwrap().count();
+    assert_eq!(queues, 2, "the virtual machine has two processors");
+    let path = device.path().to_owned();
+    app(move || {
+        std::thread::scope(|scope| {
+            for user in 0..16 {
+                let file = open_direct(&path, OFlags::empty());
+                scope.spawn(move || {
+                    let (mut buffer, at) = aligned(4096);
+                    for block in (user..SIZE / 4096).step_by(97) {
+                        file.read_exact_at(&mut buffer[at..at + 4096], block * 4096).unwrap();
+                        assert!(buffer[at..at + 4096] == fill::bytes(block * 4096, 4096, 1));
+                    }
+                });
+            }
+        });
+    })
+    .await;
+    let most = faults.most_in_flight();
+    assert!((2..=8).contains(&most), "{most} at once");
+    unmount(device).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kernel_waits_for_a_remote_as_long_as_it_takes() {
+    if !in_vm() {
+        return;
+    }
+    let device = device(Kind::Nbd, Arc::new(Store::new(SIZE))).await;
+    let device_of_the_kernel = sys_block(device.path());
+    let limit = std::fs::read_to_string(device_of_the_kernel.join("queue/io_timeout")).unwrap();
+    assert!(Duration::from_millis(limit.trim().parse().unwrap()) > WEEK, "{limit} ms");
+    // There is no second one to try again on, while the first is still at it.
+    assert_eq!(std::fs::read_dir(device_of_the_kernel.join("mq")).unwrap().count(), 1);
+    unmount(device).await;
+}
+
+/// What the kernel tells of a device.
+fn sys_block(device: &Path) -> PathBuf {
+    Path::new("/sys/block").join(device.file_name().unwrap())
 }

@@ -115,6 +115,17 @@ async fn only_the_same_region_gets_a_kept_device_and_only_once() {
     let again = try_device(Kind::Ublk, store.clone(), settings(8, "one", Meanwhile::Wait)).await.err().unwrap();
     assert_eq!(again.kind(), ErrorKind::Conflict);
     assert!(again.message().contains("is served by process"), "{again}");
+    // What the device's users were told goes on to hold.
+    let same = settings(8, "one", Meanwhile::Wait);
+    for (wrong, says) in [
+        (BlockSettings { read_only: true, ..same.clone() }, "made with writes allowed"),
+        (BlockSettings { max_request: 4096, ..same.clone() }, "made with requests of up to 1048576 bytes"),
+        (BlockSettings { logical_block_size: 4096, ..same }, "made with logical blocks of 512 bytes"),
+    ] {
+        let error = try_device(Kind::Ublk, store.clone(), wrong).await.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+        assert!(error.message().contains(says), "{error}");
+    }
     unmount(device).await;
     assert!(!Path::new("/dev/ublkb8").exists(), "a good end keeps nothing");
     let device = try_device(Kind::Ublk, store, settings(8, "two", Meanwhile::Wait)).await.unwrap();

@@ -1,16 +1,19 @@
 //! Making, detaching, and doing so at the wrong time.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use r3map_block::{BlockSettings, Kind};
 use r3map_core::{ErrorKind, Operation};
-use r3map_testkit::faults::{Faults, Rule};
-use r3map_testkit::in_vm;
+use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
+use r3map_testkit::{deadline, in_vm};
+use rustix::fs::OFlags;
 
-use crate::support::{KINDS, Mounted, SOON, app, device, name, run, try_device, unmount, wait_until};
+use crate::support::{
+    KINDS, Mounted, SOON, aligned, app, device, name, open_direct, run, try_device, unmount, wait_until,
+};
 
 const SIZE: u64 = 16 << 20;
 
@@ -52,7 +55,7 @@ async fn a_mounted_device_is_not_detached_unless_that_is_forced() {
         let file = mounted.path("file");
         app(move || std::fs::write(file, "it works as before").unwrap()).await;
         // What is mounted sees errors from then on; nothing hangs.
-        let _ = r3map_testkit::deadline(SOON, "forcing", device.detach()).await;
+        let _ = deadline(SOON, "forcing", device.detach()).await;
         let file = mounted.path("file");
         app(move || {
             let written = std::fs::write(&file, vec![1; 1 << 20]);
@@ -92,6 +95,86 @@ async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_unmount_that_takes_too_long_leaves_the_device_as_it_was() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let store = Arc::new(Store::new(SIZE).plain());
+        let faults = Faults::new(store.clone());
+        let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
+        let device = try_device(kind, faults.clone(), settings).await.unwrap();
+        let pause = Pause::new();
+        faults.add(Rule::on(Operation::Write).hold(&pause));
+        let path = device.path().to_owned();
+        // Open until the end: closing it would wait for the write.
+        let file = app(move || {
+            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+            file.write_all_at(&[3; 4096], 0).unwrap();
+            file
+        })
+        .await;
+        let error = device.unmount().await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
+        assert!(device.is_there(), "{kind}");
+        pause.release();
+        let path = device.path().to_owned();
+        app(move || {
+            let (mut buffer, at) = aligned(4096);
+            let direct = open_direct(&path, OFlags::empty());
+            for block in 1..100 {
+                direct.write_all_at(&buffer[at..at + 4096], block * 4096).unwrap();
+                direct.read_exact_at(&mut buffer[at..at + 4096], block * 4096).unwrap();
+            }
+            file.sync_all().unwrap();
+        })
+        .await;
+        assert!(device.is_there(), "{kind}");
+        unmount(device).await;
+        assert!(store.snapshot()[..4096] == [3; 4096], "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_can_mount_a_device_that_is_being_detached() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let faults = Faults::new(Arc::new(Store::new(SIZE).plain()));
+        let device = device(kind, faults.clone()).await;
+        let path = device.path().to_owned();
+        let pause = Pause::new();
+        faults.add(Rule::on(Operation::Read).touching(0..4096).hold(&pause));
+        let reader = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                let (mut buffer, at) = aligned(4096);
+                open_direct(&path, OFlags::empty()).read_exact_at(&mut buffer[at..at + 4096], 0)
+            }
+        });
+        deadline(SOON, "reading", pause.wait_held(1)).await;
+        let flushes = faults.count(Operation::Flush);
+        let leaving = tokio::spawn(unmount(device));
+        app(move || {
+            wait_until("what was written is flushed", || faults.count(Operation::Flush) > flushes);
+            // It is not gone yet, because the read is under way.
+            for _ in 0..50 {
+                let mut exclusive = std::fs::OpenOptions::new();
+                let exclusive = exclusive.read(true).custom_flags(OFlags::EXCL.bits().cast_signed());
+                assert!(exclusive.open(&path).is_err(), "{kind}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        })
+        .await;
+        pause.release();
+        leaving.await.unwrap();
+        // Its user merely had it open: whether it is still answered is not promised.
+        let _ = app(move || reader.join().unwrap()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_somebody_removes_is_noticed() {
     if !in_vm() {
         return;
@@ -101,7 +184,7 @@ async fn a_device_that_somebody_removes_is_noticed() {
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}: it is being served");
     let id = name(device.path())["/dev/ublkb".len()..].parse().unwrap();
     app(move || r3map_sys::ublk::Control::open(SOON).unwrap().stop(id).unwrap()).await;
-    r3map_testkit::deadline(SOON, "noticing", device.gone()).await;
+    deadline(SOON, "noticing", device.gone()).await;
     unmount(device).await;
 }
 
