@@ -1,9 +1,18 @@
 //! A stock kernel from Debian: downloaded and unpacked once, never installed.
 
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+
+/// How long each program may take: the package is about 30 MB.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// How often a program is looked at.
+const POLL: Duration = Duration::from_millis(20);
 
 /// An unpacked kernel.
 pub(crate) struct Kernel {
@@ -67,12 +76,47 @@ fn parse_depends(package: &str, text: &str) -> String {
 
 /// Runs a program, and gives back what it printed.
 fn output(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().with_context(|| format!("cannot start {name}"))?;
-    if !output.status.success() {
-        bail!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    output_within(LIMIT, command)
+}
+
+fn output_within(limit: Duration, command: &mut Command) -> Result<String> {
+    // Files, because a pipe that nobody empties holds a program up.
+    let (mut printed, mut complaints) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    command.stdin(Stdio::null()).stdout(printed.try_clone()?).stderr(complaints.try_clone()?);
+    match run(limit, command)? {
+        Some(status) if status.success() => contents(&mut printed),
+        Some(_) => bail!("{command:?} failed: {}", contents(&mut complaints)?.trim()),
+        None => bail!(
+            "{command:?} did not end within {} s and was killed; is what apt downloads from reachable? {}",
+            limit.as_secs_f32(),
+            contents(&mut complaints)?.trim()
+        ),
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs a program to its end; nothing if it had to be killed because that did not come in time.
+fn run(limit: Duration, command: &mut Command) -> Result<Option<ExitStatus>> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+    let end = Instant::now() + limit;
+    loop {
+        match child.try_wait()? {
+            None if Instant::now() < end => std::thread::sleep(POLL),
+            None => {
+                child.kill()?;
+                child.wait()?;
+                return Ok(None);
+            }
+            ended => return Ok(ended),
+        }
+    }
+}
+
+fn contents(file: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn only_entry(folder: &Path, prefix: &str) -> Result<PathBuf> {
@@ -110,8 +154,17 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_does_not_end_is_killed_and_the_error_says_so() {
+        let mut stuck = Command::new("sh");
+        stuck.args(["-c", "echo trying >&2; exec sleep 1000"]);
+        let error = output_within(Duration::from_secs(1), &mut stuck).unwrap_err().to_string();
+        assert!(error.contains("did not end within 1 s") && error.ends_with("trying"), "{error}");
+    }
+
+    #[test]
     fn a_failed_program_says_why() {
         let error = output(Command::new("sh").args(["-c", "echo no such thing >&2; exit 3"])).unwrap_err();
         assert!(error.to_string().contains("no such thing"), "{error}");
+        assert_eq!(output(Command::new("echo").arg("well")).unwrap(), "well\n");
     }
 }
