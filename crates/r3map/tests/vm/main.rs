@@ -1,5 +1,5 @@
-//! Mounts as block devices, with a remote that is a round trip of 20 ms away, and their migrations. They run in the virtual machine of
-//! `cargo xtask vm`; elsewhere these tests say that they are skipped.
+//! Mounts as block devices, with a remote that is a round trip of 20 ms away (10 ms each way), and their migrations. They run in
+//! the virtual machine of `cargo xtask vm`; elsewhere these tests say that they are skipped.
 
 #![cfg(target_os = "linux")]
 
@@ -7,8 +7,9 @@ mod migration;
 #[path = "../moving/mod.rs"]
 mod moving;
 
+use std::fs::File;
 use std::num::NonZeroU64;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -34,7 +35,7 @@ fn run(program: &str, arguments: &[&str]) {
     assert!(status.success(), "{program} {arguments:?}: {status}\n{said}");
 }
 
-/// A delay on the loopback: 10 ms each way. Dropping it takes it away.
+/// A delay on the loopback: 10 ms each way, which is a round trip of 20 ms. Dropping it takes it away.
 struct Delay;
 
 impl Delay {
@@ -96,8 +97,9 @@ fn use_as_disk(device: &Path) {
     run("e2fsck", &["-fn", device]);
 }
 
-/// Bytes through the device, its mapping and its opened file; flushing reaches the remote, and so does discarding.
-async fn exchange(remote: &Remote, mount: &BlockMount) {
+/// Bytes through the device, its mapping and its opened file; flushing reaches the remote, with writes that are to be
+/// durable at once too, and so does discarding.
+async fn exchange(remote: &Remote, mount: &BlockMount, managed: bool) {
     let file = mount.file().await.unwrap();
     let mapping = mount.map().await.unwrap();
     app(move || {
@@ -110,13 +112,33 @@ async fn exchange(remote: &Remote, mount: &BlockMount) {
         file.sync_all().unwrap();
     })
     .await;
+    let device = mount.path().to_owned();
+    // A write with FUA: past the kernel's cache, which takes whole blocks in aligned memory, and durable at once.
+    let open = app(move || {
+        let options = (rustix::fs::OFlags::DIRECT | rustix::fs::OFlags::DSYNC).bits().cast_signed();
+        let file = File::options().write(true).custom_flags(options).open(device).unwrap();
+        let mut memory = vec![0; 8192];
+        let at = memory.as_ptr().align_offset(4096);
+        memory[at..at + 4096].copy_from_slice(&fill::bytes(3 << 20, 4096, 2));
+        file.write_all_at(&memory[at..at + 4096], 3 << 20).unwrap();
+        // Closing it might make it durable, too.
+        file
+    })
+    .await;
     remote.store.lose_unflushed();
+    drop(open);
+    let count = |operation| remote.faults.bytes(operation);
+    let before = (count(Operation::Trim), count(Operation::WriteZeroes));
     let device = mount.path().to_str().unwrap().to_owned();
     app(move || run("blkdiscard", &["--offset", "4194304", "--length", "65536", &device])).await;
     mount.flush().await.unwrap();
+    // What a managed mount pushes is its local copy, in which what was discarded is zeros: these are not sent as bytes.
+    let arrived = if managed { (before.0, before.1 + 65_536) } else { (before.0 + 65_536, before.1) };
+    assert_eq!((count(Operation::Trim), count(Operation::WriteZeroes)), arrived);
     let mut expected = fill::bytes(0, LEN, 1);
     expected[4090..13_090].copy_from_slice(&fill::bytes(4090, 9000, 2));
     expected[2 << 20..(2 << 20) + 5000].copy_from_slice(&fill::bytes(2 << 20, 5000, 2));
+    expected[3 << 20..(3 << 20) + 4096].copy_from_slice(&fill::bytes(3 << 20, 4096, 2));
     expected[4 << 20..(4 << 20) + 65_536].fill(0);
     assert!(remote.store.snapshot() == expected);
 }
@@ -129,7 +151,7 @@ async fn works(kind: Kind, managed: bool) {
     let delay = Delay::new();
     let mount = remote.mount(managed, kind).await;
     assert_eq!(mount.kind(), kind);
-    exchange(&remote, &mount).await;
+    exchange(&remote, &mount, managed).await;
     let device = mount.path().to_owned();
     app(move || use_as_disk(&device)).await;
     let flushes = remote.faults.count(Operation::Flush);
