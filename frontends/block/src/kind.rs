@@ -12,7 +12,7 @@ use crate::{loop_device, nbd, ublk};
 pub enum Kind {
     /// ublk: io_uring commands. The fastest; Linux 6.5 with `ublk_drv`.
     Ublk,
-    /// The kernel's NBD client over socket pairs. Every Linux with `nbd`.
+    /// The kernel's NBD client over a socket pair. Every Linux with `nbd`.
     Nbd,
     /// A loop device over a file. On every Linux; slower, and the file has to be shown first.
     Loop,

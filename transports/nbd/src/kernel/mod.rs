@@ -110,8 +110,8 @@ pub struct Settings {
     pub device: Option<u32>,
     /// How long a request may take before its connection counts as dead; whole seconds, rounded up; `None` is without
     /// limit (of three weeks, to be exact). A server that is slower than this loses the connection, and the request goes to
-    /// another one: let it be longer than the server ever takes, because a write that the server has not given up then may
-    /// land after later ones. Without a limit, what was under way on a connection that died waits until the device is
+    /// another one: let it be longer than the server ever takes, because a write that the server has not given up by then
+    /// may land after later ones. Without a limit, what was under way on a connection that died waits until the device is
     /// detached, or by ioctl until all of them are dead. [default: 60 s]
     pub request_timeout: Option<Duration>,
     /// How long requests wait for [`take_over`] when all connections are dead; whole seconds, rounded up. Netlink only.
