@@ -7,6 +7,7 @@ mod cached;
 mod chunked;
 mod gate;
 mod local;
+mod mindful;
 mod record;
 mod retry;
 mod tracked;
@@ -20,6 +21,7 @@ pub use cached::{
 pub use chunked::Chunked;
 pub use gate::{Closed, Gate, WhenClosed};
 pub use local::{InstallNow, Local, Written};
+pub use mindful::Mindful;
 pub use r3map_core::pull::{Priority, Workers};
 pub use record::{Recorded, StateRecord};
 pub use retry::{Backoff, Outage, Retry, RetrySettings, retrying};

@@ -201,6 +201,43 @@ async fn a_remote_that_is_gone_is_an_error_after_the_limit() {
     }
 }
 
+/// A remote that was restarted says so once; nobody but the application has what it lost.
+#[tokio::test]
+async fn a_direct_mount_goes_on_to_say_what_the_remote_has_lost() {
+    if !std::path::Path::new("/dev/fuse").exists() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    let chunks = Store::new(SIZE).filled(1).whole_chunks(ChunkSize::MIN);
+    for (remote, heals) in [(Store::new(SIZE).filled(1), false), (chunks, true)] {
+        let faults = Faults::new(Arc::new(remote));
+        let mount = Mount::direct(faults.clone()).file().await.unwrap();
+        let file = mount.file().try_clone().unwrap();
+        let lose = faults.clone();
+        app(move || {
+            // Two writes to one chunk: writing one of them again is not writing the other again.
+            file.write_all_at(b"lost", 10).unwrap();
+            file.write_all_at(b"lost, too", 2000).unwrap();
+            lose.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+            let sync = || file.sync_all().map_err(|error| ErrorKind::from_io(error.kind()));
+            assert_eq!((sync(), sync()), (Err(ErrorKind::Conflict), Err(ErrorKind::Conflict)));
+            file.write_all_at(b"lost", 10).unwrap();
+            assert_eq!(sync(), Err(ErrorKind::Conflict));
+            if heals {
+                file.write_all_at(b"lost, too", 2000).unwrap();
+                assert_eq!((sync(), sync()), (Ok(()), Ok(())));
+            }
+        })
+        .await;
+        match mount.close().await {
+            Ok(()) => assert!(heals),
+            Err(error) => {
+                assert!(!heals, "{error}");
+                assert_eq!((error.kind(), error.range()), (ErrorKind::Conflict, Some((2000, 9))), "{error}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn read_only_is_refused_and_settings_are_checked() {
     let settings = Settings { read_only: true, ..Settings::default() };

@@ -7,7 +7,8 @@ use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Geometry, Operati
 use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::Guarded;
 use r3map_pipeline::{
-    Aligned, Cached, CachedParts, CachedSettings, Durability, Local, Outage, Progress, Retry, StateRecord, Writes,
+    Aligned, Cached, CachedParts, CachedSettings, Durability, Local, Mindful, Outage, Progress, Retry, StateRecord,
+    Writes,
 };
 use tokio::sync::watch;
 
@@ -27,7 +28,7 @@ pub struct Region {
 /// The local copy, whose progress is the mount's.
 #[derive(Clone)]
 pub(super) enum Copy {
-    /// None: every access goes to the remote.
+    /// None: what the kernel has not cached goes to the remote.
     None,
     /// Under a file, or under a slice that has a cache file.
     Below(Arc<Cached>),
@@ -177,6 +178,9 @@ pub(super) async fn build(mount: Mount) -> Result<Region> {
         Access::Any => retry.clone(),
         Access::WholeChunks(_) => Arc::new(Aligned::new(retry.clone())?),
     };
+    // Nobody but the application can write again what the remote loses. On top, to see what it writes: making whole chunks
+    // of that is not writing the rest of them again.
+    let backend = Arc::new(Mindful::new(backend));
     Region::new(backend, Copy::None, retry, mount.settings.read_only).guard(mount.migratable, chunk_size)
 }
 
