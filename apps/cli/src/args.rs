@@ -143,7 +143,8 @@ pub(crate) struct Mount {
     /// Make PATH a directory, and show the region as the file NAME in it.
     #[arg(long, value_name = "NAME")]
     pub(crate) entry: Option<OsString>,
-    /// Keep a local copy in step in the background, or go to the remote with every access.
+    /// Keep a local copy in step in the background, or go to the remote for whatever the kernel has not cached (see
+    /// --direct-io).
     #[arg(long, value_enum, default_value_t = Mode::Managed)]
     pub(crate) mode: Mode,
     /// Where the local copy is kept: `memory`, or a file that survives a crash and is used again.
@@ -174,7 +175,8 @@ pub(crate) struct Mount {
     /// the link, as long as bytes move it waits.
     #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) attempt_timeout: Duration,
-    /// Open files without the kernel's cache.
+    /// Open files without the kernel's cache: with --mode direct, each read and write goes to the remote, and what others
+    /// write is seen at once.
     #[arg(long)]
     pub(crate) direct_io: bool,
     /// Let other users use the file too.
@@ -382,7 +384,8 @@ pub(crate) enum Chunking {
 pub(crate) enum Mode {
     /// A local copy, pulled and pushed in the background.
     Managed,
-    /// Every access goes to the remote.
+    /// No local copy: what the kernel has not cached goes to the remote. A file that is open may show what it was before
+    /// others changed it, until it is opened again; with --direct-io every read and write goes to the remote.
     Direct,
 }
 

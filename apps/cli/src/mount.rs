@@ -266,8 +266,11 @@ async fn show_left(mount: &Shown, bar: Option<&(Bar, u64)>) {
 }
 
 async fn give_up(mount: &Shown, why: &str) -> Result<()> {
-    let left = mount.region().progress().map_or(0, |progress| progress.borrow().dirty_bytes);
+    let left = mount.region().progress().map(|progress| progress.borrow().dirty_bytes);
     // A remote that is gone must not keep the process; what is left of the mount the next one takes over.
     let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;
-    bail!("gave up with {} ({left} bytes) of changes not pushed{why}", size::format(left))
+    match left {
+        Some(left) => bail!("gave up with {} ({left} bytes) of changes not pushed{why}", size::format(left)),
+        None => bail!("gave up; what was written since the last good flush may not be stored{why}"),
+    }
 }

@@ -19,6 +19,8 @@ const LONG: Duration = Duration::from_secs(180);
 const SIZE: u64 = 64 * MIB + 1;
 /// EIO.
 const IO_ERROR: i32 = 5;
+/// EBUSY.
+const BUSY: i32 = 16;
 
 #[test]
 fn killed_in_the_middle_of_pulling() {
@@ -212,6 +214,47 @@ fn killed_between_write_and_flush() {
         assert!(read(&*disk)[1 << 20..2 << 20] == written, "what was acknowledged is there");
         drop(file);
         mounted.unmount();
+    });
+}
+
+/// Nobody but the application has what the server forgot: every fsync says so until it is written again, and so does the
+/// end of the mount.
+#[test]
+fn killed_between_write_and_flush_of_a_direct_mount() {
+    Scene::with_fuse(LONG, |scene| {
+        let disk = open("memory:?size=8MiB");
+        let mut lent = Lent::at("grpc://127.0.0.1:0", Volatile::new(&disk)).expect("it can listen");
+        for written_again in [true, false] {
+            let mounted = scene.mount(&lent.uri, "region", &["--mode", "direct", "--retry", "30s"]);
+            let file = mounted.open();
+            let written = fill::bytes(MIB, 1 << 20, 6 + u64::from(written_again));
+            file.write_all_at(&written, MIB).expect("it can be written");
+            let place = lent.kill();
+            let mut next = None;
+            wait_until(SOON, "its port is free", || {
+                next = Lent::at(&place, Volatile::new(&disk)).ok();
+                next.is_some()
+            });
+            lent = next.expect("it listens");
+            for _ in 0..2 {
+                let error = file.sync_all().expect_err("the server has forgotten it");
+                assert_eq!(error.raw_os_error(), Some(BUSY), "{error}");
+            }
+            if written_again {
+                file.write_all_at(&written, MIB).expect("it can be written again");
+                file.sync_all().expect("and is there");
+                assert!(read(&*disk)[1 << 20..2 << 20] == written);
+                drop(file);
+                mounted.unmount();
+            } else {
+                drop(file);
+                mounted.program.terminate();
+                let outcome = mounted.program.end(SOON);
+                assert_eq!(outcome.code, Some(1), "{outcome:?}");
+                let message = outcome.text();
+                assert!(message.contains("not everything that was lost before has been written again"), "{message}");
+            }
+        }
     });
 }
 
