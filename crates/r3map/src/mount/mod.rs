@@ -1,6 +1,5 @@
-//! Showing a region to an application: as a slice of memory, as a file on a path, as an opened file, or
-//! as a block device; going to the
-//! remote with every access, or keeping a local copy in step.
+//! Showing a region to an application: as a slice of memory, as a file on a path, as an opened file, or as a block
+//! device; with a local copy that is kept in step, or without one.
 //!
 //! This is where the parts are put together: which stages lie between a frontend and a remote is decided here and
 //! nowhere else. All of them run on the [engine](crate::engine).
@@ -65,8 +64,14 @@ pub struct Mount {
 }
 
 impl Mount {
-    /// A mount whose every access goes to the remote. A slice reads a chunk once, when it is first touched, and writes
-    /// when it is flushed.
+    /// A mount without a local copy: what the kernel has not cached goes to the remote. A file that is open may show what
+    /// it was before others changed the remote, until it is opened again; with
+    /// [`FileOptions::direct_io`](crate::FileOptions::direct_io) every read and write goes to the remote. Of a block device
+    /// the kernel caches what is not read and written with `O_DIRECT`. A slice reads a chunk once, when it is first touched,
+    /// and writes when it is flushed.
+    ///
+    /// When the remote has lost what was written and not flushed, because it was restarted, every flush fails until that is
+    /// written again, and so does closing the mount.
     pub fn direct(remote: Arc<dyn Backend>) -> Self {
         Self::new(remote, false)
     }
