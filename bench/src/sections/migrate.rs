@@ -102,11 +102,9 @@ fn figures(bench: &mut Bench, case: Case, cases: &[Case], rounds: &Result<&Vec<R
         finish(bench, spec, &|round| Ok((one(round, whole)?.downtime, Some(one(round, case)?.downtime))));
         return;
     }
-    let mut spec =
-        Spec::new(NAME, name("downtime"), Unit::Milliseconds).limit("the flush, one and a half round trips, and 5 ms");
-    if case.writing == Writing::Once {
-        spec = spec.target(Target::EveryRatioAtMost(1.0));
-    }
+    let spec = Spec::new(NAME, name("downtime"), Unit::Milliseconds)
+        .limit("the flush, one and a half round trips, and 5 ms")
+        .target(Target::EveryRatioAtMost(1.0));
     let bound = |moved: Moved| moved.flush + 1.5 * case.rtt as f64 + ALLOWANCE;
     finish(bench, spec, &|round| one(round, case).map(|moved| (moved.downtime, Some(bound(moved)))));
     if case.writing == Writing::Once {
