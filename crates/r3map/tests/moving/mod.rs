@@ -7,6 +7,7 @@
 mod stamps;
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,6 +18,7 @@ use r3map::migration::{
 };
 use r3map::{Registry, Uri};
 use r3map_testkit::deadline;
+use r3map_testkit::proxy::DelayProxy;
 use r3map_testkit::random::{Random, fresh_seed};
 use tokio::sync::oneshot;
 
@@ -150,7 +152,8 @@ pub(crate) struct Moved<A> {
 }
 
 /// Moves an application `hops` times, or as often as the environment says, from where `source` is. Each region that has
-/// arrived is offered to the next place at once, while the application goes on with it.
+/// arrived is offered to the next place at once, while the application goes on with it. Some moves are given up first, and
+/// at times the line breaks in the middle of one.
 pub(crate) async fn move_again_and_again<A: Application>(
     mut application: A,
     source: Arc<dyn Source>,
@@ -166,7 +169,9 @@ pub(crate) async fn move_again_and_again<A: Application>(
     for hop in 0..hops {
         stage.start(application);
         tokio::time::sleep(Duration::from_millis(random.below(16))).await;
-        let (running, left) = deadline(LIMIT, "a move", hop_once(&seeding, &stage, hop, &mut random, &place)).await;
+        let line = Line::to(&seeding);
+        let moving = hop_once(&line, &stage, &mut random, |random| place(hop, random));
+        let (running, left) = deadline(LIMIT, "a move", moving).await;
         (application, kept) = settle(left, running, &mut seeding, &mut stage, kept).await;
         if hop % 10 == 9 {
             application = checked(application).await;
@@ -188,32 +193,56 @@ async fn checked<A: Application>(application: A) -> A {
 /// An application that was suspended, and what it left.
 type Left<A> = (A, <A as Application>::Left);
 
+/// A line to a seeder, which breaks now and then.
+struct Line {
+    proxy: DelayProxy,
+    uri: Uri,
+}
+
+impl Line {
+    fn to(seeding: &Seeding) -> Self {
+        let uri = seeding.uris()[0].clone();
+        let address = uri.strip_prefix("grpc://").and_then(|rest| rest.split('/').next()).expect("it has an address");
+        let target: SocketAddr = address.parse().unwrap();
+        let proxy = DelayProxy::tcp(target, Duration::ZERO).unwrap();
+        let uri = uri.replace(address, &proxy.socket_addr().to_string()).parse().unwrap();
+        Self { proxy, uri }
+    }
+
+    fn break_perhaps(&self, random: &mut Random) {
+        if random.chance(0.05) {
+            self.proxy.reset();
+        }
+    }
+}
+
 /// One move, perhaps after one that comes to nothing.
 async fn hop_once<A: Application>(
-    seeding: &Seeding,
+    line: &Line,
     stage: &Stage<A>,
-    hop: u64,
     random: &mut Random,
-    place: impl Fn(u64, &mut Random) -> Place,
+    place: impl Fn(&mut Random) -> Place,
 ) -> (Leecher<Running<Arrived>>, Left<A>) {
-    let uri: Uri = seeding.uris()[0].parse().unwrap();
     let leech = async |place| {
         let migration = Migration::new().settings(settings());
-        migration.leech(&Registry::standard(), &uri, vec![place]).await.unwrap()
+        migration.leech(&Registry::standard(), &line.uri, vec![place]).await.unwrap()
     };
     if random.chance(0.125) {
-        let given_up = leech(place(hop, random)).await;
+        let given_up = leech(place(random)).await;
         if random.chance(0.5) {
             given_up.ready().await.unwrap();
         }
         given_up.abort().await.map_err(|(error, _)| error).unwrap();
     }
-    let leecher = leech(place(hop, random)).await;
+    let leecher = leech(place(random)).await;
+    line.break_perhaps(random);
     if random.chance(0.7) {
         leecher.ready().await.unwrap();
     }
-    let running = leecher.finalize().await.unwrap();
+    let (running, ()) = tokio::join!(leecher.finalize(), async { line.break_perhaps(random) });
+    let running = running.unwrap();
     running.resumed().unwrap();
+    line.break_perhaps(random);
     let (mut application, here) = (stage.take(), running.regions()[0].clone());
     // The application runs before everything is there.
     let left = blocking(move || {
