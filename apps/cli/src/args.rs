@@ -175,8 +175,8 @@ pub(crate) struct Mount {
     /// the link, as long as bytes move it waits.
     #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) attempt_timeout: Duration,
-    /// Open files without the kernel's cache: with --mode direct, each read and write goes to the remote, and what others
-    /// write is seen at once.
+    /// Open files without the kernel's cache: with --mode direct, each read and write goes to the remote, and sees what
+    /// others wrote before; only mappings are cached.
     #[arg(long)]
     pub(crate) direct_io: bool,
     /// Let other users use the file too.
