@@ -195,12 +195,14 @@ fn the_demo_needs_no_file() {
     });
 }
 
-/// How many processes are in a process group: the fifth field of their `stat`, behind a name in brackets.
-fn processes_in_group(group: u32) -> usize {
+/// How many processes that live are in a process group: the fifth field of their `stat`, behind a name in brackets.
+pub(crate) fn processes_in_group(group: u32) -> usize {
     let stats = std::fs::read_dir("/proc").expect("there is a /proc").flatten().map(|entry| entry.path().join("stat"));
     let groups = stats.filter_map(|stat| {
         let stat = std::fs::read_to_string(stat).ok()?;
-        stat.rsplit_once(") ")?.1.split(' ').nth(2)?.parse::<u32>().ok()
+        let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+        let state = fields.next()?;
+        fields.nth(1)?.parse::<u32>().ok().filter(|_| state != "Z")
     });
     groups.filter(|other| *other == group).count()
 }
