@@ -1,7 +1,7 @@
 //! The command line: what `--help`, the man pages and the shell completions say, and nothing that acts on it.
 
 use std::ffi::OsString;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -140,6 +140,13 @@ pub(crate) struct Mount {
     /// The logical block size of a block device, 512 to 4096.
     #[arg(long, value_parser = parse_block, value_name = "SIZE", default_value = "512")]
     pub(crate) block_size: u32,
+    /// Queues of a ublk device, each with a thread of its own; one per processor, at most four, by default. The kernel
+    /// gives no more than there are processors.
+    #[arg(long, value_name = "N")]
+    pub(crate) queues: Option<NonZeroU16>,
+    /// How many requests each queue may have under way, up to 4096 [default: 128].
+    #[arg(long, value_name = "N")]
+    pub(crate) queue_depth: Option<NonZeroU16>,
     /// Make PATH a directory, and show the region as the file NAME in it.
     #[arg(long, value_name = "NAME")]
     pub(crate) entry: Option<OsString>,
@@ -278,7 +285,8 @@ pub(crate) struct NbdAttach {
     /// The most connections, where the server allows several.
     #[arg(long, default_value = "4")]
     pub(crate) connections: NonZeroUsize,
-    /// How long one request may take before the connection counts as dead.
+    /// How long one request may take before the connection counts as dead and another one is tried: longer than the server
+    /// ever takes.
     #[arg(long, default_value = "60s", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) request_timeout: Duration,
     /// How long readers wait for --take-over when the server is gone, before they get an error.

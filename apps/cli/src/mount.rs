@@ -142,8 +142,9 @@ fn settings(args: &args::Mount) -> Result<Settings> {
         block: BlockOptions {
             kind: args.r#as.kind(),
             logical_block_size: Some(args.block_size),
+            queues: args.queues,
+            depth: args.queue_depth,
             keep: args.keep.map(|id| Kept { id, meanwhile: args.meanwhile.into() }),
-            ..BlockOptions::default()
         },
     })
 }
@@ -161,6 +162,9 @@ fn check_modes(args: &args::Mount) -> Result<()> {
     }
     if args.keep.is_some() && args.r#as != args::As::Ublk {
         bail!("only ublk devices can be kept: add --as ublk, or leave out --keep");
+    }
+    if (args.queues.is_some() || args.queue_depth.is_some()) && !matches!(args.r#as, args::As::Ublk | args::As::Block) {
+        bail!("only ublk devices have queues: add --as ublk, or leave out --queues and --queue-depth");
     }
     if args.r#as != args::As::File && (args.direct_io || args.allow_other || args.entry.is_some()) {
         bail!("--direct-io, --allow-other and --entry are for files: leave them out, or add --as file");

@@ -2,7 +2,7 @@
 
 use std::fs::{read_link, remove_file};
 use std::io::ErrorKind;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -48,7 +48,7 @@ impl Shown {
     /// The symbolic link to it, if there is one.
     pub(crate) fn link(&self) -> Option<&Path> {
         match self {
-            Self::Block(_, Some(link)) => Some(&link.0),
+            Self::Block(_, Some(link)) => Some(&link.path),
             Self::File(_) | Self::Block(..) => None,
         }
     }
@@ -101,8 +101,19 @@ impl Shown {
     }
 }
 
-/// A symbolic link to a device. Dropping it removes it.
-pub(crate) struct Link(PathBuf);
+/// A symbolic link to a device. Dropping it removes it, if it is still the same one.
+pub(crate) struct Link {
+    path: PathBuf,
+    identity: Identity,
+}
+
+/// What tells a link from another one that somebody made in its place: its number may be used again, but not within the
+/// same instant.
+type Identity = (u64, u64, i64, i64);
+
+fn identity(path: &Path) -> std::io::Result<Identity> {
+    path.symlink_metadata().map(|found| (found.dev(), found.ino(), found.mtime(), found.mtime_nsec()))
+}
 
 impl Link {
     /// Whether a link can be made at `path`: where nothing is, or a link to a device that a killed process left behind.
@@ -120,14 +131,18 @@ impl Link {
             Self::check(&path)?;
         }
         let _ = remove_file(&path); // what a killed process left behind
-        symlink(device, &path).with_context(|| format!("the link {} cannot be made", path.display()))?;
-        Ok(Self(path))
+        let made = symlink(device, &path).and_then(|()| identity(&path));
+        let identity = made.with_context(|| format!("the link {} cannot be made", path.display()))?;
+        Ok(Self { path, identity })
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let _ = remove_file(&self.0); // somebody else has removed it already
+        // Somebody else may have removed it already, and put something else there.
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            let _ = remove_file(&self.path);
+        }
     }
 }
 
@@ -161,7 +176,11 @@ mod tests {
         std::mem::forget(link); // as after kill -9
         drop(Link::make(Path::new("/dev/loop4000000"), path.clone()).unwrap());
         assert!(path.symlink_metadata().is_err());
+        let link = Link::make(Path::new("/dev/loop4000000"), path.clone()).unwrap();
+        std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "mine").unwrap();
+        drop(link);
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
         assert!(Link::make(Path::new("/dev/loop4000000"), path.clone()).is_err());
         std::fs::remove_file(&path).unwrap();
         symlink("/dev/null", &path).unwrap();

@@ -97,7 +97,7 @@ fn spec(name: &str, unit: Unit, peer: Kind) -> Spec {
     };
     let limit = match peer {
         Kind::Loop => "a loop device on the FUSE file, same region",
-        _ => "kernel NBD over socket pairs, same region",
+        _ => "kernel NBD over a socket pair, same region",
     };
     Spec::new(NAME, name, unit).limit(limit).target(target)
 }

@@ -1,3 +1,4 @@
 //! The command where the kernel has what the build machine's lacks: the virtual machine of `cargo xtask vm`.
 
+mod mount;
 mod nbd;
