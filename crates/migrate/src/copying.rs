@@ -32,6 +32,9 @@ use crate::{Arrival, Ledger, LeecherParts, LeecherSettings, Peer, PullProgress, 
 /// How often progress is told.
 const TELL: Duration = Duration::from_millis(50);
 
+/// The shortest time to wait before the seeder is asked again, whatever it says of its lease.
+const SHORTEST: Duration = Duration::from_millis(100);
+
 /// One region on its way.
 pub(crate) struct Lane<T> {
     pub(crate) target: T,
@@ -160,8 +163,8 @@ impl<T: Target> Copying<T> {
         Self {
             peer,
             id,
-            // Often enough that one call may be lost.
-            patience: description.lease.map_or(Duration::MAX, |lease| lease / 3),
+            // Often enough that one call may be lost; no lease is so short that it keeps both sides busy.
+            patience: description.lease.map_or(Duration::MAX, |lease| (lease / 3).max(SHORTEST)),
             settings,
             on_chunk_local: parts.hooks.on_chunk_local.clone(),
             lanes,
@@ -328,6 +331,7 @@ impl<T: Target> Copying<T> {
         Ok(record)
     }
 
+    /// Checks a record that a peer has sent.
     pub(crate) fn check(&self, record: &[BlockSet]) -> Result<()> {
         check_dirty(record, &self.lanes.iter().map(|lane| lane.geometry).collect::<Vec<_>>())
     }

@@ -2,15 +2,23 @@
 
 use std::fmt;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
-use r3map_core::Result;
+use futures_util::FutureExt;
+use r3map_core::{Error, ErrorKind, Operation, Result};
 use r3map_pipeline::Hook;
+use tokio::time::timeout;
+
+/// How long a hook may take, unless told otherwise.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// Something that is told of each chunk that has become local: the region and the chunk.
 type OnChunk = Arc<dyn Fn(usize, u64) + Send + Sync>;
 
-/// The application's side of a migration; each side calls those that concern it.
+/// The application's side of a migration; each side calls those that concern it. One that takes longer than the limit is
+/// given up, and one that panics has failed.
 #[derive(Clone, Default)]
 pub struct Hooks {
     /// On the seeder, when it is finalized: returns when the application writes no more. An error refuses the
@@ -75,10 +83,22 @@ impl Hooks {
     }
 }
 
-/// Calls a hook that may not be there.
-pub(crate) async fn call(hook: Option<&Hook>) -> Result<()> {
-    match hook {
-        Some(hook) => hook().await,
-        None => Ok(()),
-    }
+/// Calls a hook that may not be there, that may hang, and that may panic: whoever calls goes on in any case.
+pub(crate) async fn call(hook: Option<&Hook>, limit: Duration, what: &str) -> Result<()> {
+    let Some(hook) = hook else { return Ok(()) };
+    let called = AssertUnwindSafe(async { hook().await }).catch_unwind();
+    within(limit, what, async {
+        called.await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Cancelled, Operation::Close, format!("{what}: the hook has panicked")))
+        })
+    })
+    .await
+}
+
+/// Does something within a limit.
+pub(crate) async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(limit, work).await.unwrap_or_else(|_| {
+        let message = format!("{what} took longer than {limit:?}");
+        Err(Error::new(ErrorKind::Cancelled, Operation::Close, message))
+    })
 }

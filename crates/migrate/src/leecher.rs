@@ -2,17 +2,18 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use r3map_pipeline::{BlockSet, Priority, Retry, retrying};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::copying::{Copying, Lane};
-use crate::hooks::{self, Hooks};
-use crate::protocol::{Description, Handover, MigrationId};
+use crate::hooks::{self, Hooks, LIMIT};
+use crate::protocol::{Description, Handover, MigrationId, check_epoch};
 use crate::running::{Running, Settled};
 use crate::seeder::bytes;
 use crate::settings::PullPhase;
@@ -27,6 +28,16 @@ pub struct LeecherParts {
     pub priorities: Vec<Priority>,
     /// Where it is written down who owns the regions.
     pub ledger: Option<Arc<dyn Ledger>>,
+    /// How long resuming the application may take before nobody waits for it any more, and
+    /// [`resumed`](Leecher::resumed) says so. Default 30 s.
+    pub limit: Option<Duration>,
+}
+
+impl LeecherParts {
+    async fn resume(&self) -> Result<()> {
+        let limit = self.limit.unwrap_or(LIMIT);
+        hooks::call(self.hooks.resume.as_ref(), limit, "resuming the application").await
+    }
 }
 
 /// A leecher; its state says what can be done with it.
@@ -258,7 +269,7 @@ impl<T: Target> Leecher<Pulling<T>> {
         let (suspend, flush) = (handover.suspend, handover.flush);
         let round_trip = (answered - asked).saturating_sub(suspend + flush);
         let Arrived { shown, owed, mut report } = arrive(copying, &parts, &handover).await?;
-        let resumed = hooks::call(parts.hooks.resume.as_ref()).await;
+        let resumed = parts.resume().await;
         report.downtime = Downtime { suspend, flush, round_trip, resume: answered.elapsed() };
         let arrival = Settled { peer: owed.peer, id: owed.id, settings: owed.settings, ledger: parts.ledger, report };
         Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
@@ -297,7 +308,7 @@ impl<T: Target> Leecher<Pulling<T>> {
         let mut copying = Copying::new(peer, id, lanes, &description, settings, &parts);
         let report = Report { size: regions.iter().map(r3map_core::Geometry::size).sum(), ..Report::default() };
         let shown = show(&mut copying, &parts, &handover).await?;
-        let resumed = hooks::call(parts.hooks.resume.as_ref()).await;
+        let resumed = parts.resume().await;
         let Copying { peer, settings, .. } = copying;
         let arrival = Settled { peer, id, settings, ledger: parts.ledger, report };
         Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
@@ -313,9 +324,9 @@ impl<T: Target> Leecher<Pulling<T>> {
             Some(Work::Running(task)) => match task.await {
                 Ok((copying, Ok(()))) => Ok((copying, parts)),
                 Ok((copying, Err(error))) => {
-                    let owed = Owed { peer: copying.peer, id: copying.id, settings: copying.settings };
                     // Nothing was handed over: where this does not arrive, the seeder goes on recording, no more.
-                    let _ = owed.peer.abort(owed.id).await;
+                    let limit = copying.settings.before.attempt_timeout;
+                    let _ = timeout(limit, copying.peer.abort(copying.id)).await;
                     Err(FinalizeError { error, then: Unsettled::Returned })
                 }
                 Err(_) => Err(FinalizeError { error: gone(), then: Unsettled::Returned }),
@@ -428,6 +439,7 @@ async fn arrive<T: Target>(
 /// Shows all regions, then writes down that they are here, then opens them. Only the last cannot fail.
 async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handover: &Handover) -> Result<Vec<T::Shown>> {
     copying.check(&handover.dirty)?;
+    check_epoch(handover.epoch)?;
     let hooks: Vec<_> = (0..copying.lanes.len()).map(|index| copying.hook(index)).collect();
     let mut shown = Vec::new();
     for (index, (mut lane, hook)) in std::mem::take(&mut copying.lanes).into_iter().zip(hooks).enumerate() {

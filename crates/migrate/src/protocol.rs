@@ -81,6 +81,22 @@ impl fmt::Debug for MigrationId {
     }
 }
 
+/// The highest epoch. Nothing changes hands so often: a higher one is a mistake, and is refused so that there is always a
+/// next one.
+pub const MAX_EPOCH: u64 = u64::MAX >> 1;
+
+/// Checks an epoch that somebody else has named.
+///
+/// # Errors
+/// `Corrupt` for one that cannot be.
+pub fn check_epoch(epoch: u64) -> Result<()> {
+    if epoch <= MAX_EPOCH {
+        return Ok(());
+    }
+    let message = format!("epoch {epoch} cannot be: no region has changed hands so often");
+    Err(Error::new(ErrorKind::Corrupt, Operation::Open, message))
+}
+
 /// The most regions in one migration.
 pub const MAX_REGIONS: usize = 64;
 
@@ -103,8 +119,9 @@ impl Description {
     /// Checks what a peer said.
     ///
     /// # Errors
-    /// `Corrupt` for no regions, too many, or regions that cannot be.
+    /// `Corrupt` for no regions, too many, or regions or an epoch that cannot be.
     pub fn check(&self) -> Result<Vec<Geometry>> {
+        check_epoch(self.epoch)?;
         let wrong = |message: String| Error::new(ErrorKind::Corrupt, Operation::Open, message);
         if self.regions.is_empty() || self.regions.len() > MAX_REGIONS {
             return Err(wrong(format!("the seeder describes {} regions", self.regions.len())));
@@ -177,6 +194,8 @@ mod tests {
             lease: None,
         };
         assert_eq!(description(&[1, 4097]).check().unwrap().len(), 2);
+        let epoch = |epoch| Description { epoch, ..description(&[1]) };
+        assert!(epoch(MAX_EPOCH).check().is_ok() && epoch(MAX_EPOCH + 1).check().is_err());
         for wrong in [vec![], vec![0], vec![u64::MAX], vec![1; MAX_REGIONS + 1]] {
             assert!(description(&wrong).check().is_err(), "{wrong:?}");
         }

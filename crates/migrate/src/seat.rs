@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use r3map_core::{Error, ErrorKind, Operation, Result};
 
 use crate::Standing;
-use crate::protocol::{Handover, MigrationId};
+use crate::protocol::{Handover, MigrationId, check_epoch};
 
 /// How many migrations are remembered that came to nothing.
 const REMEMBERED: usize = 64;
@@ -82,7 +82,7 @@ impl Seat {
     /// A seat that owns its regions since `epoch`, or as it was when the process ended.
     ///
     /// # Errors
-    /// `Conflict` where the regions are not this side's to seed.
+    /// `Conflict` where the regions are not this side's to seed; `Corrupt` for an epoch that cannot be.
     pub(crate) fn new(epoch: u64, standing: Option<Standing>) -> Result<Self> {
         let (epoch, state) = match standing {
             None => (epoch, State::Owner),
@@ -96,6 +96,7 @@ impl Seat {
                 return Err(conflict("the region has not arrived here as a whole: go on leeching it"));
             }
         };
+        check_epoch(epoch)?;
         Ok(Self { epoch, state, ended: VecDeque::new() })
     }
 

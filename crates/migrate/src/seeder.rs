@@ -9,17 +9,14 @@ use std::time::Duration;
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_pipeline::BlockSet;
 use tokio::sync::{Mutex, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::hooks::{self, Hooks};
+use crate::hooks::{self, Hooks, LIMIT, within};
 use crate::lease::{Heard, Pulse};
 use crate::protocol::{Description, Handover, MAX_REGIONS, MigrationId, RegionFacts};
 use crate::seat::{Abort, Confirm, Dirty, Finalize, Seat, Track};
 use crate::{Ledger, Secret, Source, Standing};
-
-/// How long suspending and flushing may take, unless told otherwise.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a leecher may be silent, unless told otherwise.
 const LEASE: Duration = Duration::from_secs(300);
@@ -34,7 +31,8 @@ pub struct SeederParts {
     /// Where it is written down who owns the regions. Without one a seeder that is started again takes itself for the
     /// owner, so have one wherever regions outlive the process.
     pub ledger: Option<Arc<dyn Ledger>>,
-    /// How long suspending, and then flushing and fencing, may each take before the migration is refused. Default 30 s.
+    /// How long suspending, and then flushing and fencing, may each take before the migration is refused; and how long each
+    /// of the other hooks may take before nobody waits for it any more. Default 30 s.
     pub limit: Option<Duration>,
     /// How long a leecher that copies may be silent, without a call and without a read, before the seeder stops to record
     /// for it, so that one that has vanished costs the application nothing any more. It may start again then, from the
@@ -342,6 +340,10 @@ impl Shared {
         Ok(())
     }
 
+    fn limit(&self) -> Duration {
+        self.parts.limit.unwrap_or(LIMIT)
+    }
+
     fn lease(&self) -> Duration {
         self.parts.lease.unwrap_or(LEASE)
     }
@@ -424,9 +426,8 @@ impl Shared {
     }
 
     async fn hand_over(&self, work: &mut Work, id: MigrationId, received: bool) -> Result<Handover> {
-        let limit = self.parts.limit.unwrap_or(LIMIT);
-        let begun = Instant::now();
-        within(limit, "suspending the application", hooks::call(self.parts.hooks.suspend.as_ref())).await?;
+        let (limit, begun) = (self.limit(), Instant::now());
+        hooks::call(self.parts.hooks.suspend.as_ref(), limit, "suspending the application").await?;
         let suspend = begun.elapsed();
         within(limit, "flushing", self.fence(&mut work.carried)).await?;
         let (mut dirty, flush) = (work.carried.clone(), begun.elapsed() - suspend);
@@ -463,7 +464,8 @@ impl Shared {
         for source in &self.sources {
             source.unfence().await;
         }
-        if let Err(error) = hooks::call(self.parts.hooks.resume.as_ref()).await {
+        let resume = self.parts.hooks.resume.as_ref();
+        if let Err(error) = hooks::call(resume, self.limit(), "resuming the application").await {
             tracing::error!(%error, "the application could not be resumed");
         }
     }
@@ -474,7 +476,8 @@ impl Shared {
             let gone = work.seat.gone(id);
             self.write_down(&gone)?;
             work.seat = gone;
-            if let Err(error) = hooks::call(self.parts.hooks.before_close.as_ref()).await {
+            let before_close = self.parts.hooks.before_close.as_ref();
+            if let Err(error) = hooks::call(before_close, self.limit(), "the hook before closing").await {
                 tracing::error!(%error, "the hook before closing failed");
             }
             self.publish(&work);
@@ -550,11 +553,4 @@ fn as_refusal(error: Error) -> Error {
         ErrorKind::Unavailable => Error::new(ErrorKind::Cancelled, Operation::Close, error.reason()),
         _ => error,
     }
-}
-
-async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
-    timeout(limit, work).await.unwrap_or_else(|_| {
-        let message = format!("{what} took longer than {limit:?}");
-        Err(Error::new(ErrorKind::Cancelled, Operation::Close, message))
-    })
 }

@@ -268,7 +268,7 @@ impl Migration {
     pub fn take_back(&self) -> Result<()> {
         match (&self.ledger, self.standing()?) {
             (Some(ledger), Some(Standing::HandedOver { epoch, .. })) => {
-                ledger.save(&Standing::Owner { epoch: epoch + 1 })
+                ledger.save(&Standing::Owner { epoch: epoch.saturating_add(1) })
             }
             _ => Err(Error::new(ErrorKind::Conflict, Operation::Open, "nothing was handed over")),
         }
@@ -282,7 +282,7 @@ impl Migration {
 
     fn leecher_parts(&self) -> LeecherParts {
         let (hooks, priorities, ledger) = (self.hooks.clone(), self.priorities.clone(), self.ledger.clone());
-        LeecherParts { hooks, priorities, ledger }
+        LeecherParts { hooks, priorities, ledger, ..LeecherParts::default() }
     }
 }
 
