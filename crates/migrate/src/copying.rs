@@ -61,6 +61,8 @@ pub(crate) struct Copying<T> {
     pub(crate) rounds: u64,
     /// The name that is given up, while there is no other under which the seeder is known to record.
     former: Option<MigrationId>,
+    /// The regions were asked for, and nobody knows what came of it.
+    pub(crate) asked: bool,
     /// Bytes that came over the link.
     pub(crate) pulled: u64,
     pub(crate) begun: Instant,
@@ -171,6 +173,7 @@ impl<T: Target> Copying<T> {
             ledger: parts.ledger.clone(),
             rounds: 0,
             former: None,
+            asked: false,
             pulled: 0,
             begun: Instant::now(),
             runtime: Handle::current(),

@@ -15,7 +15,7 @@ use crate::copying::{Copying, Lane};
 use crate::hooks::{self, Hooks, LIMIT};
 use crate::protocol::{Description, Handover, MigrationId, check_epoch};
 use crate::running::{Running, Settled};
-use crate::seeder::bytes;
+use crate::seeder::{bytes, is_refusal};
 use crate::settings::PullPhase;
 use crate::{Downtime, Ledger, LeecherSettings, Peer, PullProgress, Report, Shown, Standing, Target};
 
@@ -87,12 +87,12 @@ pub struct FinalizeError<T: Target> {
 pub enum Unsettled<T: Target> {
     /// The seeder refused: the application runs on over there, and copying goes on.
     Refused(Leecher<Pulling<T>>),
-    /// The seeder does not answer, so that it may have handed over or not. [Finalize](Leecher::finalize) asks again, and
+    /// The seeder does not answer, or not in a way that says whether it has handed over. [Finalize](Leecher::finalize) asks again, and
     /// [abort](Leecher::abort) gives up. Until one of them succeeds the application may be stopped over there.
     Unknown(Leecher<Pulling<T>>),
     /// The regions could not be shown, and went back: the application runs on over there.
     Returned,
-    /// They could not be shown, and the seeder does not answer: the application is stopped over there until
+    /// They could not be shown, and the seeder does not answer, or something panicked before that was known: the application is stopped over there until
     /// [`Owed::abort`] reaches it.
     Owed(Owed),
 }
@@ -102,6 +102,17 @@ pub struct Owed {
     peer: Arc<dyn Peer>,
     id: MigrationId,
     settings: LeecherSettings,
+    /// A ledger that may say that the regions have arrived, and what it must say before they go back.
+    before: Option<(Arc<dyn Ledger>, Standing)>,
+}
+
+/// Has the ledger not say any more that the regions have arrived, which the next process would believe, and run. One that
+/// takes nothing, as on a full disk, and does not say so either is as good.
+fn take_back(ledger: &dyn Ledger, standing: &Standing) -> Result<()> {
+    ledger.save(standing).or_else(|error| match ledger.load() {
+        Ok(Some(found)) if found == *standing => Ok(()),
+        _ => Err(error),
+    })
 }
 
 impl fmt::Debug for Owed {
@@ -111,12 +122,22 @@ impl fmt::Debug for Owed {
 }
 
 impl Owed {
+    /// What is to be given back of what was asked for.
+    fn asked<T: Target>(copying: &Copying<T>, parts: &LeecherParts) -> Self {
+        let (peer, id, settings) = (copying.peer.clone(), copying.id, copying.settings.clone());
+        let standing = Standing::Asking { id, rounds: copying.rounds };
+        Self { peer, id, settings, before: parts.ledger.clone().map(|ledger| (ledger, standing)) }
+    }
+
     /// Gives the regions back, so that the application runs on over there.
     ///
     /// # Errors
-    /// `Unavailable` while the seeder does not answer: call it again.
+    /// `Unavailable` while the seeder does not answer, and what the ledger answers: call it again.
     pub async fn abort(&self) -> Result<()> {
-        let Self { peer, id, settings } = self;
+        let Self { peer, id, settings, before } = self;
+        if let Some((ledger, standing)) = before {
+            take_back(&**ledger, standing)?;
+        }
         retrying(&settings.before, Operation::Close, || peer.abort(*id)).await
     }
 }
@@ -248,18 +269,19 @@ impl<T: Target> Leecher<Pulling<T>> {
     pub async fn finalize(self) -> Result<Leecher<Running<T::Shown>>, FinalizeError<T>> {
         let (copying, parts) = self.into_copying().await?;
         let runtime = copying.runtime.clone();
-        let died = |_| FinalizeError { error: gone(), then: Unsettled::Returned };
+        let owed = Owed::asked(&copying, &parts);
+        let died = |_| FinalizeError { error: gone(), then: Unsettled::Owed(owed) };
         runtime.spawn(Self::finalize_here(copying, parts)).await.map_err(died)?
     }
 
     async fn finalize_here(
-        copying: Copying<T>,
+        mut copying: Copying<T>,
         parts: LeecherParts,
     ) -> Result<Leecher<Running<T::Shown>>, FinalizeError<T>> {
         let asked = Instant::now();
-        let handover = match ask(&copying, &parts).await {
+        let handover = match ask(&mut copying, &parts).await {
             Ok(handover) => handover,
-            Err(error) if error.kind().is_retryable() => {
+            Err(error) if copying.asked => {
                 let then = Unsettled::Unknown(Self::stopped(copying, parts));
                 return Err(FinalizeError { error, then });
             }
@@ -344,7 +366,7 @@ impl<T: Target> Leecher<Pulling<T>> {
             Ok(copying) => copying,
             Err(FinalizeError { .. }) => return Ok(()),
         };
-        let owed = Owed { peer: copying.peer, id: copying.id, settings: copying.settings };
+        let owed = Owed { peer: copying.peer, id: copying.id, settings: copying.settings, before: None };
         match owed.abort().await {
             Ok(()) => Ok(()),
             Err(error) => Err((error, Some(owed))),
@@ -372,12 +394,15 @@ fn lanes<T: Target>(description: &Description, targets: Vec<T>, parts: &LeecherP
     Ok(lanes.map(|((target, region), priority)| Lane::new(target, region, priority)).collect())
 }
 
-async fn ask<T: Target>(copying: &Copying<T>, parts: &LeecherParts) -> Result<Handover> {
-    let Copying { peer, id, rounds, settings, .. } = copying;
+/// Asks for the regions. An error leaves it to `asked` whether they may have been handed over.
+async fn ask<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts) -> Result<Handover> {
+    let Copying { peer, id, rounds, settings, asked, .. } = copying;
     if let Some(ledger) = &parts.ledger {
         ledger.save(&Standing::Asking { id: *id, rounds: *rounds })?;
     }
-    retrying(&settings.handover(), Operation::Close, || peer.finalize(*id, *rounds)).await
+    let answer = retrying(&settings.handover(), Operation::Close, || peer.finalize(*id, *rounds)).await;
+    *asked = answer.as_ref().is_err_and(|error| !is_refusal(error.kind()));
+    answer
 }
 
 /// Asks again what a process asked that was killed. Where nothing was handed over, that is written down.
@@ -411,7 +436,7 @@ async fn arrive<T: Target>(
     parts: &LeecherParts,
     handover: &Handover,
 ) -> Result<Arrived<T::Shown>, FinalizeError<T>> {
-    let (peer, id, settings) = (copying.peer.clone(), copying.id, copying.settings.clone());
+    let owed = Owed::asked(&copying, parts);
     let mut report = Report {
         size: copying.lanes.iter().map(|lane| lane.geometry.size()).sum(),
         rounds: copying.rounds,
@@ -420,7 +445,6 @@ async fn arrive<T: Target>(
         ..Report::default()
     };
     let begun = copying.begun;
-    let owed = Owed { peer, id, settings };
     match show(&mut copying, parts, handover).await {
         Ok(shown) => {
             report.total = begun.elapsed();

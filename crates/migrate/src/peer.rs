@@ -33,7 +33,8 @@ pub trait Peer: Send + Sync + 'static {
     /// Hands the region over, after `rounds` records have arrived.
     ///
     /// # Errors
-    /// `Conflict` if the seeder does not record for `id`. Others but `Unavailable` say that it was not handed over.
+    /// `Conflict` if the seeder does not record for `id`. This, `Cancelled`, `Denied`, `InvalidInput` and `NotFound` say that
+    /// it was not handed over; others leave that open.
     async fn finalize(&self, id: MigrationId, rounds: u64) -> Result<Handover>;
 
     /// Nothing is missing here.

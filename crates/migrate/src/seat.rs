@@ -244,7 +244,8 @@ impl Seat {
         }
     }
 
-    fn elsewhere(&self) -> Error {
+    /// What is answered to whoever is not the one who has them.
+    pub(crate) fn elsewhere(&self) -> Error {
         conflict(format!("the region was handed over (epoch {}): it is somewhere else now", self.epoch))
     }
 }

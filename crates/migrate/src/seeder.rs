@@ -97,6 +97,8 @@ struct Work {
     unconfirmed: Vec<BlockSet>,
     /// What was taken from the sources and is in no numbered record yet: a finalize or a record that failed half-way.
     carried: Vec<BlockSet>,
+    /// The ledger may say something else than the seat: what could not be written down may be there all the same.
+    unwritten: bool,
     /// Ends the recording for a leecher that has vanished.
     watch: Option<AbortOnDropHandle<()>>,
 }
@@ -104,7 +106,7 @@ struct Work {
 impl Work {
     fn new(seat: Seat, regions: usize) -> Self {
         let none = vec![BlockSet::default(); regions];
-        Self { seat, unconfirmed: none.clone(), carried: none, watch: None }
+        Self { seat, unconfirmed: none.clone(), carried: none, unwritten: false, watch: None }
     }
 
     fn forget(&mut self) {
@@ -286,7 +288,16 @@ impl Admitted {
     /// # Errors
     /// As [`crate::Peer::finalize`].
     pub async fn finalize(&self, id: MigrationId, rounds: u64) -> Result<Handover> {
-        self.shared.run(move |shared| async move { shared.finalize(id, rounds).await }).await
+        self.shared.run(move |shared| async move { shared.finalize(id, rounds, false).await }).await
+    }
+
+    /// The same for a leecher that never asks again, as those in Go, and has the same name as others: whoever asks when it
+    /// was answered is another one.
+    ///
+    /// # Errors
+    /// As [`crate::Peer::finalize`]; `Conflict` when the regions were handed over before.
+    pub async fn finalize_once(&self, id: MigrationId, rounds: u64) -> Result<Handover> {
+        self.shared.run(move |shared| async move { shared.finalize(id, rounds, true).await }).await
     }
 
     /// As [`crate::Peer::confirm`].
@@ -314,8 +325,10 @@ impl Shared {
         F: Future<Output = Result<T>> + Send + 'static,
     {
         tokio::spawn(call(self.clone())).await.unwrap_or_else(|error| {
-            let message = "the seeder's runtime is shutting down, or a hook has panicked";
-            Err(Error::new(ErrorKind::Cancelled, Operation::Open, message).with_source(error))
+            // After a panic nobody knows what was done before it: that is no refusal.
+            let kind = if error.is_panic() { ErrorKind::Internal } else { ErrorKind::Cancelled };
+            let message = "the seeder's runtime is shutting down, or it has panicked";
+            Err(Error::new(kind, Operation::Open, message).with_source(error))
         })
     }
 
@@ -385,6 +398,7 @@ impl Shared {
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
         let mut work = self.work.lock().await;
+        let _ = self.settle(&mut work);
         if work.seat.dirty(id, round)? == Dirty::Next {
             self.take(&mut work.carried).await?;
             work.seat.took();
@@ -404,12 +418,14 @@ impl Shared {
         Ok(())
     }
 
-    async fn finalize(&self, id: MigrationId, rounds: u64) -> Result<Handover> {
+    async fn finalize(&self, id: MigrationId, rounds: u64, once: bool) -> Result<Handover> {
         let mut work = self.work.lock().await;
         let received = match work.seat.finalize(id, rounds)? {
-            Finalize::Again(answer) => return Ok(answer),
+            Finalize::Again(_) if once => return Err(work.seat.elsewhere()),
+            Finalize::Again(answer) => return self.settle(&mut work).map_err(as_silence).map(|()| answer),
             Finalize::Start { received } => received,
         };
+        self.settle(&mut work).map_err(as_refusal)?;
         self.progress.send_modify(|progress| progress.phase = SeederPhase::Suspending);
         match self.hand_over(&mut work, id, received).await {
             Ok(answer) => {
@@ -436,8 +452,7 @@ impl Shared {
         }
         let next = work.seat.handed_over(id, Handover { dirty, suspend, flush, ..Handover::default() });
         // The one step that hands over: before it is written down this side owns the regions, after it the other.
-        self.write_down(&next)?;
-        work.seat = next;
+        self.change(work, next)?;
         work.watch = None;
         for source in &self.sources {
             source.untrack().await;
@@ -474,8 +489,7 @@ impl Shared {
         let mut work = self.work.lock().await;
         if work.seat.confirm(id)? == Confirm::Gone {
             let gone = work.seat.gone(id);
-            self.write_down(&gone)?;
-            work.seat = gone;
+            self.change(&mut work, gone)?;
             let before_close = self.parts.hooks.before_close.as_ref();
             if let Err(error) = hooks::call(before_close, self.limit(), "the hook before closing").await {
                 tracing::error!(%error, "the hook before closing failed");
@@ -488,12 +502,14 @@ impl Shared {
     async fn abort(&self, id: MigrationId) -> Result<()> {
         let mut work = self.work.lock().await;
         match work.seat.abort(id)? {
-            Abort::Nothing => {}
-            Abort::Untrack => self.untrack(&mut work).await,
+            Abort::Nothing => self.settle(&mut work).map_err(as_silence)?,
+            Abort::Untrack => {
+                self.untrack(&mut work).await;
+                self.settle(&mut work).map_err(as_silence)?;
+            }
             Abort::TakeBack => {
                 let back = work.seat.taken_back();
-                self.write_down(&back)?;
-                work.seat = back;
+                self.change(&mut work, back)?;
                 self.resume().await;
                 self.publish(&work);
             }
@@ -509,6 +525,29 @@ impl Shared {
         work.forget();
         work.watch = None;
         self.publish(work);
+    }
+
+    /// The seat changes once that is written down. Where it cannot be, it may be found later all the same: then what holds
+    /// is written down again.
+    fn change(&self, work: &mut Work, next: Seat) -> Result<()> {
+        if let Err(error) = self.write_down(&next) {
+            work.unwritten = true;
+            if let Err(again) = self.settle(work) {
+                tracing::error!(error = %again, "the ledger may not say who owns the region; it is written again later");
+            }
+            return Err(error);
+        }
+        (work.seat, work.unwritten) = (next, false);
+        Ok(())
+    }
+
+    /// Sees to it that the ledger says what holds. Before that nothing may rest on it.
+    fn settle(&self, work: &mut Work) -> Result<()> {
+        if work.unwritten {
+            self.write_down(&work.seat)?;
+            work.unwritten = false;
+        }
+        Ok(())
     }
 
     fn write_down(&self, seat: &Seat) -> Result<()> {
@@ -547,10 +586,22 @@ pub(crate) fn bytes(dirty: &[BlockSet]) -> u64 {
     dirty.iter().map(BlockSet::len).sum::<u64>() * r3map_core::BLOCK_SIZE
 }
 
-/// An error that says that nothing was handed over; one that a leecher would take for silence must not.
+/// An error that says that nothing was handed over; see [`is_refusal`].
 fn as_refusal(error: Error) -> Error {
-    match error.kind() {
-        ErrorKind::Unavailable => Error::new(ErrorKind::Cancelled, Operation::Close, error.reason()),
-        _ => error,
+    match is_refusal(error.kind()) {
+        true => error,
+        false => Error::new(ErrorKind::Cancelled, Operation::Close, error.reason()),
     }
+}
+
+/// An error that a leecher takes for silence, and asks again.
+fn as_silence(error: Error) -> Error {
+    Error::new(ErrorKind::Unavailable, Operation::Close, error.reason())
+}
+
+/// Whether an error to `finalize` says that nothing was handed over. All others can also come from what lies between, after
+/// the seeder has done it: an answer that is too long, or garbled.
+pub(crate) fn is_refusal(kind: ErrorKind) -> bool {
+    use ErrorKind::{Cancelled, Conflict, Denied, InvalidInput, NotFound};
+    matches!(kind, Cancelled | Conflict | Denied | InvalidInput | NotFound)
 }

@@ -83,6 +83,13 @@ pub trait Seeding: Send + Sync + 'static {
     /// See above.
     async fn finalize(&self, secret: &[u8], id: [u8; 16], rounds: u64) -> Result<Handed>;
 
+    /// The same for a leecher in Go, which never asks again: it is refused when the regions were handed over before, to one
+    /// of the same name.
+    ///
+    /// # Errors
+    /// See above.
+    async fn finalize_once(&self, secret: &[u8], id: [u8; 16]) -> Result<Handed>;
+
     /// The leecher has everything.
     ///
     /// # Errors
@@ -107,6 +114,22 @@ pub(crate) fn to_runs(blocks: &BlockSet) -> Vec<u64> {
     runs
 }
 
+/// The record in which all gaps of at most so many blocks count as written too.
+pub(crate) fn coarser(blocks: &BlockSet, gap: u64) -> BlockSet {
+    let mut coarser = BlockSet::default();
+    let mut runs = blocks.runs();
+    let Some(mut joined) = runs.next() else { return coarser };
+    for run in runs {
+        if run.start - joined.end <= gap {
+            joined.end = run.end;
+        } else {
+            coarser.insert(std::mem::replace(&mut joined, run));
+        }
+    }
+    coarser.insert(joined);
+    coarser
+}
+
 /// The record that runs mean, in a region of `count` blocks; nothing if they mean none.
 pub(crate) fn from_runs(runs: &[u64], count: u64) -> Option<BlockSet> {
     let mut blocks = BlockSet::default();
@@ -123,6 +146,18 @@ pub(crate) fn from_runs(runs: &[u64], count: u64) -> Option<BlockSet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn coarser_records_have_all_that_was_written_and_fewer_runs() {
+        let mut blocks = BlockSet::default();
+        assert_eq!(coarser(&blocks, 5), blocks);
+        [0..1, 3..4, 10..11, 14..20].into_iter().for_each(|run| blocks.insert(run));
+        let runs = |gap| coarser(&blocks, gap).runs().collect::<Vec<_>>();
+        assert_eq!(runs(0), blocks.runs().collect::<Vec<_>>());
+        assert_eq!(runs(2), [0..4, 10..11, 14..20]);
+        assert_eq!(runs(5), [0..4, 10..20]);
+        assert_eq!(runs(6), [0..20]);
+    }
 
     #[test]
     fn records_go_there_and_back_and_hostile_ones_do_not() {

@@ -2,9 +2,11 @@
 //! what must hold whatever happens.
 
 mod chains;
+mod doubts;
 mod failures;
 mod going_on;
 mod going_well;
+mod hooks;
 mod leases;
 mod refusals;
 mod support;

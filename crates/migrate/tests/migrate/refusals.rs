@@ -141,7 +141,7 @@ async fn a_ledger_that_cannot_be_written_hands_nothing_over() {
     let peer = Arc::new(End(Link::healthy(seeder.clone())));
     let leecher = Leecher::start(peer, fresh_id(), place(), settings(), LeecherParts::default()).await.unwrap();
     let left = leecher.finalize().await.unwrap_err();
-    assert_eq!(left.error.kind(), ErrorKind::Exhausted, "{left}");
+    assert_eq!(left.error.kind(), ErrorKind::Cancelled, "{left}");
     assert!(seeder.owns());
     here.guarded.front().write_at(0, &[1]).await.unwrap();
     let Unsettled::Refused(leecher) = left.then else { panic!() };

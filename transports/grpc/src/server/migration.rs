@@ -10,7 +10,7 @@ use tonic::Status;
 
 use crate::proto::{go, go_seeder, migration};
 use crate::rope::Rope;
-use crate::seeding::{Seeding, to_runs};
+use crate::seeding::{Seeding, coarser, to_runs};
 use crate::server::region::answer;
 use crate::server::session::Session;
 use crate::{MIGRATION_VERSION, message};
@@ -73,19 +73,21 @@ impl Session {
     pub(crate) async fn migration_dirty(&self, request: migration::StepRequest) -> Result<Rope, Status> {
         let (secret, id) = caller(&request)?;
         let dirty = answer(self.seeder()?.calls.dirty(&secret, id, request.round).await)?;
-        sized(&migration::DirtyReply { regions: blocks(&dirty) })
+        let reply = fitting(&dirty, crate::MAX_RECORD, |regions| migration::DirtyReply { regions });
+        Ok(message::encode(&reply))
     }
 
     pub(crate) async fn migration_finalize(&self, request: migration::StepRequest) -> Result<Rope, Status> {
         let (secret, id) = caller(&request)?;
         let handed = answer(self.seeder()?.calls.finalize(&secret, id, request.round).await)?;
         let nanoseconds = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        sized(&migration::HandoverReply {
+        let reply = fitting(&handed.dirty, crate::MAX_RECORD, |regions| migration::HandoverReply {
             epoch: handed.epoch,
-            regions: blocks(&handed.dirty),
+            regions,
             suspend_nanoseconds: nanoseconds(handed.suspend),
             flush_nanoseconds: nanoseconds(handed.flush),
-        })
+        });
+        Ok(message::encode(&reply))
     }
 
     pub(crate) async fn migration_confirm(&self, request: migration::StepRequest) -> Result<Rope, Status> {
@@ -114,13 +116,14 @@ impl Session {
 
     pub(crate) async fn go_seeder_sync(&self, _: go_seeder::SyncArgs) -> Result<Rope, Status> {
         let seeder = self.seeder()?;
-        let handed = answer(seeder.calls.finalize(&[], GO_LEECHER, 0).await)?;
+        let handed = answer(seeder.calls.finalize_once(&[], GO_LEECHER).await)?;
         let chunk = match seeder.go_chunk.load(Ordering::Relaxed) {
             0 => self.shared.geometry.chunk_size().bytes(),
             read => read,
         };
         let offsets = handed.dirty.first().map(|dirty| dirty_offsets(self.shared.geometry, dirty, chunk));
-        sized(&go_seeder::SyncReply { dirty_offsets: offsets.unwrap_or_default() })
+        // However long it is: the region was handed over.
+        Ok(message::encode(&go_seeder::SyncReply { dirty_offsets: offsets.unwrap_or_default() }))
     }
 
     /// Before anything was handed over it means nothing, and is always answered well.
@@ -160,12 +163,17 @@ fn blocks(dirty: &[BlockSet]) -> Vec<migration::Blocks> {
     dirty.iter().map(|dirty| migration::Blocks { runs: to_runs(dirty) }).collect()
 }
 
-/// A reply whose length depends on what was written.
-fn sized(reply: &impl Message) -> Result<Rope, Status> {
-    match reply.encoded_len() <= crate::MAX_RECORD {
-        true => Ok(message::encode(reply)),
-        false => Err(Status::resource_exhausted("what was written is too scattered to be told; migrate fewer regions")),
+/// A reply with a record, of at most so many bytes. What was written can be too scattered to be told; since the record has
+/// been taken it is told all the same, and what lies between counts as written too.
+fn fitting<M: Message>(dirty: &[BlockSet], limit: usize, reply: impl Fn(Vec<migration::Blocks>) -> M) -> M {
+    let mut told = reply(blocks(dirty));
+    let mut gap = 1;
+    while told.encoded_len() > limit && gap < u64::MAX {
+        let coarse: Vec<_> = dirty.iter().map(|dirty| coarser(dirty, gap)).collect();
+        told = reply(blocks(&coarse));
+        gap = gap.saturating_mul(2);
     }
+    told
 }
 
 #[cfg(test)]
@@ -173,6 +181,22 @@ mod tests {
     use r3map_core::ChunkSize;
 
     use super::*;
+    use crate::seeding::from_runs;
+
+    #[test]
+    fn what_is_too_scattered_to_be_told_is_told_in_coarser_runs() {
+        let mut scattered = BlockSet::default();
+        (0..1000).for_each(|block| scattered.insert(block * 3..block * 3 + 1));
+        let dirty = [scattered.clone(), BlockSet::default()];
+        let reply = |limit| fitting(&dirty, limit, |regions| migration::DirtyReply { regions });
+        let told = |limit| from_runs(&reply(limit).regions[0].runs, 3000).unwrap();
+        assert_eq!(told(4000), scattered, "it fits as it is");
+        let coarse = told(100);
+        assert!(reply(100).encoded_len() <= 100 && from_runs(&reply(100).regions[1].runs, 10).unwrap().is_empty());
+        let mut lost = scattered.clone();
+        lost.subtract(&coarse);
+        assert!(lost.is_empty() && coarse.runs().count() == 1, "{coarse:?}");
+    }
 
     #[test]
     fn go_leechers_get_each_of_their_chunks_once() {

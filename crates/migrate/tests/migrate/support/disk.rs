@@ -76,13 +76,15 @@ struct Platter {
     full: AtomicBool,
     /// How many entries the ledger takes, and how many it then refuses.
     ledger: Mutex<(u32, u32)>,
+    /// What it refuses next is found in it all the same.
+    late: AtomicBool,
 }
 
 impl Disk {
     pub(crate) fn new() -> Arc<Self> {
         let (recorded, standing) = (Mutex::default(), Mutex::default());
-        let (full, ledger) = (AtomicBool::new(false), Mutex::default());
-        let platter = Platter { bytes: Memory::new(SIZE).unwrap(), recorded, standing, full, ledger };
+        let (full, ledger, late) = (AtomicBool::new(false), Mutex::default(), AtomicBool::new(false));
+        let platter = Platter { bytes: Memory::new(SIZE).unwrap(), recorded, standing, full, ledger, late };
         Arc::new(Self { platter: Arc::new(platter), life: Life::new() })
     }
 
@@ -103,6 +105,12 @@ impl Disk {
     /// Has the ledger refuse entries after it has taken some.
     pub(crate) fn fail_ledger(&self, after: u32, times: u32) {
         *self.platter.ledger.lock().unwrap() = (after, times);
+    }
+
+    /// The same, where the first of these entries takes effect before it fails.
+    pub(crate) fn fail_ledger_late(&self, after: u32, times: u32) {
+        self.platter.late.store(true, Ordering::SeqCst);
+        self.fail_ledger(after, times);
     }
 
     fn ledger_takes(&self) -> bool {
@@ -214,6 +222,9 @@ impl Ledger for Disk {
         self.life.step()?;
         self.check_room()?;
         if !self.ledger_takes() {
+            if self.platter.late.swap(false, Ordering::SeqCst) {
+                *self.platter.standing.lock().unwrap() = Some(standing.clone());
+            }
             return Err(Error::new(ErrorKind::Exhausted, Operation::Write, "the ledger cannot be written"));
         }
         *self.platter.standing.lock().unwrap() = Some(standing.clone());

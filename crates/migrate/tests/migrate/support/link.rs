@@ -82,6 +82,15 @@ impl Fault {
     ];
 }
 
+/// What is wrong in answers that arrive.
+#[derive(Default)]
+pub(crate) struct Lies {
+    pub(crate) lease: Option<Duration>,
+    pub(crate) epoch: Option<u64>,
+    /// The answer to finalize cannot be read.
+    pub(crate) garbled: Option<ErrorKind>,
+}
+
 /// The link, and the seeder at its other end.
 pub(crate) struct Link {
     seeder: Mutex<Option<Seeder>>,
@@ -98,6 +107,7 @@ pub(crate) struct Link {
     finalized: AtomicBool,
     pub(crate) struck: AtomicU32,
     half: Duration,
+    pub(crate) lies: Mutex<Lies>,
 }
 
 impl Link {
@@ -115,6 +125,7 @@ impl Link {
             finalized: AtomicBool::new(false),
             struck: AtomicU32::new(0),
             half: Duration::from_millis(5),
+            lies: Mutex::default(),
         })
     }
 
@@ -258,7 +269,11 @@ impl Peer for MortalEnd {
 #[async_trait]
 impl Peer for End {
     async fn describe(&self) -> Result<Description> {
-        self.0.call(Step::Describe, |seeder| async move { seeder.describe().await }).await
+        let mut description = self.0.call(Step::Describe, |seeder| async move { seeder.describe().await }).await?;
+        let lies = self.0.lies.lock().unwrap();
+        description.lease = lies.lease.or(description.lease);
+        description.epoch = lies.epoch.unwrap_or(description.epoch);
+        Ok(description)
     }
 
     async fn track(&self, id: MigrationId) -> Result<()> {
@@ -273,7 +288,11 @@ impl Peer for End {
         let finalize = move |seeder: Seeder| async move { seeder.admit(b"")?.finalize(id, rounds).await };
         let answer = self.0.call(Step::Finalize, finalize).await;
         self.0.finalized.fetch_or(answer.is_ok(), Ordering::SeqCst);
-        answer
+        let lies = self.0.lies.lock().unwrap();
+        match lies.garbled {
+            Some(kind) => Err(Error::new(kind, Operation::Close, "an answer that cannot be read")),
+            None => answer.map(|answer| Handover { epoch: lies.epoch.unwrap_or(answer.epoch), ..answer }),
+        }
     }
 
     async fn confirm(&self, id: MigrationId) -> Result<()> {

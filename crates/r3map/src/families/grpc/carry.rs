@@ -72,6 +72,12 @@ impl Seeding for GrpcSeeder {
         Ok(Handed { epoch, dirty, suspend, flush })
     }
 
+    async fn finalize_once(&self, secret: &[u8], id: [u8; 16]) -> Result<Handed> {
+        let handover = self.0.admit(secret)?.finalize_once(MigrationId(id), 0).await?;
+        let Handover { epoch, dirty, suspend, flush } = handover;
+        Ok(Handed { epoch, dirty, suspend, flush })
+    }
+
     async fn confirm(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
         self.0.admit(secret)?.confirm(MigrationId(id)).await
     }
