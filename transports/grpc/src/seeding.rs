@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(runs(0), blocks.runs().collect::<Vec<_>>());
         assert_eq!(runs(2), [0..4, 10..11, 14..20]);
         assert_eq!(runs(5), [0..4, 10..20]);
-        assert_eq!(runs(6), [0..20]);
+        assert_eq!(runs(6), std::slice::from_ref(&(0..20)));
     }
 
     #[test]
