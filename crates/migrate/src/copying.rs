@@ -137,6 +137,7 @@ impl<T: Target> Lane<T> {
         dirty: &BlockSet,
         pull: PullSettings,
         hook: Option<Arc<dyn Fn(u64) + Send + Sync>>,
+        shown: CancellationToken,
     ) -> Arrival {
         Arrival {
             geometry: self.geometry,
@@ -145,6 +146,7 @@ impl<T: Target> Lane<T> {
             urgent: dirty.chunks(&self.geometry).flatten().collect(),
             priority: self.heat.order(&self.geometry, &self.missing(), &self.priority),
             pull,
+            shown,
             on_chunk_local: hook,
         }
     }

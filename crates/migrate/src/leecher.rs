@@ -465,13 +465,13 @@ async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handove
     copying.check(&handover.dirty)?;
     check_epoch(handover.epoch)?;
     let hooks: Vec<_> = (0..copying.lanes.len()).map(|index| copying.hook(index)).collect();
-    let mut shown = Vec::new();
+    let (mut shown, all_shown) = (Vec::new(), CancellationToken::new());
     for (index, (mut lane, hook)) in std::mem::take(&mut copying.lanes).into_iter().zip(hooks).enumerate() {
         let dirty: &BlockSet = &handover.dirty[index];
         lane.written(dirty, copying.rounds + 1)?;
         lane.take_back()?;
         let remote = Arc::new(Retry::new(copying.peer.region(index), copying.settings.after.clone())?);
-        let arrival = lane.arrival(remote, dirty, copying.settings.pull.clone(), hook);
+        let arrival = lane.arrival(remote, dirty, copying.settings.pull.clone(), hook, all_shown.clone());
         shown.push(lane.target.show(arrival).await?);
     }
     if let Some(ledger) = &parts.ledger {
@@ -480,5 +480,6 @@ async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handove
     for region in &shown {
         region.source().unfence().await;
     }
+    all_shown.cancel();
     Ok(shown)
 }

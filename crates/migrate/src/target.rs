@@ -10,6 +10,7 @@ use r3map_pipeline::{
     StateRecord, Writes,
 };
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::Source;
 
@@ -77,6 +78,8 @@ pub struct Arrival {
     pub priority: Priority,
     /// How to pull.
     pub pull: PullSettings,
+    /// Cancelled when all regions are shown: to pull before would only hold that up.
+    pub shown: CancellationToken,
     /// Told of each chunk that has become local.
     pub on_chunk_local: Option<Arc<dyn Fn(u64) + Send + Sync>>,
 }
@@ -101,6 +104,7 @@ impl Arrival {
             priority: self.priority.clone(),
             urgent: self.urgent.clone(),
             present: self.present.clone(),
+            pull_after: Some(self.shown.clone()),
             ..CachedParts::default()
         }
     }

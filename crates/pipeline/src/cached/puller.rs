@@ -312,6 +312,9 @@ impl Inner {
 
     /// Pulls in the background until there is nothing left.
     pub(super) async fn run_puller(self: Arc<Self>) {
+        if let Some(begin) = &self.parts.pull_after {
+            begin.cancelled().await;
+        }
         let _outcry = Outcry(&self);
         let mut under_way = FuturesUnordered::new();
         while !self.table.is_complete() {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use r3map_core::pull::{Priority, Workers};
 use r3map_core::{BLOCK_SIZE, ChunkSize, Error, ErrorKind, Operation, Result};
+use tokio_util::sync::CancellationToken;
 
 use crate::{BlockSet, StateRecord, Tracker};
 
@@ -178,6 +179,8 @@ pub struct CachedParts {
     pub urgent: Vec<u64>,
     /// Blocks that are in place already, and clean.
     pub present: BlockSet,
+    /// Nothing is pulled in the background before this is cancelled; without one that begins at once. Demand does not wait.
+    pub pull_after: Option<CancellationToken>,
     /// Told of every block that is found to be written through a mapping. Writes that are calls it is not told of: see
     /// [`Tracked`](crate::Tracked).
     pub tracker: Tracker,
@@ -191,6 +194,7 @@ impl fmt::Debug for CachedParts {
             .field("priority", &self.priority)
             .field("urgent", &self.urgent.len())
             .field("present", &self.present.len())
+            .field("pull_after", &self.pull_after.is_some())
             .field("tracker", &self.tracker)
             .finish()
     }

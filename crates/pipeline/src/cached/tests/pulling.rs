@@ -8,6 +8,7 @@ use r3map_core::{Backend, ChunkSize, ErrorKind, Operation};
 use r3map_testkit::faults::{Faults, Link, Pause, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill};
+use tokio_util::sync::CancellationToken;
 
 use super::fakes::{SOON, joined, quiet, read, reading, writing};
 use super::{Side, open};
@@ -205,6 +206,20 @@ async fn the_callers_order_is_kept() {
     deadline(SOON, "pulling", cached.pulled()).await.unwrap();
     let order: Vec<u64> = remote.calls().iter().map(|call| call.ranges[0].start / CHUNK).collect();
     assert_eq!(order[..6], [9, 17, 3, 20, 0, 1]);
+}
+
+#[tokio::test]
+async fn the_background_begins_when_it_may_and_demand_does_not_wait_for_that() {
+    let (remote, begin) = (filled(SIZE), CancellationToken::new());
+    let parts = CachedParts { pull_after: Some(begin.clone()), ..CachedParts::default() };
+    let settings = background(fixed(3), CHUNK);
+    let cached = Cached::open(Side::vector(SIZE), remote.clone(), settings, parts).await.unwrap();
+    fill::check(&read(&cached, 5 * CHUNK, 10).await, 5 * CHUNK, 7).unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(remote.count(Operation::Read), 1, "nothing but what was asked for");
+    begin.cancel();
+    deadline(SOON, "pulling", cached.pulled()).await.unwrap();
+    fill::check(&read(&cached, 0, SIZE as usize).await, 0, 7).unwrap();
 }
 
 #[tokio::test]
