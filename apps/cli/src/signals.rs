@@ -10,21 +10,28 @@ pub(crate) struct Signals {
     terminate: Signal,
     /// Nothing under `nohup`, which has it ignored.
     hangup: Option<Signal>,
+    /// One has arrived. A terminal that goes away sends more than one hangup, which is no second thought of anybody.
+    once: bool,
 }
 
 impl Signals {
     /// From now on these signals no longer end the process by themselves.
     pub(crate) fn new() -> io::Result<Self> {
         let hangup = if ignores_hangup() { None } else { Some(signal(SignalKind::hangup())?) };
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())?, hangup })
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup,
+            once: false,
+        })
     }
 
-    /// Returns when one has arrived since the last call.
+    /// Returns when one has arrived since the last call; a hangup only if it is the first.
     pub(crate) async fn next(&mut self) {
         let hangup = async {
             match &mut self.hangup {
-                Some(hangup) => hangup.recv().await,
-                None => std::future::pending().await,
+                Some(hangup) if !self.once => hangup.recv().await,
+                _ => std::future::pending().await,
             }
         };
         tokio::select! {
@@ -32,6 +39,7 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = hangup => {}
         }
+        self.once = true;
     }
 }
 

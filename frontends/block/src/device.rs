@@ -289,8 +289,12 @@ impl Attached {
         served: bool,
         close: impl FnOnce(),
     ) -> Result<(Option<File>, Result<()>)> {
-        let claimed = self.claim(anyway)?;
-        let synced = if claimed.is_some() && served { self.sync() } else { Ok(()) };
+        let (claimed, synced) = match self.claim(anyway) {
+            Ok(claimed) if claimed.is_some() && served => (claimed, self.sync()),
+            Ok(claimed) => (claimed, Ok(())),
+            Err(error) if anyway => (None, Err(error)),
+            Err(error) => return Err(error),
+        };
         match synced {
             Err(error) if !anyway => Err(error),
             Err(error) => {
@@ -302,13 +306,19 @@ impl Attached {
         }
     }
 
-    /// Claims the device; nothing if it is gone, or in use and to be detached anyway.
+    /// Claims the device, or has it open where it is in use and to be detached anyway; nothing if it is gone.
+    ///
+    /// # Errors
+    /// `Conflict` if it is in use; `Exhausted` where this process cannot open it now, so that nothing can be written.
     fn claim(self: &Arc<Self>, anyway: bool) -> Result<Option<File>> {
         if !self.is_there() {
             return Ok(None);
         }
         match self.node.claim() {
-            Err(_) if anyway => self.node.open().map(Some).or(Ok(None)),
+            Err(_) if anyway => match self.node.open() {
+                Err(error) if error.kind() != ErrorKind::Exhausted => Ok(None),
+                opened => opened.map(Some),
+            },
             claimed => claimed.map(Some),
         }
     }

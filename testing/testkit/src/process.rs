@@ -118,6 +118,11 @@ impl Process {
         self.signal(Signal::TERM);
     }
 
+    /// What a terminal that goes away does (SIGHUP).
+    pub fn hang_up(&self) {
+        self.signal(Signal::HUP);
+    }
+
     /// What Ctrl-C does (SIGINT).
     pub fn interrupt(&self) {
         self.signal(Signal::INT);

@@ -29,12 +29,20 @@ fn changed(scene: &Scene, arguments: &[&str]) -> (Served, Mounted, Expected) {
 #[test]
 fn asked_once_it_stores_everything() {
     Scene::with_fuse(LONG, |scene| {
-        for how in ["SIGINT", "SIGTERM"] {
-            let (server, mounted, mut expected) = changed(scene, &[]);
-            if how == "SIGINT" {
-                mounted.program.interrupt()
-            } else {
-                mounted.program.terminate()
+        for how in ["SIGINT", "SIGTERM", "SIGHUP"] {
+            let (server, mut mounted, mut expected) = changed(scene, &[]);
+            match how {
+                "SIGINT" => mounted.program.interrupt(),
+                "SIGTERM" => mounted.program.terminate(),
+                _ => {
+                    // The shell sends one and the kernel another; neither is somebody who has lost patience.
+                    server.program.freeze();
+                    mounted.program.hang_up();
+                    mounted.program.wait_for_event(SOON, "stopping");
+                    mounted.program.hang_up();
+                    mounted.program.wait_for_event(SOON, "progress");
+                    server.program.thaw();
+                }
             }
             let outcome = mounted.wait_for_end();
             let names: Vec<_> = outcome.events().iter().map(|event| event["event"].clone()).collect();

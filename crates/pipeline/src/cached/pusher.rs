@@ -111,19 +111,24 @@ impl Inner {
     async fn push_round(self: &Arc<Self>) -> Result<()> {
         let mut under_way = FuturesUnordered::new();
         let mut failure: Option<Error> = None;
+        let mut away = false;
+        let mut note = |error: Error, away: &mut bool| {
+            *away |= error.kind().is_retryable();
+            failure.get_or_insert(error);
+        };
         let mut at = 0;
         loop {
             // A remote that is away would make every further run spend the whole time of its retries.
-            while !failure.as_ref().is_some_and(|error| error.kind().is_retryable()) && self.push_plan().has_room() {
+            while !away && self.push_plan().has_room() {
                 match self.next_push(&mut at).await {
                     Ok(Some(push)) => under_way.push(self.counted_push(push)),
                     Ok(None) => break,
-                    Err(error) => drop(failure.get_or_insert(error)),
+                    Err(error) => note(error, &mut away),
                 }
             }
             match under_way.next().await {
                 Some(Ok(())) => {}
-                Some(Err(error)) => drop(failure.get_or_insert(error)),
+                Some(Err(error)) => note(error, &mut away),
                 None => return failure.map_or(Ok(()), Err),
             }
         }

@@ -413,6 +413,12 @@ fn hold(index: u32, force: bool) -> Result<Option<File>> {
                 Err(explain(Some(index), error))
             }
         }
+        // This process lacks something; the device may be full of what was not written yet.
+        Err(error)
+            if !force && matches!(Errno::from_io_error(&error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM)) =>
+        {
+            Err(explain(Some(index), error))
+        }
         opened => Ok(opened.ok()),
     }
 }

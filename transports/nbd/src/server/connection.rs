@@ -19,6 +19,8 @@ use crate::wire::Framing;
 
 /// How long the other side may take to hear that this one has nothing more to say.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How long it may take to close too.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A connection.
 pub(super) struct Connection {
@@ -138,9 +140,7 @@ fn is_gone(error: &io::Error) -> bool {
 /// Ends the stream: TLS first, where it is spoken. Then what the client still sends is received and forgotten, until it
 /// closes too: TCP resets a connection that is closed with something unread, and drops what it has not delivered.
 async fn farewell<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
-    let ending = async {
-        stream.shutdown().await?;
-        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
-    };
-    let _ = timeout(FAREWELL, ending).await;
+    if let Ok(Ok(())) = timeout(FAREWELL, stream.shutdown()).await {
+        let _ = timeout(LAST_WORDS, tokio::io::copy(&mut stream, &mut tokio::io::sink())).await;
+    }
 }

@@ -75,7 +75,8 @@ pub struct ServerSettings {
     pub connections: NonZeroUsize,
     /// How long a client may take from connecting to choosing an export. 30 s.
     pub handshake_limit: Duration,
-    /// How long a client may leave off in the middle of a request that it sends or a reply that it receives. 2 min.
+    /// How long a client may leave off in the middle of a request that it sends or a reply that it receives, and how long
+    /// one that stops sending without saying goodbye may still wait for answers. 2 min.
     pub stall_limit: Duration,
     /// How long a client may ask for nothing. `None`, the default, is for ever: a mounted device may be idle for days.
     pub idle_limit: Option<Duration>,

@@ -98,6 +98,8 @@ pub(super) struct Transmission<S> {
     room: Room,
     input: Input,
     stage: Stage,
+    /// The client has stopped sending without saying goodbye.
+    cut: bool,
     running: FuturesUnordered<Running>,
     output: Output,
     /// Whether the last read was done at once: the guess for the next one. One that waits is better not begun twice.
@@ -122,6 +124,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
             room,
             input: Input::new(),
             stage: Stage::Header,
+            cut: false,
             running: FuturesUnordered::new(),
             output: Output::default(),
             prompt: true,
@@ -167,14 +170,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
         no_more && !matches!(self.stage, Stage::Room(_)) && self.running.is_empty() && self.output.is_empty()
     }
 
-    /// Whether the client is to send or to receive something that was begun, or will send nothing more.
+    /// Whether the client is to send or to receive something that was begun, or has stopped sending without a word.
     fn waits_for_client(&self) -> bool {
         let receives = match self.stage {
             Stage::Header => !self.input.bytes().is_empty() && self.may_begin(),
             Stage::Payload(..) | Stage::Skip(..) => true,
             // It may have gone altogether, which cannot be told from one that still receives: what it asked for must not
-            // hold its place for ever.
-            Stage::Closed => true,
+            // hold its place for ever. One that has said goodbye has its requests done, however long that takes.
+            Stage::Closed => self.cut,
             Stage::Room(_) => false,
         };
         receives || !self.output.is_empty()
@@ -414,6 +417,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
             return Err(Fault::Cut);
         }
         self.stage = Stage::Closed;
+        self.cut = true;
         Ok(true)
     }
 }

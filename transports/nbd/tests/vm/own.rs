@@ -137,7 +137,7 @@ fn a_request_is_tried_elsewhere_after_its_time_and_never_where_it_has_none() {
         return;
     }
     let own = Own::new(Store::new(SIZE).plain());
-    let hasty = Settings { request_timeout: Some(Duration::from_secs(1)), ..Settings::default() };
+    let hasty = Settings { request_timeout: Some(Duration::from_secs(5)), ..Settings::default() };
     let device = attach(own.pairs(), &hasty);
     drop(own.calls.take_calls());
     own.calls.add(Rule::on(Operation::Read).touching(0..4096).hold(&Pause::new()));
