@@ -26,7 +26,7 @@ pub struct Running<M> {
     resumed: Result<()>,
     began: Instant,
     settled: watch::Receiver<Settling>,
-    _settling: AbortOnDropHandle<()>,
+    settling: AbortOnDropHandle<()>,
 }
 
 /// How far the rest of a migration is.
@@ -35,8 +35,15 @@ enum Settling {
     /// Something is missing.
     #[default]
     Missing,
-    /// Everything is here, since then; the seeder knows, or what it answered when it was told.
-    Here(Duration, Result<()>),
+    /// Everything is here.
+    Here {
+        /// After what time it was.
+        after: Duration,
+        /// Whether it is kept, and written down whose it is.
+        kept: bool,
+        /// The seeder knows, or why it does not.
+        told: Result<()>,
+    },
     /// The region was closed before.
     Closed(Error),
 }
@@ -51,11 +58,14 @@ pub(crate) struct Settled {
 }
 
 impl Settled {
-    /// Everything is here: writes that down, and tells the seeder.
-    async fn confirm(&self, epoch: u64) -> Result<()> {
-        if let Some(ledger) = &self.ledger {
-            ledger.save(&Standing::Owner { epoch })?;
-        }
+    /// Everything is here: sees to it that it stays, and writes down that nobody else has it.
+    async fn keep<M: Shown>(&self, shown: &[Arc<M>], epoch: u64) -> Result<()> {
+        try_join_all(shown.iter().map(|region| region.keep())).await?;
+        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.save(&Standing::Owner { epoch }))
+    }
+
+    /// Tells the seeder, which may forget it then.
+    async fn confirm(&self) -> Result<()> {
         retrying(&self.settings.after, Operation::Close, || self.peer.confirm(self.id)).await
     }
 }
@@ -72,18 +82,26 @@ impl<M: Shown> Running<M> {
                 settling.send_replace(Settling::Closed(error));
                 return;
             }
-            let here = began.elapsed();
-            while let Err(error) = arrival.confirm(epoch).await {
+            let after = began.elapsed();
+            while let Err(error) = arrival.keep(&rest, epoch).await {
+                tracing::warn!(%error, "what is here could not be made to stay; it is tried again");
+                settling.send_replace(Settling::Here { after, kept: false, told: Err(error) });
+                tokio::time::sleep(PAUSE).await;
+            }
+            // From here on it is not for this task that they are shown. Nor is it written down again who owns them: they
+            // may have gone on to the next when the seeder answers at last.
+            drop(rest);
+            while let Err(error) = arrival.confirm().await {
                 let is_final = is_final(&error);
-                settling.send_replace(Settling::Here(here, Err(error)));
+                settling.send_replace(Settling::Here { after, kept: true, told: Err(error) });
                 if is_final {
                     return;
                 }
                 tokio::time::sleep(PAUSE).await;
             }
-            settling.send_replace(Settling::Here(here, Ok(())));
+            settling.send_replace(Settling::Here { after, kept: true, told: Ok(()) });
         });
-        Self { shown, epoch, report, resumed, began, settled, _settling: AbortOnDropHandle::new(task) }
+        Self { shown, epoch, report, resumed, began, settled, settling: AbortOnDropHandle::new(task) }
     }
 }
 
@@ -113,7 +131,7 @@ impl<M: Shown> Leecher<Running<M>> {
     pub fn report(&self) -> Report {
         let came = |region: &Arc<M>| region.progress().borrow().pulled_bytes;
         let since = match &*self.state.settled.borrow() {
-            Settling::Here(here, _) => *here,
+            Settling::Here { after, .. } => *after,
             _ => self.state.began.elapsed(),
         };
         let pulled_after = self.state.shown.iter().map(came).sum();
@@ -129,7 +147,7 @@ impl<M: Shown> Leecher<Running<M>> {
         let mut settled = self.state.settled.clone();
         let ended = settled.wait_for(|settling| !matches!(settling, Settling::Missing)).await;
         match ended.map(|settling| settling.clone()) {
-            Ok(Settling::Here(..)) => Ok(self.report()),
+            Ok(Settling::Here { .. }) => Ok(self.report()),
             Ok(Settling::Closed(error)) => Err(error),
             _ => Err(Error::new(ErrorKind::Cancelled, Operation::Read, "the runtime has shut down")),
         }
@@ -141,32 +159,44 @@ impl<M: Shown> Leecher<Running<M>> {
     /// What it answered, or that something is missing still.
     pub fn confirmed(&self) -> Result<()> {
         match &*self.state.settled.borrow() {
-            Settling::Here(_, confirmed) => confirmed.clone(),
+            Settling::Here { told, .. } => told.clone(),
             _ => Err(Error::new(ErrorKind::Unavailable, Operation::Close, "something is missing still")),
         }
     }
 
     /// Waits until everything is here, and offers the regions to the next leecher, while the application runs on. Each
-    /// region is offered under the name that it is given here, in order.
+    /// region is offered under the name that it is given here, in order. A seeder that could not be told yet that everything
+    /// is here is told when it answers, for as long as the new seeder lives.
     ///
     /// # Errors
-    /// `Cancelled` if a region is closed before; as [`Seeder::new`].
+    /// `Cancelled` if a region is closed before; as [`Shown::keep`] and [`Ledger::save`]; as [`Seeder::new`].
     pub async fn release(self, names: Vec<String>, parts: SeederParts) -> Result<(Vec<Arc<M>>, Seeder)> {
         self.pulled().await?;
-        let sources = self.state.shown.iter().map(|region| region.source());
+        let Running { shown, epoch, settled, settling, .. } = self.state;
+        if let Settling::Here { kept: false, told: Err(error), .. } = &*settled.borrow() {
+            return Err(error.clone());
+        }
+        let sources = shown.iter().map(|region| region.source());
         let regions: Vec<(String, Arc<dyn Source>)> = names.into_iter().zip(sources).collect();
-        if regions.len() != self.state.shown.len() {
+        if regions.len() != shown.len() {
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "each region needs a name"));
         }
-        let seeder = Seeder::new(regions, SeederParts { epoch: Some(self.state.epoch), ..parts }).await?;
-        Ok((self.state.shown.clone(), seeder))
+        let seeder = Seeder::new(regions, SeederParts { epoch: Some(epoch), ..parts }).await?;
+        let mut progress = seeder.progress();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = settling => {}
+                () = async { while progress.changed().await.is_ok() {} } => {}
+            }
+        });
+        Ok((shown, seeder))
     }
 }
 
-/// Whether there is no point in telling the seeder again.
+/// Whether there is no point in telling the seeder again. There is if it is just ending: it may be started again.
 fn is_final(error: &Error) -> bool {
-    use ErrorKind::{Cancelled, Conflict, Denied, InvalidInput};
-    matches!(error.kind(), Cancelled | Conflict | Denied | InvalidInput)
+    use ErrorKind::{Conflict, Denied, InvalidInput};
+    matches!(error.kind(), Conflict | Denied | InvalidInput)
 }
 
 /// Waits until nothing is missing, however often something cannot be had.

@@ -59,6 +59,16 @@ pub trait Shown: Send + Sync + 'static {
     /// `Cancelled`.
     async fn pulled(&self) -> Result<()>;
 
+    /// Called when nothing is missing, before the seeder hears of it and may forget the region: if what is here is to
+    /// outlive the process, then from now on all of it survives a loss of power, not only what was written here. May be
+    /// called again.
+    ///
+    /// # Errors
+    /// When it may not be durable; the seeder hears of nothing then, and this is tried again.
+    async fn keep(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// How far pulling is.
     fn progress(&self) -> watch::Receiver<Progress>;
 }

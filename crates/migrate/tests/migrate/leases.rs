@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use r3map_core::ErrorKind;
 use r3map_migrate::protocol::{Description, MigrationId};
-use r3map_migrate::{Leecher, LeecherParts, LeecherSettings, PullPhase, Pulling, Seeder, SeederPhase};
+use r3map_migrate::{
+    Ledger, Leecher, LeecherParts, LeecherSettings, PullPhase, Pulling, Running, Seeder, SeederParts, SeederPhase,
+    Standing,
+};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::application::Application;
 use crate::support::disk::{Disk, Life};
-use crate::support::host::{Here, Place, seed};
+use crate::support::host::{Here, Place, hooks, seed};
 use crate::support::link::{Fault, Link, MortalEnd, Step};
 use crate::support::{LEASE, fresh_id, settings};
 
@@ -189,4 +192,72 @@ async fn what_was_handed_over_has_no_lease() {
     link.heal();
     timeout(LONG, seeder.gone()).await.expect("it is told when it answers again");
     app.check().await.unwrap();
+}
+
+/// Moves the application to host B, which writes down how it stands on a disk.
+async fn take(app: &Arc<Application>, link: &Arc<Link>, disk: &Arc<Disk>) -> Leecher<Running<Here>> {
+    let place = Place { disk: disk.clone() };
+    let parts = LeecherParts { ledger: Some(disk.clone()), ..LeecherParts::default() };
+    let peer = Arc::new(MortalEnd(link.clone(), Life::new()));
+    let targets = async move |_: &Description| Ok(vec![place]);
+    let leecher = Leecher::start(peer, fresh_id(), targets, settings(), parts).await.unwrap();
+    let running = leecher.finalize().await.unwrap();
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    running
+}
+
+/// What is here is all there is once the seeder knows.
+#[tokio::test(start_paused = true)]
+async fn the_seeder_hears_of_nothing_before_all_that_is_here_is_kept() {
+    let (app, _running, seeder, link) = busy(Link::healthy).await;
+    let disk = Disk::new();
+    disk.fail_to_keep(3);
+    let running = take(&app, &link, &disk).await;
+    running.pulled().await.unwrap();
+    assert_eq!(running.confirmed().unwrap_err().kind(), ErrorKind::Exhausted);
+    assert!(matches!(disk.load().unwrap(), Some(Standing::Arrived { .. })) && !disk.is_kept());
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::HandedOver);
+    timeout(LONG, seeder.gone()).await.expect("it is tried again");
+    assert!(matches!(disk.load().unwrap(), Some(Standing::Owner { .. })) && disk.is_kept());
+    app.check().await.unwrap();
+}
+
+/// However it is away, and though the region is elsewhere by then.
+#[tokio::test(start_paused = true)]
+async fn who_passes_a_region_on_still_tells_the_seeder_that_it_came_from() {
+    for fault in [Fault::Silence, Fault::Ending] {
+        let (app, _running, seeder, link) = busy(|seeder| Link::new(seeder, Step::Confirm, fault, 0, u32::MAX)).await;
+        let disk = Disk::new();
+        let running = take(&app, &link, &disk).await;
+        let front = running.regions()[0].guarded.front();
+        let parts =
+            SeederParts { hooks: hooks(&app, "B", front), ledger: Some(disk.clone()), ..SeederParts::default() };
+        let (_regions, next) = running.release(vec!["disk".into()], parts).await.unwrap();
+        let onward = leech(&Link::healthy(next.clone()), &Life::new(), settings()).await.finalize().await.unwrap();
+        app.resume("C", onward.regions()[0].guarded.front()).await;
+        onward.pulled().await.unwrap();
+        timeout(LONG, next.gone()).await.expect("the next one has everything");
+        assert_eq!(seeder.progress().borrow().phase, SeederPhase::HandedOver, "{fault:?}");
+        link.heal();
+        timeout(LONG, seeder.gone()).await.expect("it is told when it answers again");
+        assert!(matches!(disk.load().unwrap(), Some(Standing::Gone { .. })), "the region is not here any more");
+        app.check().await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_ended_tells_nobody_any_more() {
+    let (app, _running, _seeder, link) =
+        busy(|seeder| Link::new(seeder, Step::Confirm, Fault::Ending, 0, u32::MAX)).await;
+    let running = take(&app, &link, &Disk::new()).await;
+    let (regions, next) = running.release(vec!["disk".into()], SeederParts::default()).await.unwrap();
+    let told = || link.struck.load(std::sync::atomic::Ordering::SeqCst);
+    let before = told();
+    sleep(LONG).await;
+    assert!(told() > before, "it is told again and again");
+    drop((regions, next));
+    sleep(Duration::from_secs(1)).await;
+    let last = told();
+    sleep(LONG).await;
+    assert_eq!(told(), last);
 }

@@ -2,7 +2,7 @@
 //! killed between any two things that it does.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -12,7 +12,7 @@ use r3map_migrate::{Ledger, Standing};
 use r3map_pipeline::{BlockSet, Local, Recorded, StateRecord};
 use tokio::sync::Notify;
 
-use super::SIZE;
+use super::{SIZE, geometry};
 
 /// Whether a process lives.
 pub(crate) struct Life {
@@ -78,13 +78,16 @@ struct Platter {
     ledger: Mutex<(u32, u32)>,
     /// What it refuses next is found in it all the same.
     late: AtomicBool,
+    /// How often it refuses to keep what is here.
+    refuses_to_keep: AtomicU32,
 }
 
 impl Disk {
     pub(crate) fn new() -> Arc<Self> {
         let (recorded, standing) = (Mutex::default(), Mutex::default());
         let (full, ledger, late) = (AtomicBool::new(false), Mutex::default(), AtomicBool::new(false));
-        let platter = Platter { bytes: Memory::new(SIZE).unwrap(), recorded, standing, full, ledger, late };
+        let (bytes, refuses_to_keep) = (Memory::new(SIZE).unwrap(), AtomicU32::new(0));
+        let platter = Platter { bytes, recorded, standing, full, ledger, late, refuses_to_keep };
         Arc::new(Self { platter: Arc::new(platter), life: Life::new() })
     }
 
@@ -111,6 +114,25 @@ impl Disk {
     pub(crate) fn fail_ledger_late(&self, after: u32, times: u32) {
         self.platter.late.store(true, Ordering::SeqCst);
         self.fail_ledger(after, times);
+    }
+
+    /// Has it refuse to keep what is here.
+    pub(crate) fn fail_to_keep(&self, times: u32) {
+        self.platter.refuses_to_keep.store(times, Ordering::SeqCst);
+    }
+
+    /// Has all of it count as its own.
+    pub(crate) fn keep(&self) -> Result<()> {
+        let refuses = &self.platter.refuses_to_keep;
+        if refuses.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            return Err(Error::new(ErrorKind::Exhausted, Operation::Write, "nothing can be made durable"));
+        }
+        self.record(0..geometry().block_count(), Recorded::Dirty)
+    }
+
+    /// Whether all of it counts as its own.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.platter.recorded.lock().unwrap().1.len() == geometry().block_count()
     }
 
     fn ledger_takes(&self) -> bool {

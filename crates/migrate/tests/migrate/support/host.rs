@@ -17,6 +17,7 @@ use super::{LEASE, geometry};
 pub(crate) struct Here {
     pub(crate) guarded: Arc<Guarded>,
     cached: Arc<Cached>,
+    disk: Arc<Disk>,
 }
 
 /// A place for a region on a disk.
@@ -41,7 +42,7 @@ impl Target for Place {
         let cached = Cached::open(self.disk.clone(), arrival.remote.clone(), arrival.settings(), parts).await?;
         let guarded = Arc::new(Guarded::new(cached.clone(), geometry().chunk_size())?);
         guarded.fence().await?;
-        Ok(Here { guarded, cached })
+        Ok(Here { guarded, cached, disk: self.disk })
     }
 }
 
@@ -53,6 +54,10 @@ impl Shown for Here {
 
     async fn pulled(&self) -> Result<()> {
         self.cached.pulled().await
+    }
+
+    async fn keep(&self) -> Result<()> {
+        self.disk.keep()
     }
 
     fn progress(&self) -> watch::Receiver<Progress> {
@@ -71,7 +76,8 @@ impl Here {
         settings.pull.workers = Workers::Off;
         let parts = CachedParts { present, record: Some(disk.clone()), ..CachedParts::default() };
         let cached = Cached::open(disk.clone(), nothing, settings, parts).await.unwrap();
-        Self { guarded: Arc::new(Guarded::new(cached.clone(), geometry().chunk_size()).unwrap()), cached }
+        let guarded = Arc::new(Guarded::new(cached.clone(), geometry().chunk_size()).unwrap());
+        Self { guarded, cached, disk: disk.clone() }
     }
 
     /// Ends what the process was doing.

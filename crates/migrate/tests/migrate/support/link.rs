@@ -48,6 +48,8 @@ pub(crate) enum Fault {
     None,
     /// It does not arrive.
     LinkCut,
+    /// It is answered by a process that is just ending.
+    Ending,
     /// It arrives, and its answer does not.
     ReplyLost,
     /// It does not arrive, and nobody says so.
@@ -165,6 +167,7 @@ impl Link {
         match self.strikes(step) {
             Fault::None => {}
             Fault::LinkCut => return Err(down()),
+            Fault::Ending => return Err(Error::new(ErrorKind::Cancelled, Operation::Close, "the process is ending")),
             Fault::ReplyLost => return call().await.and(Err(down())),
             Fault::Silence => pending().await,
             Fault::SilentReply => {
