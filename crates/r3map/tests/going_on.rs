@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use r3map::migration::{
     Guarded, Hooks, LeecherSettings, Migration, Place, SeederPhase, Seeding, Source, Standing, open_cache,
 };
-use r3map::{Backend, Cache, ChunkSize, Registry, Result, Uri};
+use r3map::{Backend, Cache, ChunkSize, ErrorKind, Registry, Result, Uri};
 use r3map_pipeline::Workers;
 use r3map_testkit::process::Process;
 use r3map_testkit::random::{Random, fresh_seed};
@@ -140,6 +140,20 @@ impl Host {
         let wrong = found.iter().zip(expected.iter()).position(|(found, expected)| found != expected);
         assert_eq!(wrong.map(|at| at as u64 / BLOCK), None, "the first block that differs");
     }
+}
+
+/// Makes a cache file one that was in use when the machine lost its power: of another boot, and never closed. What its
+/// header looks like is said in `backends/local/src/cache_file/header.rs`.
+fn lose_power(folder: &Path) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(folder.join("cache")).unwrap();
+    let mut header = [0; 4096];
+    file.read_exact_at(&mut header, 0).unwrap();
+    header[12..16].fill(0);
+    header[28..32].copy_from_slice(&1u32.to_le_bytes());
+    header[32..68].fill(b'0');
+    let checksum = crc32c::crc32c(&header);
+    header[12..16].copy_from_slice(&checksum.to_le_bytes());
+    file.write_all_at(&header, 0).unwrap();
 }
 
 /// What the application of a leecher's process writes, and where.
@@ -270,6 +284,39 @@ fn a_process_that_is_killed_while_it_pulls_and_between_rounds_is_followed_by_one
         assert!(pulled <= 2 * CHUNK, "{pulled} bytes");
         until_done(third).await;
         assert_eq!(seeding.seeder().progress().borrow().phase, SeederPhase::Gone);
+        host.check(folder.path()).await;
+    });
+}
+
+/// The seeder has forgotten the region: what was pulled of it is nowhere else.
+#[test]
+fn what_has_arrived_is_there_after_a_loss_of_power_and_is_not_overwritten() {
+    if let Some(argument) = crash::role("leecher") {
+        return leech(&argument);
+    }
+    if !can_mount() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    const TEST: &str = "what_has_arrived_is_there_after_a_loss_of_power_and_is_not_overwritten";
+    run(async {
+        let (host, folder) = (Host::new(), tempfile::tempdir().unwrap());
+        let seeding = host.seed(Migration::new()).await;
+        host.region.allow(Semaphore::MAX_PERMITS / 2);
+        host.write(3, 7).await;
+        until_done(start(TEST, &seeding, folder.path(), "finish")).await;
+        assert_eq!(seeding.seeder().progress().borrow().phase, SeederPhase::Gone);
+        lose_power(folder.path());
+        host.check(folder.path()).await;
+        lose_power(folder.path());
+
+        // A ledger that knows nothing of it.
+        let other = Host::new();
+        let seeding = other.seed(Migration::new()).await;
+        let (uri, cache) = (seeding.uris()[0].parse().unwrap(), folder.path().join("cache"));
+        let place = Place::file().cache(Cache::File(cache));
+        let migration = Migration::new().ledger(folder.path().join("another ledger"));
+        let refused = migration.leech(&Registry::standard(), &uri, vec![place]).await.unwrap_err();
+        assert!(refused.kind() == ErrorKind::Conflict && refused.to_string().contains("nowhere else"), "{refused}");
         host.check(folder.path()).await;
     });
 }

@@ -33,6 +33,7 @@ pub use r3map_migrate::{
 pub use carry::{Carry, LeechOptions, SeedOptions};
 pub use ledger::FileLedger;
 pub(crate) use memory::SliceSource;
+use place::Survived;
 pub use place::{Arrived, CacheFacts, Landing, Place, describe_cache, open_cache};
 #[cfg(feature = "block")]
 pub(crate) use sources::BlockSource;
@@ -205,7 +206,7 @@ impl Migration {
     /// # Errors
     /// As [`Leecher::start`] and [`Leecher::go_on`]; `Conflict` where the ledger says that the regions were asked for:
     /// [`Self::resume`] goes on with that. Likewise where it says that they are here, or that somebody may still need
-    /// what is here: their bytes would be lost.
+    /// what is here, or where it says nothing and a cache file has bytes of its own: their bytes would be lost.
     pub async fn leech(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Pulling<Landing>>> {
         let standing = self.standing()?;
         let refused = match standing {
@@ -224,10 +225,13 @@ impl Migration {
         let peer = self.connect(registry, uri).await?;
         let (parts, settings, id) = (self.leecher_parts(), self.settings.clone(), fresh_id());
         crate::engine::run(async move {
-            let before = standing.filter(|standing| matches!(standing, Standing::Pulling { .. }));
-            let keep = before.is_some();
-            let landings = async move |description: &Description| place::prepare(places, description, keep).await;
-            match before {
+            let survived = match &standing {
+                Some(Standing::Pulling { .. }) => Survived::Ours,
+                Some(_) => Survived::Old,
+                None => Survived::Unknown,
+            };
+            let landings = async move |description: &Description| place::prepare(places, description, survived).await;
+            match standing.filter(|_| survived == Survived::Ours) {
                 Some(standing) => Leecher::go_on(peer, &standing, landings, settings, parts).await,
                 None => Leecher::start(peer, id, landings, settings, parts).await,
             }
@@ -246,7 +250,8 @@ impl Migration {
         let peer = self.connect(registry, uri).await?;
         let (parts, settings) = (self.leecher_parts(), self.settings.clone());
         crate::engine::run(async move {
-            let landings = async move |description: &Description| place::prepare(places, description, true).await;
+            let landings =
+                async move |description: &Description| place::prepare(places, description, Survived::Ours).await;
             Leecher::<Pulling<Landing>>::resume(peer, &standing, landings, settings, parts).await
         })
         .await

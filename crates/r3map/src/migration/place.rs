@@ -11,7 +11,7 @@ use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::protocol::Description;
 use r3map_migrate::{Arrival, Guarded, Shown, Source, Target};
 use r3map_pipeline::{
-    Cached, CachedParts, CachedSettings, Local, Progress, PullSettings, Retry, StateRecord, Workers, Writes,
+    Cached, CachedParts, CachedSettings, Local, Progress, PullSettings, Recorded, Retry, StateRecord, Workers, Writes,
 };
 #[cfg(feature = "block")]
 use r3map_pipeline::{Gate, WhenClosed};
@@ -102,8 +102,19 @@ enum Front {
     Block(Plan),
 }
 
-/// Makes the places for what a seeder describes. `keep` what survived in cache files; otherwise it is dropped.
-pub(super) async fn prepare(places: Vec<Place>, description: &Description, keep: bool) -> Result<Vec<Landing>> {
+/// What is known of what survived in cache files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Survived {
+    /// It is of the migration that is gone on with.
+    Ours,
+    /// It is of one that is over: another host has all of it.
+    Old,
+    /// Nothing is.
+    Unknown,
+}
+
+/// Makes the places for what a seeder describes.
+pub(super) async fn prepare(places: Vec<Place>, description: &Description, survived: Survived) -> Result<Vec<Landing>> {
     for place in &places {
         // It would be a pity to find out when everything has been copied and the application has stopped.
         if let Show::Path(path) = &place.show {
@@ -116,7 +127,7 @@ pub(super) async fn prepare(places: Vec<Place>, description: &Description, keep:
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
     }
     let pairs = places.into_iter().zip(&description.regions);
-    pairs.map(|(place, facts)| Landing::new(place, &facts.name, facts.geometry()?, keep)).collect()
+    pairs.map(|(place, facts)| Landing::new(place, &facts.name, facts.geometry()?, survived)).collect()
 }
 
 /// How a cache file that a migration fills begins to say whose bytes it holds.
@@ -128,7 +139,7 @@ fn cache_identity(name: &str) -> String {
 }
 
 impl Landing {
-    fn new(place: Place, name: &str, geometry: Geometry, keep: bool) -> Result<Self> {
+    fn new(place: Place, name: &str, geometry: Geometry, survived: Survived) -> Result<Self> {
         let Place { show, settings } = place;
         let front = match show {
             Show::Slice => None,
@@ -148,7 +159,7 @@ impl Landing {
                 Bytes::Elsewhere { local: Arc::new(Stored::memory(memory)), record: None, front }
             }
             (Some(front), Cache::File(path)) => {
-                let file = Arc::new(take_cache(path, name, geometry, keep)?);
+                let file = Arc::new(take_cache(path, name, geometry, survived)?);
                 Bytes::Elsewhere { local: file.clone(), record: Some(file), front }
             }
         };
@@ -156,18 +167,50 @@ impl Landing {
     }
 }
 
-fn take_cache(path: &Path, name: &str, geometry: Geometry, keep: bool) -> Result<CacheFile> {
+fn take_cache(path: &Path, name: &str, geometry: Geometry, survived: Survived) -> Result<CacheFile> {
     let identity = cache_identity(name);
     let found = path.exists();
     let file = CacheFile::open(path, &identity, geometry)?;
-    if keep || !found {
+    if survived == Survived::Ours || !found {
         return Ok(file);
+    }
+    if survived == Survived::Unknown && has_own_bytes(&file)? {
+        let message = format!(
+            "{} holds a region that may be nowhere else: name the ledger that speaks of it, or remove the file if nothing \
+             of it is wanted",
+            path.display()
+        );
+        return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
     }
     // It is a cache of this region, left by a migration that came to nothing: what is in it may be of yesterday.
     drop(file);
     let removed = std::fs::remove_file(path);
     removed.map_err(|error| Error::from_io(Operation::Open, format!("{} cannot be emptied", path.display()), error))?;
     CacheFile::open(path, &identity, geometry)
+}
+
+/// Whether it has what no seeder has: what the application has written here, or all of a region that has arrived.
+fn has_own_bytes(file: &CacheFile) -> Result<bool> {
+    let mut own = false;
+    file.load(&mut |_, state| own |= state == Recorded::Dirty)?;
+    Ok(own)
+}
+
+/// How many blocks are recorded at a time: whoever writes to the region waits meanwhile.
+const RECORDED_AT_A_TIME: u64 = 1 << 20;
+
+/// Has all of a region that is here as a whole count as its own bytes, durably: after a loss of power, what was only pulled
+/// is forgotten, because it could be pulled again.
+async fn keep_all(record: &dyn StateRecord, geometry: &Geometry) -> Result<()> {
+    let blocks = geometry.block_count();
+    let mut at = 0;
+    while at < blocks {
+        let end = blocks.min(at + RECORDED_AT_A_TIME);
+        record.record(at..end, Recorded::Dirty)?;
+        at = end;
+        tokio::task::yield_now().await;
+    }
+    record.checkpoint().await
 }
 
 /// What a cache file that a migration has filled holds.
@@ -194,7 +237,7 @@ pub fn describe_cache(path: impl AsRef<Path>) -> Result<CacheFacts> {
     Ok(CacheFacts { name: name.to_owned(), identity: format!("{whose} in {}", place.display()) })
 }
 
-/// Opens a cache file that a migration has filled, as a region of its own.
+/// Opens a cache file that a migration has filled, as a region of its own: from then on no migration goes on with it.
 ///
 /// # Errors
 /// As [`describe_cache`] and [`CacheFile::open`]; `Conflict` if something is missing.
@@ -211,11 +254,12 @@ pub async fn open_cache(path: impl AsRef<Path>) -> Result<(Arc<dyn Backend>, Cac
             ..CachedSettings::default()
         };
         let parts = CachedParts { record: Some(file.clone()), ..CachedParts::default() };
-        let cached = Cached::open(file, Arc::new(Nowhere(geometry.size())), settings, parts).await?;
+        let cached = Cached::open(file.clone(), Arc::new(Nowhere(geometry.size())), settings, parts).await?;
         if !cached.is_local(&(0..geometry.size())) {
             let message = format!("{} does not hold all of its region: go on with the leech", path.display());
             return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
         }
+        keep_all(&*file, &geometry).await?;
         Ok((cached as Arc<dyn Backend>, facts))
     })
     .await
@@ -273,17 +317,19 @@ impl Target for Landing {
     async fn show(self, arrival: Arrival) -> Result<Arrived> {
         crate::engine::run(async move {
             let Self { name, settings, bytes } = self;
+            let geometry = arrival.geometry;
             match bytes {
                 Bytes::Mapping(prepared) => show_slice(name, prepared, arrival),
                 Bytes::Elsewhere { local, record, front } => {
                     let retry = arrival.remote.clone();
-                    let (cached, guarded) = open_local(local, record, arrival).await?;
-                    match front {
-                        Front::Path(path) => show_file(name, Some(path), &settings, cached, guarded, retry).await,
-                        Front::File => show_file(name, None, &settings, cached, guarded, retry).await,
+                    let (cached, guarded) = open_local(local, record.clone(), arrival).await?;
+                    let arrived = match front {
+                        Front::Path(path) => show_file(name, Some(path), &settings, cached, guarded, retry).await?,
+                        Front::File => show_file(name, None, &settings, cached, guarded, retry).await?,
                         #[cfg(feature = "block")]
-                        Front::Block(plan) => show_block(name, plan, cached, guarded, retry).await,
-                    }
+                        Front::Block(plan) => show_block(name, plan, cached, guarded, retry).await?,
+                    };
+                    Ok(Arrived { record: record.map(|record| (record, geometry)), ..arrived })
                 }
             }
         })
@@ -300,7 +346,7 @@ fn show_slice(name: String, prepared: Prepared, arrival: Arrival) -> Result<Arri
     let region = Region::arrived_in_memory(handle.clone(), arrival.remote);
     let mount = SliceMount::new(slice, region.clone());
     let kept = Kept::Slice(Mutex::new(Some(mount)), handle.clone());
-    Ok(Arrived { name, region, source: Arc::new(SliceSource::new(handle)), kept })
+    Ok(Arrived { name, region, source: Arc::new(SliceSource::new(handle)), kept, record: None })
 }
 
 async fn open_local(
@@ -336,7 +382,7 @@ async fn show_file(
             (Kept::File(mount), sync)
         }
     };
-    Ok(Arrived { name, region, source: Arc::new(FileSource { guarded, sync }), kept })
+    Ok(Arrived { name, region, source: Arc::new(FileSource { guarded, sync }), kept, record: None })
 }
 
 /// Only changes are fenced off: the kernel reads a device when it appears.
@@ -353,7 +399,7 @@ async fn show_block(
     let region = Region::arrived(cached, guarded, gate, retry);
     let mount = plan.show(region.clone()).await?;
     let source = Arc::new(mount.leaving(Some(arriving))?);
-    Ok(Arrived { name, region, source, kept: Kept::Block(mount) })
+    Ok(Arrived { name, region, source, kept: Kept::Block(mount), record: None })
 }
 
 enum Kept {
@@ -370,6 +416,8 @@ pub struct Arrived {
     region: Region,
     source: Arc<dyn Source>,
     kept: Kept,
+    /// Where it is written down what is here, if that outlives the process.
+    record: Option<(Arc<dyn StateRecord>, Geometry)>,
 }
 
 impl Arrived {
@@ -432,6 +480,13 @@ impl Shown for Arrived {
 
     async fn pulled(&self) -> Result<()> {
         self.region.pulled().await
+    }
+
+    async fn keep(&self) -> Result<()> {
+        match &self.record {
+            Some((record, geometry)) => keep_all(&**record, geometry).await,
+            None => Ok(()),
+        }
     }
 
     fn progress(&self) -> watch::Receiver<Progress> {
