@@ -1,12 +1,14 @@
 //! What `seed` and `leech` tell the application: commands that are run. And the secret that both sides know.
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use r3map::migration::{Hooks, Migration};
 use r3map::{Error, ErrorKind, FileOptions, Operation, Settings};
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::args::Application;
 
@@ -50,11 +52,79 @@ async fn run(option: &'static str, command: String, paths: Arc<[PathBuf]>) -> r3
     shell.args(["-c", &command]).env("R3MAP_PATHS", names.join("\n".as_ref()));
     shell.env("R3MAP_PATH", paths.first().map_or(Path::new(""), PathBuf::as_path));
     // Standard output is for events. A Ctrl-C is meant for us, not for a command that is half-way.
-    shell.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0).kill_on_drop(true);
+    shell.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let failed = |message: String| Error::new(ErrorKind::Cancelled, Operation::Close, message);
-    match shell.status().await {
+    match ended(shell).await {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(failed(format!("{option} {command:?} ended with {status}"))),
         Err(error) => Err(failed(format!("{option} {command:?} cannot be run")).with_source(error)),
+    }
+}
+
+/// Waits until a command has ended. If that takes too long for the caller, it is killed, with all that it has started.
+async fn ended(mut command: tokio::process::Command) -> io::Result<ExitStatus> {
+    let mut child = command.spawn()?;
+    let mut group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
+    let status = child.wait().await;
+    // What a command that has ended leaves running is meant to run.
+    group.0 = None;
+    status
+}
+
+/// The processes of a command, which are killed when this is dropped.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0
+            && let Err(error) = kill_process_group(group, Signal::KILL)
+        {
+            tracing::warn!(%error, "a command that takes too long could not be killed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{BufRead, BufReader};
+    use std::time::Duration;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// Runs a command, which has a pipe as its region; what comes through that, line by line, until nobody has it open.
+    async fn start(command: &str) -> (tokio::task::JoinHandle<r3map::Result<()>>, tokio::sync::mpsc::Receiver<String>) {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RWXU).unwrap();
+        let command = tokio::spawn(run("--on-suspend", command.into(), [pipe.clone()].into()));
+        let (lines, read) = tokio::sync::mpsc::channel(8);
+        std::thread::spawn(move || {
+            let pipe = BufReader::new(File::open(pipe).unwrap());
+            pipe.lines().for_each(|line| lines.blocking_send(line.unwrap()).unwrap());
+            drop(folder);
+        });
+        (command, read)
+    }
+
+    async fn next(lines: &mut tokio::sync::mpsc::Receiver<String>) -> Option<String> {
+        tokio::time::timeout(LIMIT, lines.recv()).await.expect("the pipe says something, or is closed")
+    }
+
+    #[tokio::test]
+    async fn what_a_command_that_takes_too_long_has_started_ends_with_it() {
+        let (command, mut lines) = start("(echo here; exec sleep 300) > \"$R3MAP_PATH\" & wait").await;
+        assert_eq!(next(&mut lines).await.as_deref(), Some("here"));
+        command.abort();
+        assert_eq!(next(&mut lines).await, None);
+    }
+
+    #[tokio::test]
+    async fn what_a_command_that_has_ended_leaves_running_runs_on() {
+        let (command, mut lines) = start("(sleep 0.5; echo later) > \"$R3MAP_PATH\" &").await;
+        command.await.unwrap().unwrap();
+        assert_eq!(next(&mut lines).await.as_deref(), Some("later"));
     }
 }
