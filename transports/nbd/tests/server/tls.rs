@@ -98,6 +98,24 @@ async fn a_client_needs_a_certificate_where_one_is_required() {
     running.is_left().await;
 }
 
+/// Who has one must have a good one; who has none is let in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_that_is_optional_is_still_checked() {
+    let (pki, stranger) = (certificates(&["server", "client"]), certificates(&["client"]));
+    let nobody = certificates(&[]);
+    let running = start(required(pki.path(), ClientCertificates::Optional)).await;
+    // It knows who signed the server's, and has none of its own.
+    std::fs::copy(pki.path().join("ca-cert.pem"), nobody.path().join("ca-cert.pem")).unwrap();
+    let then = "assert h.get_size() > 0";
+    for welcome in [pki.path(), nobody.path()] {
+        let (success, output) = nbdsh(&script(&running, welcome, then));
+        assert!(success && output == "to the end", "{output}");
+    }
+    let (success, output) = nbdsh(&script(&running, stranger.path(), then));
+    assert!(!success, "{output}");
+    running.is_left().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn before_tls_everything_is_refused_where_tls_is_demanded() {
     let pki = certificates(&["server"]);
