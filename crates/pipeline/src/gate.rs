@@ -25,8 +25,8 @@ pub enum WhenClosed {
     FailChanges,
 }
 
-/// A backend that can be closed for a while. Every call passes the gate, reads and flushes too; whoever closes it works
-/// on the backend inside directly.
+/// A backend that can be closed for a while. Every call passes the gate, reads and flushes too unless only changes are
+/// [kept out](WhenClosed::FailChanges); whoever closes it works on the backend inside directly.
 ///
 /// An open gate costs a call two atomic operations.
 pub struct Gate {

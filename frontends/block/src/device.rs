@@ -177,7 +177,8 @@ impl BlockDevice {
     /// # Errors
     /// `Conflict` if it is in use; `Unavailable` if the backend does not take what is left within
     /// [`BlockSettings::detach_limit`], and what the backend answers to the writes and the flush: it is still there then,
-    /// and works as before, unless only the last flush failed.
+    /// and works as before, unless only the last flush failed. With kernel NBD also `Unavailable` if others' requests
+    /// hang after everything was written: it is removed then, and the last flush was not made.
     pub async fn unmount(&self) -> Result<()> {
         let attached = self.attached.clone();
         off_runtime(move || attached.leave(false)).await

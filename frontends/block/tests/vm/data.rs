@@ -273,7 +273,7 @@ async fn no_more_is_asked_at_once_than_queues_and_depth_allow() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_kernel_waits_for_a_remote_as_long_as_it_takes() {
+async fn the_kernel_sets_no_limit_of_its_own_and_has_one_connection() {
     if !in_vm() {
         return;
     }

@@ -17,7 +17,8 @@
 //! has passed: so readers get an error after at most `request_timeout` + `dead_connection_timeout`. By ioctl they get it at
 //! once when no connection is left.
 //!
-//! Calls block, for a bounded time; in async code call them on a thread for blocking.
+//! Calls block; in async code call them on a thread for blocking. Detaching first writes what the kernel holds, which takes
+//! as long as the server takes: who cannot wait for that disconnects.
 
 mod attributes;
 mod connect;
