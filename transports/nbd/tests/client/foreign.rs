@@ -113,7 +113,11 @@ async fn a_server_that_fails_some_requests_fails_these_only() {
     );
     let client = server.client().await;
     let (mut good, mut bad) = (0, 0);
-    for n in 0..60u64 {
+    // nbdkit draws its lots from the clock's seconds, and has been seen to fail 26 of 29 with a rate of half.
+    for n in (0..160).cycle().take(1600) {
+        if n >= 60 && good > 3 && bad > 3 {
+            break;
+        }
         let bytes = fill::bytes(n * 100_000, 100_000, 1);
         match client.write_at(n * 100_000, &bytes).await {
             Err(error) => assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}"),
