@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use r3map_core::{Backend, ChunkSize, Result};
 use r3map_pipeline::{BlockSet, Closed, Gate, Tracked, WhenClosed};
 
-use crate::Source;
+use crate::{Fencing, Source};
 
 /// A backend behind a record of what is written, behind a gate.
 pub struct Guarded {
@@ -72,7 +72,8 @@ impl Source for Guarded {
         Ok(())
     }
 
-    async fn fence(&self) -> Result<()> {
+    /// Each write is refused from then on: that takes no time.
+    async fn fence(&self, _: Fencing) -> Result<()> {
         let closed = self.gate.close().await;
         self.set(Some(closed));
         Ok(())

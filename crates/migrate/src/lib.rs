@@ -39,5 +39,5 @@ pub use running::Running;
 pub use secret::Secret;
 pub use seeder::{Admitted, Seeder, SeederParts, SeederPhase, SeederProgress};
 pub use settings::{LeecherSettings, PullPhase, PullProgress};
-pub use source::Source;
+pub use source::{Fencing, Source};
 pub use target::{Arrival, Shown, Target};

@@ -3,9 +3,11 @@
 //! It serves no bytes itself: a transport reads from the sources. It never resumes on its own what it has handed over.
 
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_pipeline::BlockSet;
 use tokio::sync::{Mutex, watch};
@@ -16,7 +18,10 @@ use crate::hooks::{self, Hooks, LIMIT, within};
 use crate::lease::{Heard, Pulse};
 use crate::protocol::{Description, Handover, MAX_REGIONS, MigrationId, RegionFacts};
 use crate::seat::{Abort, Confirm, Dirty, Finalize, Seat, Track};
-use crate::{Ledger, Secret, Source, Standing};
+use crate::{Fencing, Ledger, Secret, Source, Standing};
+
+/// How long to wait before a ledger that takes nothing is tried again.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// How long a leecher may be silent, unless told otherwise.
 const LEASE: Duration = Duration::from_secs(300);
@@ -38,6 +43,9 @@ pub struct SeederParts {
     /// for it, so that one that has vanished costs the application nothing any more. It may start again then, from the
     /// beginning. To be longer than an outage that a migration is to survive, and than any read takes. Default 5 minutes.
     pub lease: Option<Duration>,
+    /// How firmly writing is ended at the handover. Default: trusting where a hook suspends the application, strict where
+    /// there is none.
+    pub fencing: Option<Fencing>,
     /// How the regions stand that arrived here before, from [`crate::Leecher::release`]. Default epoch 1.
     pub epoch: Option<u64>,
 }
@@ -99,6 +107,9 @@ struct Work {
     carried: Vec<BlockSet>,
     /// The ledger may say something else than the seat: what could not be written down may be there all the same.
     unwritten: bool,
+    /// The application waits until the ledger says that it may run: what it wrote would be lost if the ledger said
+    /// something else to whoever comes after this process.
+    halted: bool,
     /// Ends the recording for a leecher that has vanished.
     watch: Option<AbortOnDropHandle<()>>,
 }
@@ -106,7 +117,7 @@ struct Work {
 impl Work {
     fn new(seat: Seat, regions: usize) -> Self {
         let none = vec![BlockSet::default(); regions];
-        Self { seat, unconfirmed: none.clone(), carried: none, unwritten: false, watch: None }
+        Self { seat, unconfirmed: none.clone(), carried: none, unwritten: false, halted: false, watch: None }
     }
 
     fn forget(&mut self) {
@@ -138,7 +149,7 @@ impl Seeder {
         let (names, sources): (_, Vec<_>) = regions.into_iter().unzip();
         if !seat.owns() {
             for source in &sources {
-                source.fence().await?;
+                source.fence(Fencing::Strict).await?;
             }
         }
         let work = Mutex::new(Work::new(seat, sources.len()));
@@ -357,6 +368,12 @@ impl Shared {
         self.parts.limit.unwrap_or(LIMIT)
     }
 
+    /// Who was not told to stop has not said that he has.
+    fn fencing(&self) -> Fencing {
+        let told = self.parts.hooks.suspend.is_some();
+        self.parts.fencing.unwrap_or(if told { Fencing::Trusting } else { Fencing::Strict })
+    }
+
     fn lease(&self) -> Duration {
         self.parts.lease.unwrap_or(LEASE)
     }
@@ -398,7 +415,7 @@ impl Shared {
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
         let mut work = self.work.lock().await;
-        let _ = self.settle(&mut work);
+        let _ = self.settle(&mut work).await;
         if work.seat.dirty(id, round)? == Dirty::Next {
             self.take(&mut work.carried).await?;
             work.seat.took();
@@ -418,41 +435,22 @@ impl Shared {
         Ok(())
     }
 
-    async fn finalize(&self, id: MigrationId, rounds: u64, once: bool) -> Result<Handover> {
+    async fn finalize(self: &Arc<Self>, id: MigrationId, rounds: u64, once: bool) -> Result<Handover> {
         let mut work = self.work.lock().await;
         let received = match work.seat.finalize(id, rounds)? {
             Finalize::Again(_) if once => return Err(work.seat.elsewhere()),
-            Finalize::Again(answer) => return self.settle(&mut work).map_err(as_silence).map(|()| answer),
+            Finalize::Again(answer) => return self.settle(&mut work).await.map_err(as_silence).map(|()| answer),
             Finalize::Start { received } => received,
         };
-        self.settle(&mut work).map_err(as_refusal)?;
+        if let Err(error) = self.settle(&mut work).await {
+            return Err(if work.halted { as_silence(error) } else { as_refusal(error) });
+        }
         self.progress.send_modify(|progress| progress.phase = SeederPhase::Suspending);
-        match self.hand_over(&mut work, id, received).await {
-            Ok(answer) => {
-                self.publish(&work);
-                Ok(answer)
-            }
-            Err(error) => {
-                self.resume().await;
-                self.pulse.beat();
-                self.publish(&work);
-                Err(as_refusal(error))
-            }
+        let handed = AssertUnwindSafe(self.hand_over(&mut work, id, received)).catch_unwind().await;
+        if let Err(error) = handed.unwrap_or_else(|_| Err(panicked("what the region stands on"))) {
+            return Err(self.stay(&mut work, error).await);
         }
-    }
-
-    async fn hand_over(&self, work: &mut Work, id: MigrationId, received: bool) -> Result<Handover> {
-        let (limit, begun) = (self.limit(), Instant::now());
-        hooks::call(self.parts.hooks.suspend.as_ref(), limit, "suspending the application").await?;
-        let suspend = begun.elapsed();
-        within(limit, "flushing", self.fence(&mut work.carried)).await?;
-        let (mut dirty, flush) = (work.carried.clone(), begun.elapsed() - suspend);
-        if !received {
-            dirty.iter_mut().zip(&work.unconfirmed).for_each(|(dirty, last)| dirty.union(last));
-        }
-        let next = work.seat.handed_over(id, Handover { dirty, suspend, flush, ..Handover::default() });
-        // The one step that hands over: before it is written down this side owns the regions, after it the other.
-        self.change(work, next)?;
+        self.publish(&work);
         work.watch = None;
         for source in &self.sources {
             source.untrack().await;
@@ -463,13 +461,57 @@ impl Shared {
         }
     }
 
+    /// A handover has come to nothing: the application goes on, once the ledger does not say that it was one. What is to be
+    /// answered.
+    async fn stay(self: &Arc<Self>, work: &mut Work, error: Error) -> Error {
+        work.halted = true;
+        match self.go_on(work).await {
+            Ok(()) => as_refusal(error),
+            Err(again) => {
+                tracing::error!(error = %again, "the ledger may say that the region was handed over: the application waits until it does not");
+                self.go_on_later();
+                as_silence(error)
+            }
+        }
+    }
+
+    /// Lets the application run as soon as the ledger says that it may, whether anybody asks or not.
+    fn go_on_later(self: &Arc<Self>) {
+        let seeder = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(PAUSE).await;
+                let Some(seeder) = seeder.upgrade() else { return };
+                let mut work = seeder.work.lock().await;
+                if !work.halted || seeder.go_on(&mut work).await.is_ok() {
+                    return;
+                }
+            }
+        });
+    }
+
+    async fn hand_over(&self, work: &mut Work, id: MigrationId, received: bool) -> Result<()> {
+        let (limit, begun) = (self.limit(), Instant::now());
+        hooks::call(self.parts.hooks.suspend.as_ref(), limit, "suspending the application").await?;
+        let suspend = begun.elapsed();
+        within(limit, "flushing", self.fence(&mut work.carried)).await?;
+        let (mut dirty, flush) = (work.carried.clone(), begun.elapsed() - suspend);
+        if !received {
+            dirty.iter_mut().zip(&work.unconfirmed).for_each(|(dirty, last)| dirty.union(last));
+        }
+        let next = work.seat.handed_over(id, Handover { dirty, suspend, flush, ..Handover::default() });
+        // The one step that hands over: before it is written down this side owns the regions, after it the other.
+        self.change(work, next)
+    }
+
     /// Ends writing everywhere, and takes what was written.
     async fn fence(&self, into: &mut [BlockSet]) -> Result<()> {
+        let fencing = self.fencing();
         for source in &self.sources {
             source.flush().await?;
         }
         for source in &self.sources {
-            source.fence().await?;
+            source.fence(fencing).await?;
         }
         self.take(into).await
     }
@@ -477,7 +519,9 @@ impl Shared {
     /// The application goes on here.
     async fn resume(&self) {
         for source in &self.sources {
-            source.unfence().await;
+            if AssertUnwindSafe(source.unfence()).catch_unwind().await.is_err() {
+                tracing::error!("what a region stands on has panicked: the application may not be able to write to it");
+            }
         }
         let resume = self.parts.hooks.resume.as_ref();
         if let Err(error) = hooks::call(resume, self.limit(), "resuming the application").await {
@@ -502,10 +546,10 @@ impl Shared {
     async fn abort(&self, id: MigrationId) -> Result<()> {
         let mut work = self.work.lock().await;
         match work.seat.abort(id)? {
-            Abort::Nothing => self.settle(&mut work).map_err(as_silence)?,
+            Abort::Nothing => self.settle(&mut work).await.map_err(as_silence)?,
             Abort::Untrack => {
                 self.untrack(&mut work).await;
-                self.settle(&mut work).map_err(as_silence)?;
+                self.settle(&mut work).await.map_err(as_silence)?;
             }
             Abort::TakeBack => {
                 let back = work.seat.taken_back();
@@ -532,7 +576,7 @@ impl Shared {
     fn change(&self, work: &mut Work, next: Seat) -> Result<()> {
         if let Err(error) = self.write_down(&next) {
             work.unwritten = true;
-            if let Err(again) = self.settle(work) {
+            if let Err(again) = self.write_again(work) {
                 tracing::error!(error = %again, "the ledger may not say who owns the region; it is written again later");
             }
             return Err(error);
@@ -542,7 +586,7 @@ impl Shared {
     }
 
     /// Sees to it that the ledger says what holds. Before that nothing may rest on it.
-    fn settle(&self, work: &mut Work) -> Result<()> {
+    fn write_again(&self, work: &mut Work) -> Result<()> {
         if work.unwritten {
             self.write_down(&work.seat)?;
             work.unwritten = false;
@@ -550,12 +594,43 @@ impl Shared {
         Ok(())
     }
 
+    /// The same; an application that has waited for it goes on.
+    async fn settle(&self, work: &mut Work) -> Result<()> {
+        match work.halted {
+            true => self.go_on(work).await,
+            false => self.write_again(work),
+        }
+    }
+
+    /// Lets the application run, unless the ledger may say that it is somewhere else.
+    async fn go_on(&self, work: &mut Work) -> Result<()> {
+        self.write_again(work).or_else(|error| match self.is_kept() {
+            true => Ok(()),
+            false => Err(error),
+        })?;
+        work.halted = false;
+        self.resume().await;
+        self.pulse.beat();
+        self.publish(work);
+        Ok(())
+    }
+
+    /// Whether the ledger says nothing of a handover: one that takes nothing, as on a full disk, says what it said before.
+    fn is_kept(&self) -> bool {
+        let Some(ledger) = &self.parts.ledger else { return true };
+        let found = catch_unwind(AssertUnwindSafe(|| ledger.load()));
+        matches!(found, Ok(Ok(found)) if !matches!(found, Some(Standing::HandedOver { .. } | Standing::Gone { .. })))
+    }
+
+    /// A panic leaves open what it says, as an error does.
     fn write_down(&self, seat: &Seat) -> Result<()> {
-        self.parts.ledger.as_ref().map_or(Ok(()), |ledger| ledger.save(&seat.standing()))
+        let Some(ledger) = &self.parts.ledger else { return Ok(()) };
+        catch_unwind(AssertUnwindSafe(|| ledger.save(&seat.standing()))).unwrap_or_else(|_| Err(panicked("the ledger")))
     }
 
     fn publish(&self, work: &Work) {
         let phase = match &work.seat {
+            _ if work.halted => SeederPhase::Suspending,
             seat if seat.is_tracked() => SeederPhase::Tracked,
             seat if seat.owns() => SeederPhase::Owner,
             seat if seat.is_gone() => SeederPhase::Gone,
@@ -584,6 +659,10 @@ impl Shared {
 /// What records amount to, in whole blocks.
 pub(crate) fn bytes(dirty: &[BlockSet]) -> u64 {
     dirty.iter().map(BlockSet::len).sum::<u64>() * r3map_core::BLOCK_SIZE
+}
+
+fn panicked(what: &str) -> Error {
+    Error::new(ErrorKind::Internal, Operation::Close, format!("{what} has panicked"))
 }
 
 /// An error that says that nothing was handed over; see [`is_refusal`].

@@ -6,6 +6,17 @@ use async_trait::async_trait;
 use r3map_core::{Backend, ChunkSize, Result};
 use r3map_pipeline::BlockSet;
 
+/// How firmly writing is ended. It matters where that takes long: memory, 20 ms for each GiB, which is downtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fencing {
+    /// Nothing can be written any more when there is the fence. For an application that nobody suspends: what it writes
+    /// then is refused, and not lost.
+    Strict,
+    /// The application has said that it writes no more. It may take effect a little later that nothing can be written; what
+    /// is written in between is found out, and reported as an error.
+    Trusting,
+}
+
 /// What a seeder needs of a frontend. Calls are made one after another; they are not cancelled half-way.
 #[async_trait]
 pub trait Source: Send + Sync + 'static {
@@ -39,13 +50,12 @@ pub trait Source: Send + Sync + 'static {
     /// When something may not have been handed over.
     async fn flush(&self) -> Result<()>;
 
-    /// Ends writing, after the application has said that it writes no more: the next [`Self::take`] is the last and
-    /// complete, and what is written all the same fails. Where that takes long (memory, as much as there is), it may take
-    /// effect a little after this has returned; what is written in between is found out, and reported as an error.
+    /// Ends writing: the next [`Self::take`] is the last and complete, and what is written all the same fails, from when on
+    /// says `fencing`.
     ///
     /// # Errors
     /// When writing cannot be ended; it goes on then.
-    async fn fence(&self) -> Result<()>;
+    async fn fence(&self, fencing: Fencing) -> Result<()>;
 
     /// Lets the application write again.
     async fn unfence(&self);

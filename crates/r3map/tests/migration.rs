@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use moving::{BLOCK, Front, Replay, Stamps, anywhere, blocking, move_again_and_again, settings};
 use r3map::migration::{FileLedger, Ledger, Migration, MigrationId, Place, Standing, Unsettled};
@@ -141,6 +142,62 @@ async fn only_who_knows_the_secret_gets_the_region() {
     let right = Migration::new().secret("open sesame").settings(settings());
     let leecher = right.leech(&Registry::standard(), &uri, vec![Place::slice()]).await.unwrap();
     leecher.finalize().await.unwrap().pulled().await.unwrap();
+}
+
+/// Stores a number that grows into the blocks of `memory`, one after another, until a store is refused: how many were not.
+/// A system call makes them, which gets an error where a store of the program itself would be a signal.
+fn store_until_refused(memory: &mut [u8], numbers: &File, stored: &AtomicU64) -> u64 {
+    let blocks = memory.len() / BLOCK;
+    for number in 1u64.. {
+        let block = usize::try_from(number).unwrap() % blocks;
+        let place = &mut memory[block * BLOCK..block * BLOCK + 8];
+        numbers.write_all_at(&number.to_le_bytes(), 0).unwrap();
+        if numbers.read_exact_at(place, 0).is_err() {
+            return number - 1;
+        }
+        stored.store(number, Ordering::SeqCst);
+    }
+    unreachable!("there is always a next number")
+}
+
+/// Much memory, so that it takes a while to protect it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_not_told_to_stop_is_refused_and_loses_no_store() {
+    let size = 128 << 20;
+    let mut mount = Mount::managed(Arc::new(Store::new(size as u64)) as Arc<dyn Backend>).slice().await.unwrap();
+    let regions = vec![("memory".into(), mount.source())];
+    let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
+    let uri: Uri = seeding.uris()[0].parse().unwrap();
+    let stored = Arc::new(AtomicU64::new(0));
+    let counter = stored.clone();
+    let writer = std::thread::spawn(move || {
+        let numbers = tempfile::tempfile().unwrap();
+        let memory = mount.as_mut_slice().unwrap();
+        memory.chunks_mut(BLOCK).for_each(|block| block.fill(0xff));
+        let last = store_until_refused(memory, &numbers, &counter);
+        (last, mount)
+    });
+    let begun = stored.clone();
+    blocking(move || {
+        while begun.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now()
+        }
+    })
+    .await;
+    let (registry, migration) = (Registry::standard(), Migration::new().settings(settings()));
+    let leecher = migration.leech(&registry, &uri, vec![Place::slice()]).await.unwrap();
+    leecher.ready().await.unwrap();
+    let running = leecher.finalize().await.unwrap();
+    let (last, _mount) = blocking(move || writer.join().unwrap()).await;
+    let there = running.regions()[0].take_slice().unwrap();
+    let blocks = (size / BLOCK) as u64;
+    blocking(move || {
+        for number in last.saturating_sub(blocks - 1).max(1)..=last {
+            let at = usize::try_from(number % blocks).unwrap() * BLOCK;
+            assert_eq!(there.as_slice()[at..at + 8], number.to_le_bytes(), "store {number} of {last}");
+        }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use r3map_core::{ErrorKind, Result};
 use r3map_migrate::protocol::{Description, MAX_EPOCH};
 use r3map_migrate::{
-    Arrival, Ledger, Leecher, LeecherParts, Pulling, Seeder, SeederParts, Standing, Target, Unsettled,
+    Arrival, Ledger, Leecher, LeecherParts, Pulling, Seeder, SeederParts, SeederPhase, Standing, Target, Unsettled,
 };
 use r3map_pipeline::{Local, StateRecord};
 use tokio::time::{sleep, timeout};
@@ -54,20 +54,32 @@ async fn a_handover_that_was_refused_is_in_no_ledger_afterwards() {
     app.check().await.unwrap();
 }
 
+/// Waits until the application runs again where it was.
+async fn runs_again(seeder: &Seeder) {
+    let mut progress = seeder.progress();
+    let runs = progress.wait_for(|progress| progress.phase != SeederPhase::Suspending);
+    timeout(LONG, runs).await.expect("it goes on").unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn as_long_as_a_ledger_may_say_something_else_nothing_changes_hands() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
     calls.track(id).await.unwrap();
-    // The handover, what held before it, and that again.
-    disk.fail_ledger_late(0, 3);
+    // The handover, what held before it, and that twice again.
+    disk.fail_ledger_late(0, 4);
     for _ in 0..2 {
-        assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled);
-        assert_eq!((app.host().await, seeder.owns()), (Some("A"), true));
+        let silence = calls.finalize(id, 0).await.unwrap_err();
+        assert_eq!(silence.kind(), ErrorKind::Unavailable, "it is no refusal: {silence}");
+        assert_eq!((app.host().await, seeder.owns()), (None, true), "what it wrote would be lost after a crash");
     }
+    runs_again(&seeder).await;
+    assert_eq!((app.host().await, seeder.owns()), (Some("A"), true));
+    assert!(matches!(Ledger::load(&*disk).unwrap(), Some(Standing::Owner { .. })));
+    app.write(3).await;
     let handover = calls.finalize(id, 0).await.unwrap();
-    assert_eq!(app.host().await, None);
+    assert_eq!((handover.dirty[0].len(), app.host().await), (1, None));
     disk.fail_ledger_late(0, 3);
     calls.abort(id).await.unwrap_err();
     assert_eq!((app.host().await, seeder.owns()), (None, false), "it has not come back");
@@ -81,15 +93,50 @@ async fn as_long_as_a_ledger_may_say_something_else_nothing_changes_hands() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
+    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
+    let (here, seeder) = seed(&app, "A", &disk).await;
+    let calls = seeder.admit(b"").unwrap();
+    calls.track(id).await.unwrap();
+    app.write(3).await;
+    disk.fail_ledger_late(0, u32::MAX);
+    calls.finalize(id, 0).await.unwrap_err();
+    sleep(LONG).await;
+    app.write(5).await;
+    assert_eq!(app.host().await, None, "it would have written what the answer does not name");
+    here.kill();
+    drop((seeder, calls));
+    disk.fail_ledger(0, 0);
+    let (_here, again) = seed(&app, "A", &disk).await;
+    assert!(!again.owns());
+    let answer = again.admit(b"").unwrap().finalize(id, 0).await.unwrap();
+    assert_eq!(answer.dirty[0].runs().collect::<Vec<_>>().as_slice(), std::slice::from_ref(&(3..4)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_ledger_that_takes_nothing_keeps_nobody_from_running() {
+    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
+    let (_here, seeder) = seed(&app, "A", &disk).await;
+    let calls = seeder.admit(b"").unwrap();
+    calls.track(id).await.unwrap();
+    disk.fail_ledger(0, u32::MAX);
+    for _ in 0..2 {
+        assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled);
+        assert_eq!((app.host().await, seeder.progress().borrow().phase), (Some("A"), SeederPhase::Tracked));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_abort_counts_only_when_the_ledger_says_so() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
     calls.track(id).await.unwrap();
-    disk.fail_ledger_late(0, 3);
+    disk.fail_ledger_late(0, 4);
     calls.finalize(id, 0).await.unwrap_err();
     assert_eq!(calls.abort(id).await.unwrap_err().kind(), ErrorKind::Unavailable);
     calls.abort(id).await.unwrap();
+    assert_eq!(app.host().await, Some("A"));
     assert!(matches!(Ledger::load(&*disk).unwrap(), Some(Standing::Owner { .. })));
 }
 

@@ -9,4 +9,5 @@ mod going_well;
 mod hooks;
 mod leases;
 mod refusals;
+mod sources;
 mod support;

@@ -3,18 +3,18 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use r3map_core::{BLOCK_SIZE, Backend, ChunkSize, Result};
-use r3map_migrate::Source;
+use r3map_core::{BLOCK_SIZE, Backend, ChunkSize, Error, ErrorKind, Operation, Result};
+use r3map_migrate::{Fencing, Source};
 use r3map_pipeline::BlockSet;
 use r3map_slice::SliceHandle;
 use tokio::sync::{Mutex, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 /// A slice that can leave: what is written is found in the mapping, and writing is ended by its protection.
 ///
 /// Looking for what was written takes a fraction of a millisecond for a GiB, changing the protection of all pages a
-/// hundred times as long. The application waits for the first and not for the second: it has said that it writes no more,
-/// and the pages are protected so that a write would be noticed.
+/// hundred times as long. An application that has said that it writes no more waits for the first and not for the second:
+/// the pages are protected so that a write would be noticed. One that has not said so waits for both.
 pub(crate) struct SliceSource {
     handle: SliceHandle,
     fence: Arc<Mutex<Fence>>,
@@ -26,7 +26,7 @@ struct Fence {
     /// It is, or is about to be.
     set: bool,
     /// Changes the protection.
-    protecting: Option<JoinHandle<()>>,
+    protecting: Option<JoinHandle<Result<()>>>,
     /// When that is done, nothing is recorded any more.
     untrack: bool,
     /// What was written last, and not taken yet.
@@ -40,16 +40,14 @@ impl SliceSource {
 }
 
 /// Changes the protection, and looks whether somebody has written who had said that he would not.
-async fn protect(handle: SliceHandle, fence: Arc<Mutex<Fence>>, begins: oneshot::Sender<()>) {
+async fn protect(handle: SliceHandle, fence: Arc<Mutex<Fence>>, begins: oneshot::Sender<()>) -> Result<()> {
     let memory = handle.clone();
     let freezing = crate::engine::handle().spawn_blocking(move || {
         let _ = begins.send(());
-        memory.freeze()
+        memory.freeze_gently()
     });
-    match freezing.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(%error, "memory that has left can be written here"),
-        Err(error) => tracing::error!(%error, "memory that has left can be written here"),
+    if let Err(error) = ended(freezing.await) {
+        tracing::error!(%error, "memory that has left can be written here");
     }
     let mut fence = fence.lock().await;
     match handle.take_written().await {
@@ -65,6 +63,45 @@ async fn protect(handle: SliceHandle, fence: Arc<Mutex<Fence>>, begins: oneshot:
         handle.untrack();
     }
     fence.protecting = None;
+    Ok(())
+}
+
+/// How a blocking call ended.
+fn ended(call: Result<Result<()>, JoinError>) -> Result<()> {
+    call.unwrap_or_else(|error| {
+        let message = "the memory's protection was not changed: it panicked, or the engine has ended";
+        Err(Error::new(ErrorKind::Internal, Operation::Close, message).with_source(error))
+    })
+}
+
+impl SliceSource {
+    /// Protects all pages, then looks what was written before each of them was.
+    async fn fence_strictly(&self) -> Result<()> {
+        let mut fence = self.fence.lock().await;
+        let memory = self.handle.clone();
+        // If nobody waits for it any more, who lifts the fence does.
+        let freezing = fence.protecting.insert(crate::engine::handle().spawn_blocking(move || memory.freeze()));
+        let frozen = ended(freezing.await);
+        fence.protecting = None;
+        frozen?;
+        let written = self.handle.take_written().await?;
+        fence.last.union(&written);
+        fence.set = true;
+        Ok(())
+    }
+
+    /// Looks what was written, and protects all pages behind that.
+    async fn fence_trusting(&self) -> Result<()> {
+        let mut fence = self.fence.lock().await;
+        let written = self.handle.take_written().await?;
+        fence.last.union(&written);
+        let (begins, begun) = oneshot::channel();
+        let protecting = protect(self.handle.clone(), self.fence.clone(), begins);
+        (fence.set, fence.protecting) = (true, Some(crate::engine::handle().spawn(protecting)));
+        drop(fence);
+        let _ = begun.await; // without an answer the engine has ended, and with it everything
+        Ok(())
+    }
 }
 
 #[async_trait]
@@ -103,16 +140,11 @@ impl Source for SliceSource {
         Ok(())
     }
 
-    async fn fence(&self) -> Result<()> {
-        let mut fence = self.fence.lock().await;
-        let written = self.handle.take_written().await?;
-        fence.last.union(&written);
-        let (begins, begun) = oneshot::channel();
-        let protecting = protect(self.handle.clone(), self.fence.clone(), begins);
-        (fence.set, fence.protecting) = (true, Some(crate::engine::handle().spawn(protecting)));
-        drop(fence);
-        let _ = begun.await; // without an answer the engine has ended, and with it everything
-        Ok(())
+    async fn fence(&self, fencing: Fencing) -> Result<()> {
+        match fencing {
+            Fencing::Strict => self.fence_strictly().await,
+            Fencing::Trusting => self.fence_trusting().await,
+        }
     }
 
     async fn unfence(&self) {
@@ -153,22 +185,24 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn what_was_written_is_taken_once_whether_there_is_a_fence_or_not() {
-        let (mut slice, source) = slice();
-        source.track().await.unwrap();
-        write(&mut slice, 5);
-        assert_eq!(blocks(&source.take().await.unwrap()), [5]);
-        write(&mut slice, 7);
-        source.fence().await.unwrap();
-        assert_eq!(blocks(&source.take().await.unwrap()), [7]);
-        assert!(source.take().await.unwrap().is_empty());
-        source.unfence().await;
-        write(&mut slice, 9);
-        assert_eq!(blocks(&source.take().await.unwrap()), [9], "it is recorded on");
-        source.fence().await.unwrap();
-        source.untrack().await;
-        source.unfence().await;
-        write(&mut slice, 11);
-        assert!(source.take().await.unwrap().is_empty(), "nothing is recorded any more");
+        for fencing in [Fencing::Strict, Fencing::Trusting] {
+            let (mut slice, source) = slice();
+            source.track().await.unwrap();
+            write(&mut slice, 5);
+            assert_eq!(blocks(&source.take().await.unwrap()), [5]);
+            write(&mut slice, 7);
+            source.fence(fencing).await.unwrap();
+            assert_eq!(blocks(&source.take().await.unwrap()), [7]);
+            assert!(source.take().await.unwrap().is_empty());
+            source.unfence().await;
+            write(&mut slice, 9);
+            assert_eq!(blocks(&source.take().await.unwrap()), [9], "it is recorded on");
+            source.fence(fencing).await.unwrap();
+            source.untrack().await;
+            source.unfence().await;
+            write(&mut slice, 11);
+            assert!(source.take().await.unwrap().is_empty(), "nothing is recorded any more");
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -179,7 +213,7 @@ mod tests {
         assert!(source.take().await.unwrap().is_empty());
         write(&mut slice, 3);
         source.fence.lock().await.set = true;
-        protect(source.handle.clone(), source.fence.clone(), oneshot::channel().0).await;
+        protect(source.handle.clone(), source.fence.clone(), oneshot::channel().0).await.unwrap();
         source.unfence().await;
         assert_eq!(blocks(&source.take().await.unwrap()), [3], "it is not lost if the region stays");
     }

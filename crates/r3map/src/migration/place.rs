@@ -9,7 +9,7 @@ use r3map_block::Kind;
 use r3map_core::{Backend, Error, ErrorKind, Geometry, Operation, Result};
 use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::protocol::Description;
-use r3map_migrate::{Arrival, Guarded, Shown, Source, Target};
+use r3map_migrate::{Arrival, Fencing, Guarded, Shown, Source, Target};
 use r3map_pipeline::{
     Cached, CachedParts, CachedSettings, Local, Progress, PullSettings, Recorded, Retry, StateRecord, Workers, Writes,
 };
@@ -368,7 +368,7 @@ async fn show_file(
     guarded: Arc<Guarded>,
     retry: Arc<Retry>,
 ) -> Result<Arrived> {
-    guarded.fence().await?;
+    guarded.fence(Fencing::Strict).await?;
     let region = Region::arrived(cached, guarded.clone(), guarded.front(), retry);
     let (kept, sync) = match path {
         Some(path) => {

@@ -11,7 +11,7 @@ use r3map_block::BlockDevice;
 use r3map_core::{Backend, ChunkSize, Result};
 #[cfg(feature = "block")]
 use r3map_core::{Error, ErrorKind, Operation};
-use r3map_migrate::{Guarded, Source};
+use r3map_migrate::{Fencing, Guarded, Source};
 use r3map_pipeline::BlockSet;
 #[cfg(feature = "block")]
 use r3map_pipeline::Closed;
@@ -54,8 +54,8 @@ impl Source for FileSource {
         (self.sync)().await
     }
 
-    async fn fence(&self) -> Result<()> {
-        self.guarded.fence().await
+    async fn fence(&self, fencing: Fencing) -> Result<()> {
+        self.guarded.fence(fencing).await
     }
 
     async fn unfence(&self) {
@@ -121,8 +121,8 @@ impl Source for BlockSource {
         self.device()?.sync().await
     }
 
-    async fn fence(&self) -> Result<()> {
-        self.guarded.fence().await
+    async fn fence(&self, fencing: Fencing) -> Result<()> {
+        self.guarded.fence(fencing).await
     }
 
     async fn unfence(&self) {

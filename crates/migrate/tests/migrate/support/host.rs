@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use r3map_core::{Backend, Result};
 use r3map_local::{Memory, Stored};
-use r3map_migrate::{Arrival, Guarded, Hooks, Seeder, SeederParts, Shown, Source, Target};
+use r3map_migrate::{Arrival, Fencing, Guarded, Hooks, Seeder, SeederParts, Shown, Source, Target};
 use r3map_pipeline::{BlockSet, Cached, CachedParts, CachedSettings, Progress, StateRecord, Workers, Writes};
 use tokio::sync::watch;
 
@@ -41,7 +41,7 @@ impl Target for Place {
         let parts = CachedParts { record: Some(self.disk.clone()), ..arrival.parts() };
         let cached = Cached::open(self.disk.clone(), arrival.remote.clone(), arrival.settings(), parts).await?;
         let guarded = Arc::new(Guarded::new(cached.clone(), geometry().chunk_size())?);
-        guarded.fence().await?;
+        guarded.fence(Fencing::Strict).await?;
         Ok(Here { guarded, cached, disk: self.disk })
     }
 }
