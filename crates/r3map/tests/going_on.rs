@@ -151,7 +151,7 @@ fn lose_power(folder: &Path) {
     header[12..16].fill(0);
     header[28..32].copy_from_slice(&1u32.to_le_bytes());
     header[32..68].fill(b'0');
-    let checksum = crc32c::crc32c(&header);
+    let checksum = crc_fast::crc32_iscsi(&header);
     header[12..16].copy_from_slice(&checksum.to_le_bytes());
     file.write_all_at(&header, 0).unwrap();
 }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use bytes::{Buf, Bytes, BytesMut};
+use crc_fast::{CrcAlgorithm, Digest};
 
 /// A sequence of [`Bytes`], none of them empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -51,9 +52,11 @@ impl Rope {
         self.segments.iter()
     }
 
-    /// The CRC-32C (Castagnoli) of all of it.
+    /// The CRC-32C (Castagnoli, the one of iSCSI) of all of it.
     pub(crate) fn checksum(&self) -> u32 {
-        self.segments.iter().fold(0, |checksum, segment| crc32c::crc32c_append(checksum, segment))
+        let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+        self.segments.iter().for_each(|segment| digest.update(segment));
+        u32::try_from(digest.finalize()).expect("a CRC-32 has 32 bits")
     }
 
     /// All of it in one piece; copies only if it is in several.

@@ -63,7 +63,7 @@ impl Header {
         put(32, &BootId::to_bytes(self.boot));
         put(68, &(self.identity.len() as u64).to_le_bytes()[..4]);
         put(IDENTITY, self.identity.as_bytes());
-        let checksum = crc32c::crc32c(&page);
+        let checksum = crc_fast::crc32_iscsi(&page);
         page[12..16].copy_from_slice(&checksum.to_le_bytes());
         page
     }
@@ -83,7 +83,7 @@ impl Header {
         }
         let mut unsigned = *page;
         unsigned[12..16].fill(0);
-        if crc32c::crc32c(&unsigned) != u32_at(page, 12) {
+        if crc_fast::crc32_iscsi(&unsigned) != u32_at(page, 12) {
             return Err(damaged());
         }
         Self::from_checked(page).ok_or_else(damaged)
@@ -162,7 +162,7 @@ mod tests {
             }
             page[at] = value;
             page[12..16].fill(0);
-            let checksum = crc32c::crc32c(&page);
+            let checksum = crc_fast::crc32_iscsi(&page);
             page[12..16].copy_from_slice(&checksum.to_le_bytes());
             assert_eq!(Header::from_page(&page).unwrap_err().kind(), ErrorKind::Corrupt, "{at}");
         }

@@ -90,12 +90,12 @@ fn encode(standing: &Standing) -> Vec<u8> {
         body.extend((blocks.runs().count() as u64).to_le_bytes());
         blocks.runs().for_each(|run| [run.start, run.end].iter().for_each(|at| body.extend(at.to_le_bytes())));
     }
-    [&MAGIC[..], &VERSION.to_le_bytes(), &crc32c::crc32c(&body).to_le_bytes(), &body].concat()
+    [&MAGIC[..], &VERSION.to_le_bytes(), &crc_fast::crc32_iscsi(&body).to_le_bytes(), &body].concat()
 }
 
 fn decode(bytes: &[u8]) -> Option<Standing> {
     let mut head = Fields(bytes);
-    if head.take::<8>()? != *MAGIC || head.u32()? != VERSION || head.u32()? != crc32c::crc32c(head.0) {
+    if head.take::<8>()? != *MAGIC || head.u32()? != VERSION || head.u32()? != crc_fast::crc32_iscsi(head.0) {
         return None;
     }
     let mut body = head;

@@ -146,7 +146,7 @@ impl Shared {
 
     async fn region_write(&self, offset: u64, bytes: Bytes) -> Result<()> {
         let link = self.links.first(Operation::Write).await?;
-        let head = region::WriteRequest { offset, crc32c: crc32c::crc32c(&bytes), data: Bytes::new() };
+        let head = region::WriteRequest { offset, crc32c: crc_fast::crc32_iscsi(&bytes), data: Bytes::new() };
         let request = message::encode_bulk(&head, bytes.into());
         let reply: Result<region::WriteReply> = self.small(&link, Operation::Write, path::WRITE, request).await;
         self.written(Operation::Write, reply)

@@ -206,7 +206,7 @@ mod tests {
     use crate::message::{PREFIX, encode_bulk};
 
     fn run(length: u64, bytes: &[u8]) -> Run {
-        Run { length, crc32c: Some(crc32c::crc32c(bytes)) }
+        Run { length, crc32c: Some(crc_fast::crc32_iscsi(bytes)) }
     }
 
     fn zeros(length: u64) -> Run {

@@ -36,7 +36,7 @@ impl Session {
 
     pub(crate) async fn write(&self, (head, data): (region::WriteRequest, Buffer)) -> Result<Rope, Status> {
         let bytes = data.used();
-        if crc32c::crc32c(bytes) != head.crc32c {
+        if crc_fast::crc32_iscsi(bytes) != head.crc32c {
             return Err(Status::data_loss("the checksum does not agree with the bytes, nothing was written"));
         }
         answer(self.shared.check_change(Operation::Write, head.offset, bytes.len() as u64))?;
@@ -199,7 +199,7 @@ fn runs_of(geometry: Geometry, offset: u64, bytes: &Bytes) -> (Vec<region::Run>,
         if is_zero(&part) {
             push_zeroes(&mut runs, length);
         } else {
-            runs.push(region::Run { length, crc32c: Some(crc32c::crc32c(&part)) });
+            runs.push(region::Run { length, crc32c: Some(crc_fast::crc32_iscsi(&part)) });
             data.push(part);
         }
     }
@@ -265,7 +265,7 @@ impl Runs {
         let bytes = &used[self.chunk..];
         let length = std::mem::take(&mut self.zeros) + bytes.len() as u64;
         if !is_zero(bytes) {
-            self.runs.push(region::Run { length, crc32c: Some(crc32c::crc32c(bytes)) });
+            self.runs.push(region::Run { length, crc32c: Some(crc_fast::crc32_iscsi(bytes)) });
             self.chunk = used.len();
             return;
         }
@@ -332,7 +332,7 @@ mod tests {
 
     fn expected(bytes: &[u8]) -> (Vec<region::Run>, Vec<u8>) {
         let data = [&bytes[..CHUNK], &bytes[2 * CHUNK..]].concat();
-        let run = |part: &[u8]| region::Run { length: part.len() as u64, crc32c: Some(crc32c::crc32c(part)) };
+        let run = |part: &[u8]| region::Run { length: part.len() as u64, crc32c: Some(crc_fast::crc32_iscsi(part)) };
         let zeros = region::Run { length: CHUNK as u64, crc32c: None };
         let runs = vec![run(&bytes[..CHUNK]), zeros, run(&bytes[2 * CHUNK..3 * CHUNK]), run(&bytes[3 * CHUNK..])];
         (runs, data)

@@ -35,7 +35,7 @@ async fn somebody_elses_client_reads_and_writes() {
     assert_eq!(description.instance.len(), 16);
 
     let bytes = fill::bytes(70_000, 1000, 1);
-    let crc32c = crc32c::crc32c(&bytes);
+    let crc32c = crc_fast::crc32_iscsi(&bytes);
     let write = WriteRequest { offset: 70_000, crc32c, data: bytes.clone().into() };
     let reply = client.write(write).await.unwrap().into_inner();
     assert_eq!(reply.instance, description.instance);
@@ -64,7 +64,7 @@ async fn what_cannot_be_is_refused_before_anything_is_allocated_or_done() {
 
     let write = |len: usize, offset| {
         let data = vec![1; len];
-        WriteRequest { offset, crc32c: crc32c::crc32c(&data), data: data.into() }
+        WriteRequest { offset, crc32c: crc_fast::crc32_iscsi(&data), data: data.into() }
     };
     refused(client.write(write(100_001, 0)).await, Code::InvalidArgument);
     refused(client.write(write(1 << 20, 0)).await, Code::InvalidArgument);
@@ -90,7 +90,7 @@ async fn a_read_only_server_denies_changes_to_those_who_do_not_ask() {
     let (_server, target) = serve(memory(), settings).await;
     let mut client = tonic_region::connect(&target).await;
     let range = || RangeRequest { offset: 0, length: 1 };
-    let write = WriteRequest { offset: 0, crc32c: crc32c::crc32c(b"x"), data: b"x".as_ref().into() };
+    let write = WriteRequest { offset: 0, crc32c: crc_fast::crc32_iscsi(b"x"), data: b"x".as_ref().into() };
     refused(client.write(write).await, Code::PermissionDenied);
     refused(client.trim(range()).await, Code::PermissionDenied);
     refused(client.write_zeroes(range()).await, Code::PermissionDenied);
