@@ -137,9 +137,9 @@ pub(crate) struct Mount {
     /// What users of a kept device get while nobody serves it.
     #[arg(long, value_enum, default_value_t = Meanwhile::Fail, requires = "keep")]
     pub(crate) meanwhile: Meanwhile,
-    /// The logical block size of a block device, 512 to 4096.
-    #[arg(long, value_parser = parse_block, value_name = "SIZE", default_value = "512")]
-    pub(crate) block_size: u32,
+    /// The logical block size of a block device, 512 to 4096 [default: 512].
+    #[arg(long, value_parser = parse_block, value_name = "SIZE")]
+    pub(crate) block_size: Option<u32>,
     /// Queues of a ublk device, each with a thread of its own; one per processor, at most four, by default. The kernel
     /// gives no more than there are processors.
     #[arg(long, value_name = "N")]
@@ -157,21 +157,21 @@ pub(crate) struct Mount {
     /// Where the local copy is kept: `memory`, or a file that survives a crash and is used again.
     #[arg(long, default_value = "memory", value_name = "memory|FILE")]
     pub(crate) cache: Cache,
-    /// Background pulls in flight: `auto` fits the link, 0 pulls only what is touched.
-    #[arg(long, default_value = "auto", value_name = "auto|N|0")]
-    pub(crate) pull_workers: Workers,
+    /// Background pulls in flight: `auto` fits the link, 0 pulls only what is touched [default: auto].
+    #[arg(long, value_name = "auto|N|0")]
+    pub(crate) pull_workers: Option<Workers>,
     /// Pull everything before the file is shown.
     #[arg(long)]
     pub(crate) pull_first: bool,
     /// Pull these first: a file with one byte offset or range (`FROM-TO`) a line, sizes like 4MiB allowed.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) pull_order: Option<PathBuf>,
-    /// How often changes are pushed.
-    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "TIME")]
-    pub(crate) push_interval: Duration,
-    /// How much may be changed and not yet pushed; writers wait beyond that.
-    #[arg(long, default_value = "256MiB", value_parser = parse_size, value_name = "SIZE")]
-    pub(crate) dirty_budget: u64,
+    /// How often changes are pushed [default: 20s].
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) push_interval: Option<Duration>,
+    /// How much may be changed and not yet pushed; writers wait beyond that [default: 256MiB].
+    #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+    pub(crate) dirty_budget: Option<u64>,
     /// What fsync waits for: that the remote has everything, or only the cache file (needs --cache FILE).
     #[arg(long, value_enum, default_value_t = Fsync::Remote)]
     pub(crate) fsync: Fsync,
@@ -561,9 +561,7 @@ mod tests {
         let cli = Cli::parse_from(["r3map", "mount", "grpc://host:1337", "./region", "--pull-workers", "0", "--json"]);
         assert!(cli.json);
         let Command::Mount(mount) = cli.command else { panic!("that is a mount") };
-        assert_eq!(mount.pull_workers, Workers::Off);
-        assert_eq!(mount.push_interval, Duration::from_secs(20));
-        assert_eq!(mount.dirty_budget, 256 << 20);
+        assert_eq!(mount.pull_workers, Some(Workers::Off));
         assert_eq!(mount.cache, Cache::Memory);
         assert_eq!(mount.retry, Patience::For(Duration::from_secs(60)));
     }

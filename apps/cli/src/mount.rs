@@ -49,7 +49,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
         }),
     );
     tokio::select! {
-        () = watch(region, args.pull_workers != args::Workers::Off, output) => {}
+        () = watch(region, args.pull_workers != Some(args::Workers::Off), output) => {}
         () = mount.gone() => output.note("unmounted", "somebody else unmounted it; storing what is left"),
         () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
     }
@@ -106,7 +106,11 @@ fn told(error: anyhow::Error, args: &args::Mount) -> anyhow::Error {
 
 fn settings(args: &args::Mount) -> Result<Settings> {
     check_modes(args)?;
-    let budget = NonZeroU64::new(args.dirty_budget).context("--dirty-budget must be at least one byte")?;
+    let default = PushSettings::default();
+    let budget = match args.dirty_budget {
+        Some(bytes) => NonZeroU64::new(bytes).context("--dirty-budget must be at least one byte")?,
+        None => default.dirty_budget,
+    };
     Ok(Settings {
         chunk_size: args.chunk_size,
         read_only: args.read_only,
@@ -121,14 +125,18 @@ fn settings(args: &args::Mount) -> Result<Settings> {
         },
         pull: PullSettings {
             workers: match args.pull_workers {
-                args::Workers::Auto => Workers::Adaptive,
-                args::Workers::Off => Workers::Off,
-                args::Workers::Fixed(workers) => Workers::Fixed(workers.try_into()?),
+                None | Some(args::Workers::Auto) => Workers::Adaptive,
+                Some(args::Workers::Off) => Workers::Off,
+                Some(args::Workers::Fixed(workers)) => Workers::Fixed(workers.try_into()?),
             },
             ..PullSettings::default()
         },
         pull_first: args.pull_first,
-        push: PushSettings { interval: args.push_interval, dirty_budget: budget, ..PushSettings::default() },
+        push: PushSettings {
+            interval: args.push_interval.unwrap_or(default.interval),
+            dirty_budget: budget,
+            ..default
+        },
         durability: match args.fsync {
             Fsync::Remote => Durability::Remote,
             Fsync::Local => Durability::Local,
@@ -141,7 +149,7 @@ fn settings(args: &args::Mount) -> Result<Settings> {
         },
         block: BlockOptions {
             kind: args.r#as.kind(),
-            logical_block_size: Some(args.block_size),
+            logical_block_size: args.block_size,
             queues: args.queues,
             depth: args.queue_depth,
             keep: args.keep.map(|id| Kept { id, meanwhile: args.meanwhile.into() }),
@@ -151,13 +159,15 @@ fn settings(args: &args::Mount) -> Result<Settings> {
 
 /// Refuses what would silently have no effect.
 fn check_modes(args: &args::Mount) -> Result<()> {
-    if args.mode == Mode::Direct && (args.pull_first || args.pull_order.is_some() || args.cache != Cache::Memory) {
-        bail!("--mode direct keeps no local copy: leave out --cache, --pull-first and --pull-order");
+    let copies = args.pull_first || args.pull_order.is_some() || args.pull_workers.is_some();
+    let pushes = args.push_interval.is_some() || args.dirty_budget.is_some();
+    if args.mode == Mode::Direct && (copies || pushes || args.cache != Cache::Memory) {
+        bail!("--mode direct keeps no local copy: leave out --cache and what begins with --pull, --push and --dirty");
     }
     if args.fsync == Fsync::Local && args.cache == Cache::Memory {
         bail!("--fsync local needs a local copy that survives: add --cache FILE");
     }
-    if args.pull_first && args.pull_workers == args::Workers::Off {
+    if args.pull_first && args.pull_workers == Some(args::Workers::Off) {
         bail!("--pull-first pulls everything, --pull-workers 0 pulls nothing: leave out one of them");
     }
     if args.keep.is_some() && args.r#as != args::As::Ublk {
@@ -169,7 +179,10 @@ fn check_modes(args: &args::Mount) -> Result<()> {
     if args.r#as != args::As::File && (args.direct_io || args.allow_other || args.entry.is_some()) {
         bail!("--direct-io, --allow-other and --entry are for files: leave them out, or add --as file");
     }
-    if args.push_interval.is_zero() {
+    if args.r#as == args::As::File && args.block_size.is_some() {
+        bail!("--block-size is for block devices: leave it out, or add --as block");
+    }
+    if args.push_interval.is_some_and(|interval| interval.is_zero()) {
         bail!("--push-interval must be longer than zero, e.g. 1s");
     }
     Ok(())

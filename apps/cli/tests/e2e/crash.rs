@@ -250,9 +250,9 @@ fn killed_while_it_stores_it_is_gone() {
     Scene::with_fuse(LONG, |scene| {
         make_file(&scene.path("source"), MIB, 9);
         let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
-        for mode in ["managed", "direct"] {
+        for way in [["--push-interval", "1h"], ["--mode", "direct"]] {
             for patience in [0, 3, 300] {
-                let mut mounted = scene.mount(&server.uri, "region", &["--mode", mode, "--push-interval", "1h"]);
+                let mut mounted = scene.mount(&server.uri, "region", &way);
                 mounted.open().write_all_at(&[1; 4096], 0).expect("it can be written");
                 server.program.freeze();
                 mounted.program.terminate();

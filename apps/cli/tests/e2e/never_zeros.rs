@@ -256,8 +256,8 @@ fn a_reader_is_interrupted() {
     Scene::with_fuse(LONG, |scene| {
         let expected = make_file(&scene.path("source"), SIZE, 9);
         let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
-        for way in ["managed", "direct"] {
-            let mounted = scene.mount(&server.uri, "region", &["--pull-workers", "0", "--mode", way, "--retry", "1s"]);
+        for way in WAYS {
+            let mounted = scene.mount(&server.uri, "region", way);
             server.program.freeze();
             for block in [128, 129] {
                 let place = (block * CHUNK).to_string();
