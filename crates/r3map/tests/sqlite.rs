@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use r3map::migration::{Hooks, Migration, Place, Seeding};
 use r3map::{Mount, OpenOptions, Registry, Uri};
+use r3map_testkit::hosts::Hosts;
 use r3map_testkit::process::Process;
 use r3map_testkit::proxy::DelayProxy;
 use r3map_testkit::{crash, deadline, skip};
@@ -34,23 +35,21 @@ fn a_database_moves_between_hosts_and_every_acknowledged_transaction_is_there() 
     if let Some(argument) = crash::role("stay") {
         return stay(&argument);
     }
-    if !rustix::process::geteuid().is_root() {
-        return skip("network namespaces are made by root");
-    }
     if !Path::new("/dev/fuse").exists() {
         return skip("there is no /dev/fuse");
     }
-    if let Some(absent) = ["ip", "sqlite3"].iter().find(|program| Command::new(program).arg("-V").output().is_err()) {
-        return skip(&format!("{absent} is not installed"));
+    if Command::new("sqlite3").arg("-version").output().is_err() {
+        return skip("sqlite3 is not installed");
     }
-    let (hosts, folder) = (Hosts::new(), tempfile::tempdir().unwrap());
+    let Some(hosts) = Hosts::new() else { return };
+    let folder = tempfile::tempdir().unwrap();
     let image = make_database(folder.path());
-    let mut here = hosts.stay(0, &format!("file:{}", image.display()), folder.path());
+    let mut here = stay_on(&hosts, 0, &format!("file:{}", image.display()), folder.path());
     after(&mut here, "found ");
     for hop in 1..=MOVES {
         let from = after(&mut here, "seeding at ");
         let acknowledged = write_for_a_while(&mut here);
-        let mut there = hosts.stay(hop, &from, folder.path());
+        let mut there = stay_on(&hosts, hop, &from, folder.path());
         let left: u64 = after(&mut here, "left with ").parse().unwrap();
         let found: u64 = after(&mut there, "found ").parse().unwrap();
         assert!(
@@ -101,44 +100,10 @@ fn run(program: &str, arguments: &[&str]) -> String {
     out
 }
 
-/// Two network namespaces with a cable between them.
-struct Hosts([String; 2]);
-
-/// The address of a host.
-fn address(host: usize) -> String {
-    format!("10.0.0.{}", host + 1)
-}
-
-impl Hosts {
-    fn new() -> Self {
-        let hosts = Self([0, 1].map(|host| format!("r3map-sqlite-{}-{host}", std::process::id())));
-        for name in &hosts.0 {
-            run("ip", &["netns", "add", name]);
-        }
-        let [one, other] = &hosts.0;
-        run("ip", &["link", "add", "cable", "netns", one, "type", "veth", "peer", "name", "cable", "netns", other]);
-        for (host, name) in hosts.0.iter().enumerate() {
-            run("ip", &["-n", name, "address", "add", &format!("{}/24", address(host)), "dev", "cable"]);
-            run("ip", &["-n", name, "link", "set", "lo", "up"]);
-            run("ip", &["-n", name, "link", "set", "cable", "up"]);
-        }
-        hosts
-    }
-
-    /// A process on one of the hosts, then on the other. Its mounts are its own, and go with it.
-    fn stay(&self, hop: usize, from: &str, folder: &Path) -> Process {
-        let host = hop % self.0.len();
-        let argument = format!("{hop} {from} {}", folder.display());
-        crash::child_through(&["ip", "netns", "exec", &self.0[host]], TEST, "stay", &argument)
-    }
-}
-
-impl Drop for Hosts {
-    fn drop(&mut self) {
-        for name in &self.0 {
-            let _ = Command::new("ip").args(["netns", "delete", name]).status();
-        }
-    }
+/// A process on one of the hosts, then on the other. Its mounts are its own, and go with it.
+fn stay_on(hosts: &Hosts, hop: usize, from: &str, folder: &Path) -> Process {
+    let argument = format!("{hop} {from} {}", folder.display());
+    crash::child_through(&hosts.wrapper(hop % 2), TEST, "stay", &argument)
 }
 
 /// The process on a host.
@@ -192,7 +157,7 @@ async fn arrived(from: &str, place: &Path, hop: usize) {
 }
 
 fn listen(hop: usize) -> Vec<Uri> {
-    vec![format!("grpc://{}:0", address(hop % 2)).parse().unwrap()]
+    vec![format!("grpc://{}:0", Hosts::address(hop % 2)).parse().unwrap()]
 }
 
 /// Waits until the next host has everything.

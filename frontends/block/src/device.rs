@@ -177,8 +177,8 @@ impl BlockDevice {
     /// # Errors
     /// `Conflict` if it is in use; `Unavailable` if the backend does not take what is left within
     /// [`BlockSettings::detach_limit`], and what the backend answers to the writes and the flush: it is still there then,
-    /// and works as before, unless only the last flush failed. With kernel NBD also `Unavailable` if others' requests
-    /// hang after everything was written: it is removed then, and the last flush was not made.
+    /// and works as before, unless it is a ublk device and only the last flush failed. With kernel NBD also `Unavailable`
+    /// if what others ask for is not answered within that time; it is still there then too.
     pub async fn unmount(&self) -> Result<()> {
         let attached = self.attached.clone();
         off_runtime(move || attached.leave(false)).await
@@ -271,11 +271,14 @@ impl Attached {
 
     fn leave_nbd(self: &Arc<Self>, device: &Nbd, anyway: bool) -> Result<()> {
         let (claimed, synced) = self.claim_and_sync(anyway, true, || device.close())?;
+        let drained = device.drain(anyway, self.node.is_read_only(), self.limit);
+        if drained.is_err() && !anyway {
+            return drained;
+        }
         let stopped = device.stop();
         drop(claimed);
         self.removed.store(stopped.is_ok() || !device.is_alive(), Relaxed);
-        let flushed = device.settle(self.node.is_read_only(), self.limit);
-        synced.and(stopped).and(flushed)
+        synced.and(drained).and(stopped)
     }
 
     /// Has the device for itself, and writes what the kernel holds if it is `served`. Gives back the claim, to be held until

@@ -8,12 +8,14 @@
 //! - [`store`]: the simplest backend that keeps every promise, with the capabilities one asks for.
 //! - [`faults`]: errors, delays, short reads, cancellations and pauses through the public trait.
 //! - [`proxy`]: a TCP and Unix proxy that adds a round trip, cuts, stalls and heals.
+//! - [`hosts`]: two hosts with a wire between them that can be cut.
 //! - [`process`], [`crash`]: running programs, and killing them.
 
 pub mod conformance;
 pub mod crash;
 pub mod faults;
 pub mod fill;
+pub mod hosts;
 mod limits;
 pub mod model;
 pub mod process;

@@ -18,13 +18,10 @@ use tokio_rustls::client::TlsStream;
 use crate::eager::Eager;
 use crate::uri::Address;
 
-/// How long a connection may be idle before TCP asks whether the peer is there.
-const IDLE_BEFORE_PROBE: Duration = Duration::from_secs(15);
-/// How often it asks again, and how many times.
-const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+/// How often TCP asks whether an idle peer is there, before the peer is given up: the first time after half of the limit.
 const PROBES: u32 = 3;
-/// How long sent bytes may go unacknowledged, in milliseconds, before TCP gives the connection up.
-const UNACKNOWLEDGED_MS: u32 = 30_000;
+/// The least and the most that Linux takes for the times between, in whole seconds.
+const PROBE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(32_767)];
 
 /// Any byte stream.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -49,9 +46,9 @@ impl Stream {
     ///
     /// # Errors
     /// Names the address. `Unavailable` if nobody answers there now.
-    pub(crate) async fn connect(address: &Address) -> Result<Self> {
+    pub(crate) async fn connect(address: &Address, vanished: Vanished) -> Result<Self> {
         let result = match address {
-            Address::Tcp { host, port } => connect_any(host, *port).await,
+            Address::Tcp { host, port } => connect_any(host, *port, vanished).await,
             Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
         };
         result.map_err(|error| unreachable(address, error))
@@ -111,26 +108,46 @@ fn unreachable(address: &Address, error: io::Error) -> Error {
     Error::new(kind, Operation::Open, format!("cannot connect to {address}")).with_source(error)
 }
 
-async fn connect_any(host: &str, port: u16) -> io::Result<Stream> {
+async fn connect_any(host: &str, port: u16, vanished: Vanished) -> io::Result<Stream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in lookup_host((host, port)).await?.collect::<Vec<SocketAddr>>() {
         match TcpStream::connect(address).await {
-            Ok(stream) => return options(stream).map(Stream::Tcp),
+            Ok(stream) => return options(stream, vanished).map(Stream::Tcp),
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-/// Sends at once, and notices a peer that is gone without a word.
-pub(crate) fn options(stream: TcpStream) -> io::Result<TcpStream> {
+/// When TCP gives up a peer that is gone without a word: it lost its power, or the way to it is cut.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Vanished {
+    /// So long after it last took what was sent, or answered whether it is there. One that is there, and takes nothing
+    /// for so long, is given up too: TCP does not tell them apart.
+    Within(Duration),
+    /// So long after it was last heard of, while nothing is under way to it. For what is, whoever waits for the answer
+    /// has a limit of their own.
+    WhenIdle(Duration),
+}
+
+/// Sends at once, and notices a peer that has vanished.
+pub(crate) fn options(stream: TcpStream, vanished: Vanished) -> io::Result<TcpStream> {
+    let (Vanished::Within(limit) | Vanished::WhenIdle(limit)) = vanished;
+    let [least, most] = PROBE;
     sockopt::set_tcp_nodelay(&stream, true)?;
     sockopt::set_socket_keepalive(&stream, true)?;
-    sockopt::set_tcp_keepidle(&stream, IDLE_BEFORE_PROBE)?;
-    sockopt::set_tcp_keepintvl(&stream, PROBE_INTERVAL)?;
+    sockopt::set_tcp_keepidle(&stream, (limit / 2).clamp(least, most))?;
+    sockopt::set_tcp_keepintvl(&stream, (limit / 2 / PROBES).clamp(least, most))?;
     sockopt::set_tcp_keepcnt(&stream, PROBES)?;
-    sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
+    if let Vanished::Within(limit) = vanished {
+        sockopt::set_tcp_user_timeout(&stream, milliseconds(limit))?;
+    }
     Ok(stream)
+}
+
+/// A limit as TCP wants it: never nothing, which would be the system's own, a quarter of an hour or more.
+pub(crate) fn milliseconds(limit: Duration) -> u32 {
+    i32::try_from(limit.as_millis()).map_or(i32::MAX.unsigned_abs(), i32::unsigned_abs).max(1)
 }
 
 macro_rules! each {

@@ -292,8 +292,13 @@ fn difference(had: &Limits, wanted: &Limits) -> Option<String> {
         if had.read_only { "writes refused" } else { "writes allowed" }.to_owned()
     } else if had.max_sectors != wanted.max_sectors {
         format!("requests of up to {} bytes", u64::from(had.max_sectors) * SECTOR)
-    } else if had != wanted {
-        "other abilities to discard and to write zeros".to_owned()
+    } else if had.discard_granularity != wanted.discard_granularity || had.physical_shift != wanted.physical_shift {
+        "other units".to_owned()
+    } else if had.max_discard_sectors > wanted.max_discard_sectors
+        || had.max_write_zeroes_sectors > wanted.max_write_zeroes_sectors
+    {
+        // What the region can do beyond that is not asked for; what it cannot would fail.
+        "more abilities to discard and to write zeros than the region has now".to_owned()
     } else {
         return None;
     };
@@ -364,8 +369,15 @@ mod tests {
             (Limits { logical_shift: 12, ..limits }, "logical blocks of 512 bytes"),
             (Limits { read_only: true, max_discard_sectors: 0, ..limits }, "writes allowed"),
             (Limits { max_sectors: 8, ..limits }, "requests of up to 1048576 bytes"),
-            (Limits { max_discard_sectors: 0, ..limits }, "other abilities to discard and to write zeros"),
-            (Limits { max_write_zeroes_sectors: 0, ..limits }, "other abilities to discard and to write zeros"),
+            (
+                Limits { max_discard_sectors: 0, ..limits },
+                "more abilities to discard and to write zeros than the region has now",
+            ),
+            (
+                Limits { max_write_zeroes_sectors: 0, ..limits },
+                "more abilities to discard and to write zeros than the region has now",
+            ),
+            (Limits { discard_granularity: 512, ..limits }, "other units"),
         ] {
             assert_eq!(difference(&limits, &wanted).as_deref(), Some(says));
         }

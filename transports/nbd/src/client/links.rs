@@ -15,13 +15,18 @@ use crate::client::facts::Facts;
 use crate::client::handshake::{Handshake, Tls};
 use crate::client::link::{Link, lock};
 use crate::client::unflushed::Unflushed;
-use crate::stream::{Duplex, Stream};
+use crate::stream::{Duplex, Stream, Vanished};
 use crate::tls;
 use crate::uri::NbdUri;
 use crate::wire::TransmissionFlags;
 
 /// How long a connection beyond the first is not tried again after it failed: servers may take only so many.
 const PAUSE: Duration = Duration::from_secs(30);
+
+/// How many times the limit on silence TCP waits for a server that has vanished. After a break that is shorter it still
+/// hears that this side has closed, and so this side whether it has done what was under way: nobody need wait for that
+/// as long as for one that is gone.
+const TCP_WAITS: u32 = 2;
 
 /// A client's connections.
 #[derive(Debug)]
@@ -100,11 +105,11 @@ impl Source {
         }
     }
 
-    /// Connects, as far as the end of TLS.
-    pub(crate) async fn greet(&self) -> Result<Handshake<'_>> {
+    /// Connects, as far as the end of TLS. Over TCP a server that vanishes is given up as `vanished` says.
+    pub(crate) async fn greet(&self, vanished: Vanished) -> Result<Handshake<'_>> {
         match self {
             Self::Server(uri, tls) => {
-                let stream = Stream::connect(&uri.address).await?;
+                let stream = Stream::connect(&uri.address, vanished).await?;
                 Handshake::begin(stream, &uri.address, tls.as_ref()).await
             }
             Self::Stream(stream, _) => {
@@ -260,9 +265,10 @@ impl Opener {
     }
 
     async fn open_unlimited(&self) -> Result<Arc<Link>> {
-        let (stream, facts) = self.source.greet().await?.go(self.source.export()).await?;
-        self.facts.get_or_init(|| facts.clone()).same_region(&facts, &self.source)?;
         let silence = self.settings.silence;
+        let vanished = Vanished::Within(silence.saturating_mul(TCP_WAITS));
+        let (stream, facts) = self.source.greet(vanished).await?.go(self.source.export()).await?;
+        self.facts.get_or_init(|| facts.clone()).same_region(&facts, &self.source)?;
         Ok(Arc::new(Link::new(stream, &facts, self.unflushed.clone(), silence, &self.runtime)))
     }
 }

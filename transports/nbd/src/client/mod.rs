@@ -29,7 +29,7 @@ use r3map_core::{
     Result, check_range,
 };
 
-use crate::stream::Duplex;
+use crate::stream::{Duplex, Vanished};
 use crate::uri::NbdUri;
 use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, StateFlags, TransmissionFlags};
 use calls::{Asked, Failure};
@@ -51,7 +51,8 @@ pub struct ClientSettings {
     /// How long connecting may take in all: the name, the socket, TLS and the handshake. 10 s.
     pub connect_timeout: Duration,
     /// When requests wait and nothing at all was received or sent for so long, the connection is given up and its calls
-    /// fail. 30 s. It must be longer than the server takes for any request; NBD has no other sign of life.
+    /// fail. 30 s. It must be longer than the server takes for any request; NBD has no other sign of life. Over TCP an
+    /// idle connection to a server that has vanished without a word is given up after twice that.
     pub silence: Duration,
     /// The most connections, where the server shares its cache between them (`NBD_FLAG_CAN_MULTI_CONN`); otherwise there
     /// is one. Another one is opened when all are busy. 4. Each costs the server a thread or more.
@@ -129,7 +130,8 @@ impl Client {
     /// As [`Self::connect`]; `Denied` or `InvalidInput` if the server does not tell.
     pub async fn list(uri: NbdUri, settings: &ClientSettings) -> Result<Vec<Listed>> {
         let source = Source::server(uri)?;
-        let listing = async { source.greet().await?.list().await };
+        let vanished = Vanished::Within(settings.connect_timeout);
+        let listing = async { source.greet(vanished).await?.list().await };
         links::in_time(settings.connect_timeout, &source, listing).await
     }
 

@@ -9,11 +9,15 @@ use r3map_core::{Error, ErrorKind, Operation, Result};
 use super::{Disk, LARGEST_BLOCK, SECTOR, block_size};
 use crate::client::facts::Facts;
 use crate::client::links::{Source, in_time};
+use crate::stream::Vanished;
 use crate::uri::NbdUri;
 use crate::wire::TransmissionFlags;
 
 /// The longest request in bytes that the kernel makes by itself: `max_sectors_kb` of its queue, which root may raise.
 const LONGEST_REQUEST: u32 = 128 << 10;
+
+/// How long a server that has vanished without a word is not missed on an idle connection.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// Connects to a server as often as is wanted, and as the server allows ([`TransmissionFlags::CAN_MULTI_CONN`]), and
 /// begins transmission with simple replies on each.
@@ -45,7 +49,7 @@ pub async fn connect(uri: NbdUri, connections: NonZeroUsize, limit: Duration) ->
 }
 
 async fn one(source: &Source) -> Result<(OwnedFd, Facts)> {
-    let (stream, facts) = source.greet().await?.go_plainly(source.export()).await?;
+    let (stream, facts) = source.greet(Vanished::WhenIdle(SILENCE)).await?.go_plainly(source.export()).await?;
     let failed = |error| Error::from_io(Operation::Open, "the connection cannot be handed over", error);
     let socket = stream.into_socket().map_err(failed)?.expect("a plain connection is a socket");
     Ok((socket, facts))

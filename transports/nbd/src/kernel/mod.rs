@@ -40,6 +40,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::sockopt;
 
+use crate::stream::milliseconds;
 use crate::wire::TransmissionFlags;
 pub use connect::connect;
 use ioctl::Serving;
@@ -159,6 +160,7 @@ pub struct Device {
 /// without [`TransmissionFlags::CAN_MULTI_CONN`], or an identifier too long; `Unavailable` if it does not get ready.
 pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
     check(&sockets, disk, settings)?;
+    limit_delivery(&sockets, settings);
     let waiter = Waiter::new(settings.readiness).map_err(|error| explain(settings.device, error))?;
     let device = match settings.interface {
         Interface::Ioctl => by_ioctl(sockets, disk, settings)?,
@@ -175,11 +177,11 @@ pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<
 
 /// Gives an attached device new connections to the same export in place of dead ones, so that its requests go on: how a
 /// restarted server takes its device over. The settings that are used are the identifier and the two time-outs; where
-/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own.
+/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own. Where it is refused, nothing has changed.
 ///
 /// # Errors
-/// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live; otherwise
-/// as [`attach`].
+/// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live, or if that
+/// cannot be told because another program attached it without a time-out; otherwise as [`attach`].
 pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<Device> {
     check(sockets, disk, settings)?;
     if !sysfs::is_attached(index) {
@@ -190,16 +192,38 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
         let what = format!("{} has another size ({size:?} bytes)", sysfs::node(index).display());
         return Err(error(ErrorKind::InvalidInput, what));
     }
+    limit_delivery(sockets, settings);
+    let mut control = open()?;
     // The size is left as it is: setting it, even to the same, would have the kernel forget what it knows of the device.
-    let mut request = Request { sockets, ..timeouts(settings) };
-    // Set to zero it would fail whoever waits for the new connections, before they are there.
-    request.dead_timeout = request.dead_timeout.filter(|seconds| *seconds > 0);
-    open()?.reconfigure(index, &request).map_err(|io| explain_take_over(index, io))?;
-    if !sockets.iter().any(is_taken) {
+    // The connections come first, and alone: the kernel would set time-outs whether or not it takes a connection.
+    let identifier = settings.identifier.as_deref();
+    let connections = Request { sockets, identifier, ..Request::default() };
+    control.reconfigure(index, &connections).map_err(|io| explain_take_over(index, io))?;
+    let taken: Vec<_> = sockets.iter().filter(|socket| is_taken(socket)).collect();
+    if taken.is_empty() {
         let what = format!("{} is served: its connections live", sysfs::node(index).display());
         return Err(error(ErrorKind::Conflict, what));
     }
+    let mut limits = timeouts(settings);
+    // Set to zero it would fail whoever waits at a later take-over.
+    limits.dead_timeout = limits.dead_timeout.filter(|seconds| *seconds > 0);
+    control.reconfigure(index, &limits).map_err(|io| explain_take_over(index, io))?;
+    for socket in taken {
+        // The kernel's client gave it the limit of before.
+        let limit = Duration::from_secs(request_seconds(settings));
+        let _ = sockopt::set_socket_timeout(socket, sockopt::Timeout::Send, Some(limit));
+    }
     Ok(Device { index, serving: None, ours: true })
+}
+
+/// Has TCP give up what it could not deliver when the request's time is over and it is made elsewhere: once the way to
+/// the server works again, nothing old must arrive there. Without a limit nothing is made elsewhere.
+fn limit_delivery(sockets: &[OwnedFd], settings: &Settings) {
+    let limit = settings.request_timeout.map_or(0, milliseconds);
+    for socket in sockets {
+        // Only TCP has it.
+        let _ = sockopt::set_tcp_user_timeout(socket, limit);
+    }
 }
 
 /// Whether the kernel's client has taken a socket: it says so in no other way than by setting the time-out for sending to

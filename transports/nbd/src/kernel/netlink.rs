@@ -49,7 +49,7 @@ const NBD_ATTR_BACKEND_IDENTIFIER: u16 = 10;
 const NBD_SOCK_ITEM: u16 = 1;
 const NBD_SOCK_FD: u16 = 1;
 
-/// What the kernel is told about a device; all but the sockets may be left as it is in [`Control::reconfigure`].
+/// What the kernel is told about a device; all may be left as it is in [`Control::reconfigure`].
 #[derive(Debug, Default)]
 pub(crate) struct Request<'a> {
     pub(crate) sockets: &'a [OwnedFd],
@@ -63,12 +63,15 @@ pub(crate) struct Request<'a> {
 
 impl Request<'_> {
     fn attributes(&self) -> Attributes {
-        let mut sockets = Attributes::default();
-        for socket in self.sockets {
-            let fd = u32::try_from(socket.as_raw_fd()).expect("an owned descriptor is not negative");
-            sockets = sockets.nested(NBD_SOCK_ITEM, &Attributes::default().u32(NBD_SOCK_FD, fd));
+        let mut all = Attributes::default();
+        if !self.sockets.is_empty() {
+            let mut sockets = Attributes::default();
+            for socket in self.sockets {
+                let fd = u32::try_from(socket.as_raw_fd()).expect("an owned descriptor is not negative");
+                sockets = sockets.nested(NBD_SOCK_ITEM, &Attributes::default().u32(NBD_SOCK_FD, fd));
+            }
+            all = all.nested(NBD_ATTR_SOCKETS, &sockets);
         }
-        let mut all = Attributes::default().nested(NBD_ATTR_SOCKETS, &sockets);
         let numbers = [
             (NBD_ATTR_SIZE_BYTES, self.size),
             (NBD_ATTR_BLOCK_SIZE_BYTES, self.block_size),

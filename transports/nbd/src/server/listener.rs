@@ -10,6 +10,7 @@ use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::fs::Mode;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixSocket, UnixStream};
 
+use crate::stream::{Vanished, options};
 use crate::uri::Address;
 
 /// Connections that wait to be accepted.
@@ -68,12 +69,12 @@ impl Listener {
         &self.address
     }
 
-    /// The next connection, and who it is from.
-    pub(crate) async fn accept(&self) -> io::Result<(Accepted, String)> {
+    /// The next connection, and who it is from. Over TCP a peer that vanishes is given up as `vanished` says.
+    pub(crate) async fn accept(&self, vanished: Vanished) -> io::Result<(Accepted, String)> {
         match &self.socket {
             Socket::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                Ok((Accepted::Tcp(crate::stream::options(stream)?), peer.to_string()))
+                Ok((Accepted::Tcp(options(stream, vanished)?), peer.to_string()))
             }
             Socket::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;

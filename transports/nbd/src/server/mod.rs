@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::eager::Eager;
+use crate::stream::Vanished;
 use crate::uri::Address;
 use crate::wire::{DEFAULT_MAX_PAYLOAD, ExportReply, Framing};
 use buffers::Pool;
@@ -76,7 +77,8 @@ pub struct ServerSettings {
     /// How long a client may take from connecting to choosing an export. 30 s.
     pub handshake_limit: Duration,
     /// How long a client may leave off in the middle of a request that it sends or a reply that it receives, and how long
-    /// one that stops sending without saying goodbye may still wait for answers. 2 min.
+    /// one that stops sending without saying goodbye may still wait for answers. Over TCP also how long one keeps its
+    /// place that has vanished without a word, also if it was idle. 2 min.
     pub stall_limit: Duration,
     /// How long a client may ask for nothing. `None`, the default, is for ever: a mounted device may be idle for days.
     pub idle_limit: Option<Duration>,
@@ -252,7 +254,7 @@ impl Drop for Server {
 async fn accept_all(listener: Listener, shared: Arc<Shared>, tasks: TaskTracker) {
     loop {
         let Ok(permit) = shared.connections.clone().acquire_owned().await else { return };
-        match listener.accept().await {
+        match listener.accept(Vanished::Within(shared.settings.stall_limit)).await {
             Ok((accepted, peer)) => {
                 let connection = Connection::new(shared.clone(), peer);
                 tasks.spawn(async move {

@@ -7,3 +7,4 @@ mod liar;
 mod lies;
 mod support;
 mod tls;
+mod vanished;
