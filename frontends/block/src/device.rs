@@ -11,6 +11,7 @@ use r3map_sys::FileMapping;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::blocking::{off_runtime, spawn, within};
+use crate::drain::Drain;
 use crate::kind::Kind;
 use crate::loop_device::LoopDevice;
 use crate::nbd::Nbd;
@@ -38,8 +39,8 @@ struct Attached {
 
 /// Who answers the kernel.
 enum By {
-    Ublk { device: Ublk, service: Arc<Service> },
-    Nbd(Nbd),
+    Ublk { device: Ublk, service: Arc<Service>, drain: Drain },
+    Nbd { device: Nbd, drain: Drain },
     Loop(LoopDevice),
 }
 
@@ -96,7 +97,7 @@ impl BlockDevice {
     pub fn kind(&self) -> Kind {
         match &self.attached.by {
             By::Ublk { .. } => Kind::Ublk,
-            By::Nbd(_) => Kind::Nbd,
+            By::Nbd { .. } => Kind::Nbd,
             By::Loop(_) => Kind::Loop,
         }
     }
@@ -163,7 +164,7 @@ impl BlockDevice {
     pub async fn gone(&self) {
         match &self.attached.by {
             By::Ublk { device, .. } => device.ended().await,
-            By::Nbd(device) => device.ended().await,
+            By::Nbd { device, .. } => device.ended().await,
             By::Loop(_) => std::future::pending().await,
         }
     }
@@ -176,9 +177,8 @@ impl BlockDevice {
     ///
     /// # Errors
     /// `Conflict` if it is in use; `Unavailable` if the backend does not take what is left within
-    /// [`BlockSettings::detach_limit`], and what the backend answers to the writes and the flush: it is still there then,
-    /// and works as before, unless it is a ublk device and only the last flush failed. With kernel NBD also `Unavailable`
-    /// if what others ask for is not answered within that time; it is still there then too.
+    /// [`BlockSettings::detach_limit`], or does not answer what others ask for, and what the backend answers to the writes
+    /// and the flush: it is still there then, and works as before.
     pub async fn unmount(&self) -> Result<()> {
         let attached = self.attached.clone();
         off_runtime(move || attached.leave(false)).await
@@ -197,7 +197,7 @@ impl BlockDevice {
     pub async fn abandon(&self) {
         match &self.attached.by {
             By::Ublk { service, .. } => service.close(),
-            By::Nbd(device) => device.close(),
+            By::Nbd { device, .. } => device.close(),
             By::Loop(_) => {}
         }
         // Its error is that nothing was stored, which is what was asked for.
@@ -207,12 +207,16 @@ impl BlockDevice {
 
 impl By {
     fn start(kind: Kind, backend: Arc<dyn Backend>, settings: &BlockSettings, runtime: Handle) -> Result<(Self, Node)> {
+        let drain = Drain::new(backend, runtime.clone());
         match kind {
             Kind::Ublk => {
-                let (device, node, service) = Ublk::start(backend, settings, runtime)?;
-                Ok((Self::Ublk { device, service }, node))
+                let (device, node, service) = Ublk::start(drain.backend(), settings, runtime)?;
+                Ok((Self::Ublk { device, service, drain }, node))
             }
-            Kind::Nbd => Nbd::start(backend, settings, runtime).map(|(device, node)| (Self::Nbd(device), node)),
+            Kind::Nbd => {
+                let (device, node) = Nbd::start(&drain.backend(), settings, &runtime)?;
+                Ok((Self::Nbd { device, drain }, node))
+            }
             Kind::Loop => Err(invalid("a loop device is made over a file, not over a backend")),
         }
     }
@@ -243,8 +247,8 @@ impl Attached {
             return Ok(());
         }
         match &self.by {
-            By::Ublk { device, service } => self.leave_ublk(device, service, anyway),
-            By::Nbd(device) => self.leave_nbd(device, anyway),
+            By::Ublk { device, service, drain } => self.leave_ublk(device, service, drain, anyway),
+            By::Nbd { device, drain } => self.leave_nbd(device, drain, anyway),
             By::Loop(device) => self.leave_loop(device, anyway),
         }
     }
@@ -253,25 +257,34 @@ impl Attached {
     fn is_there(&self) -> bool {
         let exists = match &self.by {
             // The node stays when nothing is attached to it.
-            By::Nbd(device) => device.is_alive(),
+            By::Nbd { device, .. } => device.is_alive(),
             By::Ublk { .. } | By::Loop(_) => self.node.exists(),
         };
         exists && !self.removed.load(Relaxed)
     }
 
-    fn leave_ublk(self: &Arc<Self>, device: &Ublk, service: &Arc<Service>, anyway: bool) -> Result<()> {
-        let (claimed, synced) = self.claim_and_sync(anyway, service.backend().is_some(), || service.close())?;
+    fn leave_ublk(self: &Arc<Self>, device: &Ublk, service: &Arc<Service>, drain: &Drain, anyway: bool) -> Result<()> {
+        let is_served = || service.backend().is_some();
+        let (claimed, synced) = self.claim_and_sync(anyway, is_served(), || service.close())?;
+        let drained = self.drain(drain, anyway, is_served(), || service.close());
+        if drained.is_err() && !anyway {
+            return drained;
+        }
         let stopped = device.stop(self.limit);
         drop(claimed);
-        let flushed = self.settle(service);
+        let given_up = service.clone();
+        let ended = within(self.limit, "the end of what was given up", move || {
+            given_up.runtime().clone().block_on(given_up.drained());
+            Ok(())
+        });
         let deleted = device.delete();
         self.removed.store(deleted.is_ok(), Relaxed);
-        synced.and(stopped).and(deleted).and(flushed)
+        synced.and(drained).and(stopped).and(ended).and(deleted)
     }
 
-    fn leave_nbd(self: &Arc<Self>, device: &Nbd, anyway: bool) -> Result<()> {
-        let (claimed, synced) = self.claim_and_sync(anyway, true, || device.close())?;
-        let drained = device.drain(anyway, self.node.is_read_only(), self.limit);
+    fn leave_nbd(self: &Arc<Self>, device: &Nbd, drain: &Drain, anyway: bool) -> Result<()> {
+        let (claimed, synced) = self.claim_and_sync(anyway, device.is_served(), || device.close())?;
+        let drained = self.drain(drain, anyway, device.is_served(), || device.close());
         if drained.is_err() && !anyway {
             return drained;
         }
@@ -279,6 +292,11 @@ impl Attached {
         drop(claimed);
         self.removed.store(stopped.is_ok() || !device.is_alive(), Relaxed);
         synced.and(drained).and(stopped)
+    }
+
+    /// Ends the service, with nothing lost, unless it has ended already.
+    fn drain(&self, drain: &Drain, anyway: bool, served: bool, close: impl Fn()) -> Result<()> {
+        if served { drain.end(anyway, !self.node.is_read_only(), self.limit, close) } else { Ok(()) }
     }
 
     /// Has the device for itself, and writes what the kernel holds if it is `served`. Gives back the claim, to be held until
@@ -330,20 +348,6 @@ impl Attached {
     fn sync(self: &Arc<Self>) -> Result<()> {
         let attached = self.clone();
         within(self.limit, "writing what the kernel holds", move || attached.node.sync())
-    }
-
-    /// After the last request: waits for those that were given up, and flushes the backend.
-    fn settle(&self, service: &Arc<Service>) -> Result<()> {
-        let Some(backend) = service.backend() else { return Ok(()) };
-        service.close();
-        let (service, read_only) = (service.clone(), self.node.is_read_only());
-        within(self.limit, "the backend's flush", move || {
-            let runtime = service.runtime().clone();
-            runtime.block_on(async move {
-                service.drained().await;
-                if read_only { Ok(()) } else { backend.flush().await }
-            })
-        })
     }
 
     fn leave_loop(&self, device: &LoopDevice, anyway: bool) -> Result<()> {

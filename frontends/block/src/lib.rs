@@ -30,6 +30,7 @@
 mod blocking;
 mod buffers;
 mod device;
+mod drain;
 mod kind;
 mod loop_device;
 mod nbd;

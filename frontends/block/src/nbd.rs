@@ -13,9 +13,7 @@ use std::time::Duration;
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_nbd::kernel::{self, Device, Disk, Interface};
 use r3map_nbd::{Eager, Server, ServerExport, ServerSettings};
-use r3map_pipeline::{Gate, WhenClosed};
 use tokio::runtime::Handle;
-use tokio::time::timeout;
 
 use crate::node::Node;
 use crate::settings::BlockSettings;
@@ -27,9 +25,6 @@ const TICK: Duration = Duration::from_millis(200);
 pub(crate) struct Nbd {
     device: Mutex<Device>,
     server: Mutex<Option<Server>>,
-    /// In front of the backend.
-    gate: Arc<Gate>,
-    runtime: Handle,
 }
 
 /// Says why the kernel's NBD client cannot be used here, if so.
@@ -46,12 +41,15 @@ pub(crate) fn check() -> Result<()> {
 
 impl Nbd {
     /// Makes a device and serves it. Blocks, for some times `settings.start_limit` at most.
-    pub(crate) fn start(backend: Arc<dyn Backend>, settings: &BlockSettings, runtime: Handle) -> Result<(Self, Node)> {
+    pub(crate) fn start(
+        backend: &Arc<dyn Backend>,
+        settings: &BlockSettings,
+        runtime: &Handle,
+    ) -> Result<(Self, Node)> {
         let _sockets_and_tasks = runtime.enter();
-        let gate = Arc::new(Gate::new(backend, WhenClosed::Wait));
-        let export = ServerExport { read_only: settings.read_only, ..ServerExport::new("", gate.clone()) };
+        let export = ServerExport { read_only: settings.read_only, ..ServerExport::new("", backend.clone()) };
         let server = Server::new(vec![export], ServerSettings::default())?;
-        let (socket, disk) = connect(&server, gate.size(), settings)?;
+        let (socket, disk) = connect(&server, backend.size(), settings)?;
         let how = kernel::Settings {
             interface: Interface::Ioctl,
             // How long the remote may take is not the kernel's business.
@@ -61,11 +59,11 @@ impl Nbd {
         };
         let device = kernel::attach(vec![socket], disk, &how)?;
         let name = format!("nbd{}", device.index());
-        let node = Node::wait(name, gate.size(), settings.read_only, settings.start_limit)?;
+        let node = Node::wait(name, backend.size(), settings.read_only, settings.start_limit)?;
         node.set("queue/read_ahead_kb", settings.read_ahead >> 10);
         node.set("queue/max_sectors_kb", settings.max_request >> 10);
         let (device, server) = (Mutex::new(device), Mutex::new(Some(server)));
-        Ok((Self { device, server, gate, runtime: runtime.clone() }, node))
+        Ok((Self { device, server }, node))
     }
 
     /// Waits until the kernel has let go of it.
@@ -84,41 +82,9 @@ impl Nbd {
         }
     }
 
-    /// Ends the service when all that is under way is answered, and the backend has flushed it; meanwhile what else is
-    /// asked waits, and gets errors then. Does nothing if the service has ended. Blocks, for two times `limit` at most.
-    ///
-    /// # Errors
-    /// What is not done within `limit`, or the backend's answer to the flush. The service goes on as before then, unless
-    /// it is to end `anyway`: what is under way gets errors in that case.
-    pub(crate) fn drain(&self, anyway: bool, read_only: bool, limit: Duration) -> Result<()> {
-        if lock(&self.server).is_none() {
-            return Ok(());
-        }
-        let late = |operation, what: &str| {
-            let message = format!("{what} did not end within {} s", limit.as_secs_f32());
-            Error::new(ErrorKind::Unavailable, operation, message)
-        };
-        self.runtime.block_on(async {
-            let closed = timeout(limit, self.gate.close()).await;
-            let closed = closed.map_err(|_| late(Operation::Close, "what others ask the device for"));
-            match &closed {
-                Err(error) if !anyway => return Err(error.clone()),
-                Err(_) => self.close(),
-                Ok(_) => {}
-            }
-            let flushed = match read_only {
-                true => Ok(()),
-                false => timeout(limit, self.gate.inner().flush())
-                    .await
-                    .unwrap_or_else(|_| Err(late(Operation::Flush, "the backend's flush"))),
-            };
-            if flushed.is_err() && !anyway {
-                return flushed;
-            }
-            self.close();
-            // What waits at the gate is given up with the service.
-            closed.map(r3map_pipeline::Closed::forever).and(flushed)
-        })
+    /// Whether it is served: nothing has ended that.
+    pub(crate) fn is_served(&self) -> bool {
+        lock(&self.server).is_some()
     }
 
     /// Detaches it, once the service has ended. Blocks, not for ever.

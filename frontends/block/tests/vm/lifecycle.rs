@@ -1,10 +1,12 @@
 //! Making, detaching, and doing so at the wrong time.
 
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use r3map_block::{BlockSettings, Kind};
+use r3map_block::{BlockDevice, BlockSettings, Kind};
 use r3map_core::{ErrorKind, Operation};
 use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
@@ -132,6 +134,79 @@ async fn an_unmount_that_takes_too_long_leaves_the_device_as_it_was() {
         assert!(device.is_there(), "{kind}");
         unmount(device).await;
         assert!(store.snapshot()[..4096] == [3; 4096], "{kind}");
+    }
+}
+
+/// A device over a remote on which a read hangs and a write was acknowledged, and what the read gives in the end.
+struct Hanging {
+    store: Arc<Store>,
+    device: BlockDevice,
+    pause: Pause,
+    reader: JoinHandle<std::io::Result<()>>,
+}
+
+impl Hanging {
+    async fn new(kind: Kind) -> Self {
+        let store = Arc::new(Store::new(SIZE).volatile_cache());
+        let faults = Faults::new(store.clone());
+        let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
+        let device = try_device(kind, faults.clone(), settings).await.unwrap();
+        let pause = Pause::new();
+        faults.add(Rule::on(Operation::Read).touching(0..4096).hold(&pause));
+        let path = device.path().to_owned();
+        let reader = std::thread::spawn({
+            let path = path.clone();
+            move || {
+                let (mut buffer, at) = aligned(4096);
+                open_direct(&path, OFlags::empty()).read_exact_at(&mut buffer[at..at + 4096], 0)
+            }
+        });
+        deadline(SOON, "reading", pause.wait_held(1)).await;
+        app(move || write_direct(&path, 7)).await;
+        Self { store, device, pause, reader }
+    }
+}
+
+fn write_direct(path: &Path, byte: u8) {
+    let (mut buffer, at) = aligned(4096);
+    buffer[at..].fill(byte);
+    open_direct(path, OFlags::empty()).write_all_at(&buffer[at..at + 4096], 8192).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unmount_does_not_take_a_device_from_others_whose_requests_hang() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let Hanging { store, device, pause, reader } = Hanging::new(kind).await;
+        let error = deadline(SOON, "unmounting in vain", device.unmount()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
+        assert!(error.message().contains("what others ask the device for"), "{kind}: {error}");
+        assert!(device.is_there() && !reader.is_finished(), "{kind}");
+        let path = device.path().to_owned();
+        app(move || write_direct(&path, 8)).await;
+        pause.release();
+        app(move || reader.join().unwrap()).await.unwrap_or_else(|error| panic!("{kind}: {error}"));
+        unmount(device).await;
+        store.lose_unflushed();
+        assert!(store.snapshot()[8192..12_288] == [8; 4096], "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_detach_ends_what_hangs_with_errors_and_stores_what_was_acknowledged() {
+    if !in_vm() {
+        return;
+    }
+    for kind in KINDS {
+        let Hanging { store, device, pause: _held, reader } = Hanging::new(kind).await;
+        let error = deadline(SOON, "detaching", device.detach()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
+        assert!(!device.is_there(), "{kind}");
+        assert!(app(move || reader.join().unwrap()).await.is_err(), "{kind}");
+        store.lose_unflushed();
+        assert!(store.snapshot()[8192..12_288] == [7; 4096], "{kind}");
     }
 }
 

@@ -8,4 +8,5 @@ mod file_systems;
 mod keeping;
 mod killed;
 mod lifecycle;
+mod slow;
 mod support;

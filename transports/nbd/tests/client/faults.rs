@@ -10,7 +10,7 @@ use r3map_testkit::fill;
 use r3map_testkit::process::Process;
 use tempfile::TempDir;
 
-use crate::support::{nbdkit, read, socket_in, unix_uri};
+use crate::support::{LONG, nbdkit, read, socket_in, unix_uri};
 
 const SIZE: usize = 4 << 20;
 
@@ -135,32 +135,32 @@ async fn another_region_in_the_same_place_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_server_is_given_up_in_time() {
-    let settings = ClientSettings { silence: Duration::from_millis(300), ..ClientSettings::default() };
-    let settings = ClientSettings { connect_timeout: Duration::from_millis(300), ..settings };
+    let silence = Duration::from_secs(2);
+    let settings = ClientSettings { silence, connect_timeout: Duration::from_secs(3), ..ClientSettings::default() };
     let place = Place::new("pattern size=4M", settings).await;
     place.server.freeze();
     let start = Instant::now();
     let error = place.client.read_at(0, &mut [0; 10]).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(start.elapsed() < LONG, "{:?}", start.elapsed());
     place.server.thaw();
     assert_eq!(read(&*place.client, 8, 8).await, 8u64.to_be_bytes());
     // An idle connection is no silent one.
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    tokio::time::sleep(silence + Duration::from_millis(500)).await;
     assert_eq!(read(&*place.client, 16, 8).await, 16u64.to_be_bytes());
 }
 
 /// A write that was given up reached the frozen server; it must not land after a later one has returned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_that_was_given_up_never_lands_late() {
-    for silence in [Duration::from_secs(30), Duration::from_millis(200)] {
-        let settings =
-            ClientSettings { silence, connect_timeout: Duration::from_secs(20), ..ClientSettings::default() };
+    // By its caller, and by the client itself.
+    for (patience, silence) in [(Duration::from_millis(500), LONG), (LONG, Duration::from_secs(2))] {
+        let settings = ClientSettings { silence, connect_timeout: LONG, ..ClientSettings::default() };
         let place = Place::new("memory 4M", settings).await;
         let client = place.client.clone();
         place.server.freeze();
         let (first, second) = (fill::bytes(0, 50_000, 1), fill::bytes(0, 50_000, 2));
-        let given_up = tokio::time::timeout(Duration::from_millis(500), client.write_at(0, &first)).await;
+        let given_up = tokio::time::timeout(patience, client.write_at(0, &first)).await;
         assert!(given_up.is_err() || given_up.unwrap().is_err());
         let later = {
             let client = client.clone();
@@ -170,7 +170,7 @@ async fn a_write_that_was_given_up_never_lands_late() {
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(!later.is_finished(), "nobody knows yet what becomes of the first");
         place.server.thaw();
-        tokio::time::timeout(Duration::from_secs(20), later).await.expect("it is let go").unwrap().unwrap();
+        tokio::time::timeout(LONG, later).await.expect("it is let go").unwrap().unwrap();
         for _ in 0..20 {
             fill::check(&read(&*client, 0, 50_000).await, 0, 2).unwrap();
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -226,7 +226,7 @@ async fn a_lost_connection_is_closed_at_once() {
         stream.write_all(&[0, 0, 0, 0, 0, 16, 0, 0, 0, 1]).await.unwrap();
         stream.read_exact(&mut [0; 28]).await.unwrap();
         stream.write_all(&[b'?'; 16]).await.unwrap();
-        tokio::time::timeout(Duration::from_secs(10), stream.read(&mut [0; 1])).await.expect("it is closed").unwrap()
+        tokio::time::timeout(LONG, stream.read(&mut [0; 1])).await.expect("it is closed").unwrap()
     };
     let client = async {
         let client =

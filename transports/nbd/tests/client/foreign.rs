@@ -141,7 +141,7 @@ async fn a_server_that_fails_some_requests_fails_these_only() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_server_is_waited_for_and_requests_overtake_one_another() {
-    let server = Foreign::nbdkit("--filter=delay pattern size=16M rdelay=200ms");
+    let server = Foreign::nbdkit("--filter=delay pattern size=16M rdelay=1");
     let client = server.client().await;
     let start = Instant::now();
     let reads = (0..16u64).map(|n| {
@@ -149,7 +149,7 @@ async fn a_slow_server_is_waited_for_and_requests_overtake_one_another() {
         async move { assert!(read(client, n * 1000, 100_000).await == pattern(n * 1000, 100_000)) }
     });
     futures_util::future::join_all(reads).await;
-    assert!(start.elapsed() < Duration::from_millis(1600), "all at once: {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(12), "all at once: {:?}", start.elapsed());
     let rated = Foreign::nbdkit("--filter=rate pattern size=16M rate=80M");
     let client = rated.client().await;
     assert!(read(&client, 8, 4 << 20).await == pattern(8, 4 << 20));

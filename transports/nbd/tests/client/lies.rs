@@ -1,8 +1,6 @@
 //! What a server sends wrong is an error, never other bytes than it has: cuts at every byte, bits that flip, chunks that
 //! contradict what was asked for.
 
-use std::time::Duration;
-
 use r3map_core::{Backend, ErrorKind, Extents};
 use r3map_nbd::wire::{Chunk, Command, Descriptor, Errno, Framing, ReplyFlags, Request, SimpleReply, Text};
 use r3map_nbd::{Client, ClientSettings};
@@ -10,6 +8,7 @@ use r3map_testkit::random::Random;
 use tokio::io::AsyncWriteExt;
 
 use crate::liar::{CONTEXT, Liar, bytes, chunk, holey, honest};
+use crate::support::LONG;
 
 const LEN: usize = 9_001;
 
@@ -17,8 +16,7 @@ const LEN: usize = 9_001;
 async fn read(liar: &Liar, offset: u64, len: usize) -> r3map_core::Result<()> {
     let client = liar.client().await?;
     let mut buf = vec![0xa5; len];
-    let limit = Duration::from_secs(20);
-    let result = tokio::time::timeout(limit, client.read_at(offset, &mut buf)).await.expect("nothing hangs");
+    let result = tokio::time::timeout(LONG, client.read_at(offset, &mut buf)).await.expect("nothing hangs");
     if result.is_ok() {
         assert!(buf == holey(offset, len as u64), "wrong bytes were taken for good ones");
     }

@@ -11,7 +11,7 @@ use r3map_testkit::process::Process;
 use tempfile::TempDir;
 
 /// How long a server may take to start.
-pub(crate) const LONG: Duration = Duration::from_secs(30);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 /// A server on a Unix socket in a directory of its own. Dropping it kills it.
 pub(crate) struct Foreign {
@@ -104,7 +104,7 @@ pub(crate) async fn backend(uri: NbdUri) -> Arc<dyn Backend> {
 
 /// Connects in vain, and gives the error's kind and text, which is one line.
 pub(crate) async fn refused(uri: &NbdUri) -> (ErrorKind, String) {
-    let settings = ClientSettings { connect_timeout: Duration::from_secs(5), ..ClientSettings::default() };
+    let settings = ClientSettings { connect_timeout: LONG, ..ClientSettings::default() };
     let error = Client::connect(uri.clone(), settings).await.expect_err("this cannot be connected to");
     let text = error.to_string();
     assert!(!text.contains('\n'), "{text:?}");

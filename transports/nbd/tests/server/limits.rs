@@ -23,7 +23,7 @@ fn export() -> Vec<ServerExport> {
 
 #[tokio::test]
 async fn a_client_that_says_nothing_is_sent_away() {
-    let settings = ServerSettings { handshake_limit: SHORT, ..ServerSettings::default() };
+    let settings = ServerSettings { handshake_limit: SHORT * 10, ..ServerSettings::default() };
     let running = Running::start(export(), settings).await;
     let mut silent = Raw { stream: running.connect().await, framing: Framing::Simple };
     let mut haggling = Raw { stream: running.connect().await, framing: Framing::Simple };
@@ -55,11 +55,12 @@ async fn a_client_that_stops_in_the_middle_is_sent_away_and_one_that_rests_is_no
 
 #[tokio::test]
 async fn an_idle_client_is_sent_away_if_that_is_wanted() {
-    let settings = ServerSettings { idle_limit: Some(SHORT), ..ServerSettings::default() };
+    let limit = SHORT * 15;
+    let settings = ServerSettings { idle_limit: Some(limit), ..ServerSettings::default() };
     let running = Running::start(export(), settings).await;
     let mut raw = running.transmit(Framing::Simple).await;
-    for cookie in 0..10 {
-        tokio::time::sleep(SHORT / 4).await;
+    for cookie in 0..8 {
+        tokio::time::sleep(limit / 6).await;
         assert!(raw.ask(request(Command::Read, cookie, 0, 9), &[]).await.is_ok(), "it is not idle");
     }
     assert!(raw.is_closed().await);

@@ -14,7 +14,9 @@ use r3map_testkit::crash;
 use r3map_testkit::in_vm;
 use r3map_testkit::process::Process;
 
-use crate::support::{LONG, Mounted, SIZE, attach, check, connect, node, read_direct, run, runtime, until};
+use crate::support::{
+    LONG, Mounted, Netem, SIZE, attach, check, connect, connect_to, io_timeout, node, read_direct, run, runtime, until,
+};
 
 /// How long a request may take, and how long one waits for another server.
 const REQUEST: Duration = Duration::from_secs(3);
@@ -179,12 +181,61 @@ fn a_restarted_server_takes_its_device_over_under_load() {
     let _server = place.serve(test);
     assert_eq!(kernel::find(&identifier), Some(index));
     let (sockets, disk) = connect(&place.socket(), 2);
-    let device = kernel::take_over(index, &sockets, disk, &patient).unwrap();
+    let longer = Settings { request_timeout: Some(REQUEST * 3), ..patient };
+    let device = kernel::take_over(index, &sockets, disk, &longer).unwrap();
+    assert_eq!(io_timeout(index), 9000);
     let status = fio.wait(LONG);
     assert!(status.success(), "{:?}", fio.stdout());
     drop(mounted);
     check(&path);
     device.detach().unwrap();
+}
+
+/// Over a link on which everything is lost: no connection ends, nothing is refused.
+#[test]
+fn a_server_that_vanishes_fails_its_readers_in_time_or_is_waited_for() {
+    if !in_vm() {
+        return;
+    }
+    let runtime = runtime();
+    let store = r3map_testkit::store::Store::new(SIZE).filled(1);
+    let settings = ServerSettings { stall_limit: REQUEST, ..ServerSettings::default() };
+    let server = Server::new(vec![ServerExport::new("", Arc::new(store))], settings).unwrap();
+    let any = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+    let uri = format!("nbd://{}", runtime.block_on(server.listen(&any)).unwrap());
+    for wait in [Duration::ZERO, LONG] {
+        let settings = Settings { dead_connection_timeout: wait, ..short() };
+        let device = attach(connect_to(&uri, 2), &settings);
+        let (index, path) = (device.index(), device.path());
+        read_direct(&path, 0).unwrap();
+        let dead_links = kernel::dead_links().unwrap();
+        let lost = Netem::new(&["loss", "100%"]);
+        let start = Instant::now();
+        let reader = std::thread::spawn(move || read_direct(&path, 8192));
+        assert_eq!(dead_links.next(LONG).unwrap(), Some(index));
+        until("the server has given its client up", || server.connections() == 0);
+        let taken_over = (!wait.is_zero()).then(|| {
+            drop(lost);
+            let (sockets, disk) = connect_to(&uri, 2);
+            kernel::take_over(index, &sockets, disk, &settings).unwrap()
+        });
+        let read = reader.join().unwrap();
+        match taken_over {
+            None => {
+                read.unwrap_err();
+                let took = start.elapsed();
+                assert!(took < REQUEST + REQUEST + SLACK, "an error only after {took:?}");
+                let _ = device.detach();
+            }
+            Some(again) => {
+                r3map_testkit::fill::check(&read.unwrap(), 8192, 1).unwrap();
+                device.keep().unwrap();
+                again.detach().unwrap();
+            }
+        }
+        until("it is free", || !kernel::is_attached(index).unwrap());
+        until("nobody is connected", || server.connections() == 0);
+    }
 }
 
 #[test]
@@ -199,7 +250,9 @@ fn only_who_knows_a_device_takes_it_over() {
     let device = place.attach(&named);
     let (sockets, disk) = connect(&place.socket(), 2);
     let kind = |settings: &Settings| kernel::take_over(device.index(), &sockets, disk, settings).unwrap_err().kind();
-    assert_eq!(kind(&named), ErrorKind::Conflict, "its connections live");
+    let longer = Settings { request_timeout: Some(REQUEST * 3), ..named.clone() };
+    assert_eq!(kind(&longer), ErrorKind::Conflict, "its connections live");
+    assert_eq!(io_timeout(device.index()), 3000, "who is refused has changed nothing");
     assert_eq!(kind(&Settings { identifier: Some("yours".into()), ..short() }), ErrorKind::NotFound);
     assert_eq!(kernel::find("yours"), None);
     let other = r3map_nbd::kernel::Disk { size: disk.size * 2, ..disk };

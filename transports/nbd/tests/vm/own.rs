@@ -15,7 +15,9 @@ use rustix::fs::OFlags;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use crate::support::{Aligned, SIZE, attach, connect_to, exercise, open_direct, read_direct, run, runtime, until};
+use crate::support::{
+    Aligned, Netem, SIZE, attach, connect_to, exercise, io_timeout, open_direct, read_direct, run, runtime, until,
+};
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
@@ -152,8 +154,8 @@ fn a_request_is_tried_elsewhere_after_its_time_and_never_where_it_has_none() {
     for interface in [Interface::Netlink, Interface::Ioctl] {
         let settings = Settings { interface, device: Some(index), request_timeout: None, ..Settings::default() };
         let device = attach(own.pairs(), &settings);
-        let limit = std::fs::read_to_string(format!("/sys/block/nbd{index}/queue/io_timeout")).unwrap();
-        assert!(Duration::from_millis(limit.trim().parse().unwrap()) > WEEK, "{interface:?}: {limit} ms");
+        let limit = Duration::from_millis(io_timeout(index));
+        assert!(limit > WEEK, "{interface:?}: {limit:?}");
         read_direct(&device.path(), 0).unwrap();
         device.detach().unwrap();
         until("it is free", || !kernel::is_attached(index).unwrap());
@@ -198,23 +200,13 @@ fn over_a_link_with_a_round_trip_of_40_ms() {
     let own = Own::new(Store::new(SIZE));
     let any = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
     let Address::Tcp { port, .. } = own.runtime.block_on(own.server.listen(&any)).unwrap() else { panic!("no port") };
-    run("tc", &["qdisc", "add", "dev", "lo", "root", "netem", "delay", "20ms"]);
-    let _delayed = Delayed;
+    let _delayed = Netem::new(&["delay", "20ms"]);
     let device = attach(connect_to(&format!("nbd://127.0.0.1:{port}"), 4), &Settings::default());
     let start = Instant::now();
     read_direct(&device.path(), 0).unwrap();
     assert!(start.elapsed().as_millis() >= 40, "the link is not slow");
     exercise(&device.path());
     device.detach().unwrap();
-}
-
-/// Makes the link fast again.
-struct Delayed;
-
-impl Drop for Delayed {
-    fn drop(&mut self) {
-        run("tc", &["qdisc", "del", "dev", "lo", "root"]);
-    }
 }
 
 #[test]

@@ -120,6 +120,28 @@ pub(crate) fn read_direct(device: &Path, offset: u64) -> io::Result<[u8; 4096]> 
     Ok(page.0)
 }
 
+/// What every packet to this machine itself suffers, until this is dropped.
+pub(crate) struct Netem;
+
+impl Netem {
+    pub(crate) fn new(what: &[&str]) -> Self {
+        run("tc", &[&["qdisc", "add", "dev", "lo", "root", "netem"], what].concat());
+        Self
+    }
+}
+
+impl Drop for Netem {
+    fn drop(&mut self) {
+        run("tc", &["qdisc", "del", "dev", "lo", "root"]);
+    }
+}
+
+/// How long a device's requests may take, as the kernel says it: in milliseconds.
+pub(crate) fn io_timeout(index: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/sys/block/nbd{index}/queue/io_timeout")).unwrap();
+    text.trim().parse().unwrap()
+}
+
 /// The device node of an index, as tests name it.
 pub(crate) fn node(index: u32) -> PathBuf {
     PathBuf::from(format!("/dev/nbd{index}"))
