@@ -14,8 +14,11 @@ use rangemap::RangeSet;
 
 use crate::DECLARED;
 
-/// How many ranges are told apart. Beyond that neighbours become one, with what lies between them.
+/// How many ranges of writes are told apart. Beyond that neighbours become one, with what lies between them.
 const MAX_RANGES: usize = 1 << 16;
+/// How many of what is lost. More, since writing it again in small pieces cuts it into pieces: if they became one, the
+/// application would have to write them once more.
+const MAX_LOST: usize = 1 << 20;
 
 /// A backend whose flush fails until everything that was lost is written again.
 ///
@@ -83,18 +86,18 @@ impl State {
         if self.losses == losses {
             self.lost.remove(range.clone());
             self.written.insert(range);
-            widen(&mut self.written, self.size);
+            widen(&mut self.written, MAX_RANGES, self.size);
         } else {
             // It may be one of the writes that were lost, whose answer was late.
             self.lost.insert(range);
         }
-        widen(&mut self.lost, self.size);
+        widen(&mut self.lost, MAX_LOST, self.size);
     }
 
     fn flush_begins(&mut self) {
         let written = std::mem::take(&mut self.written);
         self.flushing.extend(written);
-        widen(&mut self.flushing, self.size);
+        widen(&mut self.flushing, MAX_RANGES, self.size);
     }
 
     fn flush_ended(&mut self, result: Result<()>) -> Result<()> {
@@ -107,7 +110,7 @@ impl State {
                 // Also what was acknowledged meanwhile: it may have been before the backend inside began to flush.
                 self.lost.extend(std::mem::take(&mut self.flushing));
                 self.lost.extend(std::mem::take(&mut self.written));
-                widen(&mut self.lost, self.size);
+                widen(&mut self.lost, MAX_LOST, self.size);
                 self.losses += 1;
                 self.told = Some(error.clone());
                 Err(error)
@@ -128,12 +131,12 @@ impl State {
 }
 
 /// Makes fewer ranges of too many.
-fn widen(ranges: &mut RangeSet<u64>, size: u64) {
-    if ranges.len() <= MAX_RANGES {
+fn widen(ranges: &mut RangeSet<u64>, most: usize, size: u64) {
+    if ranges.len() <= most {
         return;
     }
     let mut unit = BLOCK_SIZE;
-    while ranges.len() > MAX_RANGES / 2 {
+    while ranges.len() > most / 2 {
         let wide =
             |range: &Range<u64>| range.start / unit * unit..range.end.div_ceil(unit).saturating_mul(unit).min(size);
         *ranges = ranges.iter().map(wide).collect();
@@ -336,6 +339,22 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Conflict);
         }
         assert_eq!(faults.count(Operation::Flush), 2);
+    }
+
+    #[test]
+    fn a_large_loss_may_be_written_again_in_any_order() {
+        let blocks = 3 * MAX_RANGES as u64;
+        let mut state = State { size: blocks * BLOCK_SIZE, ..State::default() };
+        state.written.insert(0..state.size);
+        state.flush_begins();
+        state.flush_ended(Err(Error::new(ErrorKind::Conflict, Operation::Flush, "lost"))).unwrap_err();
+        for odd in [1, 0] {
+            for block in (0..blocks).filter(|block| block % 2 == odd) {
+                assert_eq!(state.check_lost().unwrap_err().kind(), ErrorKind::Conflict);
+                state.acknowledged(block * BLOCK_SIZE..(block + 1) * BLOCK_SIZE, state.losses);
+            }
+        }
+        state.check_lost().unwrap();
     }
 
     #[tokio::test]
