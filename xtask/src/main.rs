@@ -3,6 +3,7 @@
 //! It installs what tests need, runs every check there is, and says what failed. It builds nothing that users get.
 
 mod hygiene;
+mod newer;
 mod setup;
 mod test;
 mod vm;

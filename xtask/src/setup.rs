@@ -1,11 +1,11 @@
-//! What tests need beyond Rust: Debian packages, and one program from crates.io.
+//! What tests need beyond Rust: Debian packages, programs of a newer Debian, and one from crates.io.
 
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::{cargo, step};
+use crate::{cargo, newer, step};
 
 /// A package, and a file that is there once it is installed.
 const PACKAGES: &[(&str, &str)] = &[
@@ -33,10 +33,11 @@ const PACKAGES: &[(&str, &str)] = &[
 const FSX: (&str, &str, &str) = ("fsx", "0.3.2", "target/tools");
 
 /// Installs what is missing: packages as root on Debian, and elsewhere it fails with what to install; fsx into the
-/// build's own folder.
+/// build's own folder, and so the programs of a newer Debian.
 pub(crate) fn run() -> Result<()> {
     println!("== set-up");
     packages()?;
+    newer::run()?;
     fsx()
 }
 

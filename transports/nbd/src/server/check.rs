@@ -53,9 +53,6 @@ pub(crate) fn check(request: &Request, export: &Served, terms: &Terms) -> Result
     }
     let has_payload = request.payload_len(terms.framing) > 0;
     match command {
-        Command::Write if terms.framing == Framing::Extended && !flags.contains(CommandFlags::PAYLOAD_LEN) => {
-            return invalid("a write without its payload");
-        }
         Command::Flush if (request.offset, request.length) != (0, 0) => return invalid("a flush takes no range"),
         Command::Trim if !export.trims && !export.read_only => return invalid("the export cannot trim"),
         Command::BlockStatus if !terms.allocation => return invalid("no metadata context was selected"),
@@ -152,7 +149,7 @@ mod tests {
             (Framing::Simple, Write, none, (0, 4097), Some(Errno::Inval)),
             (Framing::Structured, Write, CommandFlags::PAYLOAD_LEN, (0, 1), Some(Errno::Inval)),
             (Framing::Extended, Write, CommandFlags::PAYLOAD_LEN, (0, 1), None),
-            (Framing::Extended, Write, none, (0, 1), Some(Errno::Inval)),
+            (Framing::Extended, Write, none, (0, 1), None),
             (Framing::Simple, Trim, none, (0, SIZE), None),
             (Framing::Simple, Trim, CommandFlags::NO_HOLE, (0, 1), Some(Errno::Inval)),
             (Framing::Simple, Trim, none, (1, SIZE), Some(Errno::Inval)),

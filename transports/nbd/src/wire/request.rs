@@ -94,10 +94,9 @@ impl Request {
     /// How many bytes of payload follow, as the client says: check it before anything is allocated for them.
     #[must_use]
     pub fn payload_len(&self, framing: Framing) -> u64 {
-        let carries = match framing {
-            Framing::Simple | Framing::Structured => self.command == Command::Write,
-            Framing::Extended => self.flags.contains(CommandFlags::PAYLOAD_LEN),
-        };
+        // A write has one also without the flag that a client must set then: qemu 10.0 does not.
+        let says_so = framing == Framing::Extended && self.flags.contains(CommandFlags::PAYLOAD_LEN);
+        let carries = self.command == Command::Write || says_so;
         if carries { self.length } else { 0 }
     }
 

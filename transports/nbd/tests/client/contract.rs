@@ -1,13 +1,15 @@
 //! The backend contract, over nbdkit, qemu-nbd and our own server: the conformance suite and the model.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use r3map_core::{Access, Backend, ChunkSize};
+use r3map_core::{Access, Backend, ChunkSize, ExtentKind};
+use r3map_nbd::wire::TransmissionFlags;
 use r3map_nbd::{Address, Client, ClientSettings, Server, ServerExport, ServerSettings};
 use r3map_testkit::store::Store;
 use r3map_testkit::{conformance, model};
 
-use crate::support::{Foreign, backend, socket_in, unix_uri};
+use crate::support::{Foreign, backend, read, socket_in, unix_uri};
 
 /// Holds the contract over fresh servers, one for each region that a test asks for. They live until the test ends.
 async fn conforms(start: impl Fn() -> Foreign) {
@@ -53,6 +55,40 @@ async fn nbdkit_with_block_sizes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn qemu_nbd() {
     conforms(|| Foreign::qemu_nbd(&["--shared=0"], 307_200)).await;
+}
+
+/// The qemu-nbd of a newer Debian, which knows extended headers.
+fn newer_qemu_nbd() -> Option<PathBuf> {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tools/trixie/bin/qemu-nbd");
+    if !program.exists() {
+        r3map_testkit::skip("the qemu-nbd of a newer Debian is not there; `cargo xtask setup` gets it");
+        return None;
+    }
+    Some(program)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn qemu_nbd_with_extended_headers() {
+    let Some(program) = newer_qemu_nbd() else { return };
+    conforms(|| Foreign::qemu_nbd_at(&program, &["--shared=0"], 307_200)).await;
+}
+
+/// What no request without extended headers can say.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_of_more_than_32_bits() {
+    const SIZE: u64 = 12 << 30;
+    let Some(program) = newer_qemu_nbd() else { return };
+    let server = Foreign::qemu_nbd_at(&program, &["--shared=0", "--discard=unmap"], SIZE);
+    let client = server.client().await;
+    assert!(client.flags().contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD), "it comes with extended headers only");
+    let at = (9 << 30) + 5;
+    client.write_at(at, &[7; 10_000]).await.unwrap();
+    assert!(read(&client, at, 10_000).await == [7; 10_000]);
+    let all = client.capabilities().extents.unwrap().extents(0, SIZE).await.unwrap();
+    assert_eq!((all[0].kind, all[0].range.start), (ExtentKind::Hole, 0));
+    assert!(all[0].range.end > 8 << 30, "{all:?}");
+    client.capabilities().trim.unwrap().trim(0, SIZE).await.unwrap();
+    assert!(read(&client, at, 10_000).await == [0; 10_000]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

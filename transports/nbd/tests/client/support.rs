@@ -28,10 +28,15 @@ impl Foreign {
 
     /// Starts qemu-nbd with arguments, on a file of `size` bytes in its directory, called `disk`.
     pub(crate) fn qemu_nbd(arguments: &[&str], size: u64) -> Self {
+        Self::qemu_nbd_at(Path::new("qemu-nbd"), arguments, size)
+    }
+
+    /// The same with a program of one's choice.
+    pub(crate) fn qemu_nbd_at(program: &Path, arguments: &[&str], size: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let disk = directory.path().join("disk");
         std::fs::File::create(&disk).unwrap().set_len(size).unwrap();
-        let mut command = Command::new("qemu-nbd");
+        let mut command = Command::new(program);
         command.arg("--socket").arg(socket_in(directory.path())).args(["--persistent", "--format=raw"]);
         let process = Process::start(command.args(arguments).arg(&disk));
         Self { _process: process, directory }.ready()

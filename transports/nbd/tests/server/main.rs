@@ -6,6 +6,7 @@ mod foreign;
 mod handshake;
 mod lending;
 mod limits;
+mod newer;
 mod record;
 mod support;
 mod tls;

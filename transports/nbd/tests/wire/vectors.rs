@@ -227,7 +227,7 @@ fn requests() {
 fn what_follows_a_request() {
     let request = |command, flags| Request { flags, command, cookie: 1, offset: 0, length: 9 };
     let write = request(Command::Write, CommandFlags::empty());
-    assert_eq!((write.payload_len(Framing::Simple), write.payload_len(Framing::Extended)), (9, 0));
+    assert_eq!((write.payload_len(Framing::Simple), write.payload_len(Framing::Extended)), (9, 9));
     let status = request(Command::BlockStatus, CommandFlags::PAYLOAD_LEN);
     assert_eq!((status.payload_len(Framing::Structured), status.payload_len(Framing::Extended)), (0, 9));
     assert_eq!(request(Command::Unknown(77), CommandFlags::PAYLOAD_LEN).payload_len(Framing::Extended), 9);
