@@ -37,11 +37,13 @@
 //! while their blocks differ, in sharded locks. Opening costs the same for every region size; a wholly valid TiB costs
 //! about 10 MB.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+
+use rustc_hash::FxHashMap;
 
 use crate::bits::{Bits, count, first, first_run};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
@@ -107,7 +109,7 @@ impl std::fmt::Debug for Table {
 
 #[derive(Default)]
 struct Shard {
-    segments: HashMap<u64, Segment>,
+    segments: FxHashMap<u64, Segment>,
     /// Who waits for an installation or a write here to end.
     waiting: Vec<Waker>,
 }
@@ -115,12 +117,13 @@ struct Shard {
 #[derive(Default)]
 struct Segment {
     valid: Bits,
-    installing: Bits,
     dirty: Bits,
     pushing: Bits,
     unflushed: Bits,
     /// Ranges that are being written right now.
     writers: Vec<Range<u32>>,
+    /// Ranges that pulled bytes are being put into right now: few, and none in another.
+    installing: Vec<Range<u32>>,
     pulls: Vec<Arc<pulls::Run>>,
 }
 
@@ -399,8 +402,8 @@ impl Segment {
     /// The next run of absent blocks in `bits` that nobody is writing or installing: what a pull may bring.
     fn next_wanted(&self, bits: Range<u32>) -> Option<Range<u32>> {
         let mut rest = bits;
-        while let Some(run) = first_run(rest.clone(), |index| !self.valid.word(index) & !self.installing.word(index)) {
-            match self.without_writers(run.clone()) {
+        while let Some(run) = first_run(rest.clone(), |index| !self.valid.word(index)) {
+            match self.without_busy(run) {
                 Ok(free) => return Some(free),
                 Err(busy_until) => rest.start = busy_until,
             }
@@ -408,21 +411,29 @@ impl Segment {
         None
     }
 
-    /// The start of a run up to the first writer, or where the writer that holds its first block ends.
-    fn without_writers(&self, run: Range<u32>) -> Result<Range<u32>, u32> {
+    /// The start of a run up to the first block that is busy, or where the work that holds its first block ends.
+    fn without_busy(&self, run: Range<u32>) -> Result<Range<u32>, u32> {
         let mut free = run;
-        for writer in &self.writers {
-            if writer.start <= free.start && free.start < writer.end {
-                return Err(writer.end.min(free.end));
+        for busy in self.writers.iter().chain(&self.installing) {
+            if busy.start <= free.start && free.start < busy.end {
+                return Err(busy.end.min(free.end));
             }
-            if writer.start > free.start {
-                free.end = free.end.min(writer.start);
+            if busy.start > free.start {
+                free.end = free.end.min(busy.start);
             }
         }
         Ok(free)
     }
 
-    fn is_written(&self, bits: &Range<u32>) -> bool {
-        self.writers.iter().any(|writer| writer.start < bits.end && bits.start < writer.end)
+    fn is_installing(&self, bits: &Range<u32>) -> bool {
+        self.installing.iter().any(|installing| overlap(installing, bits))
     }
+
+    fn is_written(&self, bits: &Range<u32>) -> bool {
+        self.writers.iter().any(|writer| overlap(writer, bits))
+    }
+}
+
+fn overlap(a: &Range<u32>, b: &Range<u32>) -> bool {
+    a.start < b.end && b.start < a.end
 }

@@ -6,22 +6,22 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use super::{Part, Segment, Table};
-use crate::bits::{first, first_run};
-use crate::sync::{Mutex, lock};
+use crate::bits::first_run;
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 use crate::{Error, Result};
 
 /// One pull of consecutive chunks, shared by those who wait for it.
 #[derive(Debug)]
 pub(super) struct Run {
     chunks: Range<u64>,
+    /// Every chunk before this one has ended. Changed under the lock of `state`.
+    next: AtomicU64,
     state: Mutex<RunState>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct RunState {
-    /// Every chunk before this one has ended.
-    next: u64,
-    /// Those of them that failed.
+    /// Those that have ended and failed.
     failed: Vec<Failed>,
     /// The rest was given up.
     abandoned: bool,
@@ -30,13 +30,12 @@ struct RunState {
 
 impl Run {
     fn new(chunks: Range<u64>) -> Self {
-        let state = RunState { next: chunks.start, failed: Vec::new(), abandoned: false, wakers: Vec::new() };
-        Self { chunks, state: Mutex::new(state) }
+        Self { next: AtomicU64::new(chunks.start), chunks, state: Mutex::new(RunState::default()) }
     }
 
     /// The chunks that have not ended.
     fn open(&self) -> Range<u64> {
-        lock(&self.state).next..self.chunks.end
+        self.next.load(Ordering::Acquire)..self.chunks.end
     }
 }
 
@@ -211,7 +210,7 @@ impl Pull {
         let part = self.table.part(index, blocks);
         let bits = self.table.with(index, |segment, _| {
             let free = segment.next_wanted(part.bits)?;
-            segment.installing.fill(self.table.segment_len(index), free.clone(), true);
+            segment.installing.push(free.clone());
             Some(free)
         })?;
         Some(Install { table: &self.table, part: Part { segment: index, bits }, committed: false })
@@ -226,7 +225,7 @@ impl Pull {
         }
         let wakers = {
             let mut state = lock(&self.run.state);
-            state.next = ended.end;
+            self.run.next.store(ended.end, Ordering::Release);
             if let Err(error) = result {
                 state.failed.push(Failed { chunks: ended, error });
             }
@@ -275,16 +274,13 @@ impl Table {
             let begun: Vec<_> = lock(shard)
                 .segments
                 .iter()
-                .filter(|(_, segment)| segment.installing.any())
+                .filter(|(_, segment)| !segment.installing.is_empty())
                 .map(|(index, segment)| (*index, segment.installing.clone()))
                 .collect();
             for (index, begun) in begun {
-                let all = 0..self.segment_len(index);
-                self.wait_for(index, |segment, _| {
-                    match first(all.clone(), |word| begun.word(word) & segment.installing.word(word)) {
-                        Some(_) => Poll::Pending,
-                        None => Poll::Ready(()),
-                    }
+                self.wait_for(index, |segment, _| match begun.iter().any(|bits| segment.is_installing(bits)) {
+                    true => Poll::Pending,
+                    false => Poll::Ready(()),
                 })
                 .await;
             }
@@ -335,8 +331,7 @@ impl Install<'_> {
     }
 
     fn release(&self, segment: &mut Segment) {
-        let len = self.table.segment_len(self.part.segment);
-        segment.installing.fill(len, self.part.bits.clone(), false);
+        segment.installing.retain(|installing| *installing != self.part.bits);
     }
 }
 
@@ -375,7 +370,7 @@ impl Future for Wait {
         if let Some(failed) = state.failed.iter().find(|failed| failed.overlaps(&self.chunks)) {
             return Poll::Ready(Some(Err(failed.clone())));
         }
-        if state.next >= self.chunks.end {
+        if self.run.open().start >= self.chunks.end {
             return Poll::Ready(Some(Ok(())));
         }
         if state.abandoned {

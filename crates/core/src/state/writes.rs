@@ -30,7 +30,7 @@ impl Table {
         let mut write = Write { table: self, claimed: blocks.start..blocks.start, committed: false };
         for part in self.parts(blocks) {
             self.wait_for(part.segment, |segment, _| {
-                if segment.installing.intersects(part.bits.clone()) {
+                if segment.is_installing(&part.bits) {
                     return Poll::Pending;
                 }
                 Poll::Ready(self.begin_write(segment, &part))
