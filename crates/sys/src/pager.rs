@@ -138,11 +138,16 @@ impl Pager {
         if !fds[1].revents().is_empty() {
             return Ok(Woken::Stopped);
         }
-        self.take_faults(faults)?;
+        self.take(faults)?;
         Ok(Woken::Faults)
     }
 
-    fn take_faults(&self, faults: &mut Vec<Fault>) -> io::Result<()> {
+    /// Puts the faults that are there now into `faults`, which it clears, and waits for none.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn take(&self, faults: &mut Vec<Fault>) -> io::Result<()> {
+        faults.clear();
         let mut messages = [0; BATCH * MESSAGE];
         let len = match rustix::io::read(&self.uffd, &mut messages) {
             Err(Errno::AGAIN | Errno::INTR) => 0,

@@ -11,6 +11,7 @@ mod server;
 mod settings;
 mod slice;
 mod task;
+mod watch;
 
 pub use prepared::Prepared;
 pub use r3map_sys::{FaultScope, ScopeWanted};

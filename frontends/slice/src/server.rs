@@ -19,6 +19,8 @@ use r3map_pipeline::Cached;
 use r3map_sys::{Event, Fault, PAGE_SIZE, Pager, Woken};
 use tokio::runtime::Handle;
 
+use crate::watch::Watch;
+
 /// A demand that is under way.
 type Demanded = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 
@@ -76,9 +78,9 @@ impl Drop for Server {
 impl Handler {
     fn run(self: &Arc<Self>, stop: &Event) {
         let _timers_and_sockets = self.runtime.enter();
-        let mut faults = Vec::new();
+        let (mut watch, mut faults) = (Watch::default(), Vec::new());
         loop {
-            match self.pager.wait(stop, &mut faults) {
+            match watch.wait(&self.pager, stop, &mut faults) {
                 Ok(Woken::Stopped) => return,
                 Ok(Woken::Faults) => faults.iter().for_each(|fault| self.serve(*fault)),
                 // Nobody would be answered any more: better a segmentation fault than to wait for ever.

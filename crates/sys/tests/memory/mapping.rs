@@ -116,8 +116,10 @@ fn waiting_ends_by_the_event() {
     let mapping = tracked(1);
     let stop = Event::new().unwrap();
     let mut faults = Vec::new();
+    assert!(!stop.is_raised());
     stop.raise();
     stop.raise();
+    assert!(stop.is_raised());
     assert_eq!(mapping.pager().wait(&stop, &mut faults).unwrap(), Woken::Stopped);
     assert_eq!(mapping.pager().wait(&stop, &mut faults).unwrap(), Woken::Stopped);
 }
@@ -137,6 +139,8 @@ fn a_fault_says_where_and_whether_it_writes() {
             pager.wait(&stop, &mut faults).unwrap();
             seen.extend(faults.iter().map(|fault| (fault.offset, fault.write)));
         }
+        pager.take(&mut faults).unwrap();
+        assert_eq!(faults, [], "each is told once, and none is waited for");
         seen.sort_unstable();
         assert_eq!(seen, [(PAGE_SIZE, false), (3 * PAGE_SIZE, true)]);
         install(&pager, 0, 4);
