@@ -16,13 +16,15 @@ use r3map_testkit::{fill, random::Random};
 use crate::figure::{Spec, Target, Unit, median_of};
 use crate::limits::memory::{PAGE, huge_pages, small_pages, sum, touch_pages};
 use crate::limits::pages::{self, Handler};
-use crate::run::{Bench, micros, millis, throughput, timed};
+use crate::run::{Bench, Settings, micros, millis, throughput, timed};
 use crate::sections::filled;
 
 const NAME: &str = "slice";
 const GIB: f64 = (1u64 << 30) as f64;
 /// From one written page to the next, so that a GiB has a thousand.
 const SPACING: usize = (1 << 30) / PAGE / 1000 * PAGE;
+/// Faults in a turn.
+const TURN: usize = 50;
 /// Longer than a run: nothing is looked for or pushed behind the back of a measurement.
 const NEVER: Duration = Duration::from_secs(24 * 3600);
 
@@ -34,9 +36,9 @@ pub(crate) fn run(bench: &mut Bench) {
     };
     install(bench, &source);
     fault(bench, &source);
+    read(bench, &source);
     match Pulled::new(&source) {
         Ok(mut pulled) => {
-            read(bench, &pulled);
             track(bench, &mut pulled);
             scan(bench, &mut pulled);
         }
@@ -44,27 +46,32 @@ pub(crate) fn run(bench: &mut Bench) {
     }
 }
 
-/// The same bytes as a backend, for ours, and for limits: to copy from, and plain memory made of small pages.
+/// The same bytes as a backend, for ours, and in memory to copy from, for limits.
 struct Source {
     backend: Arc<Memory>,
     bytes: Arc<Zeroed>,
-    plain: Arc<Vec<u8>>,
 }
 
 impl Source {
     fn new(bench: &Bench) -> Result<Self> {
         let (size, seed) = (bench.settings.size, bench.settings.seed);
-        let bytes = fill::bytes(0, usize::try_from(size)?, seed);
-        let (huge, small) = (huge_pages(&bytes)?, small_pages(&bytes)?);
-        Ok(Self { backend: filled(size, seed)?, bytes: Arc::new(huge), plain: Arc::new(small) })
+        let bytes = huge_pages(&fill::bytes(0, usize::try_from(size)?, seed))?;
+        Ok(Self { backend: filled(size, seed)?, bytes: Arc::new(bytes) })
     }
 
     fn slice(&self, settings: SliceSettings) -> Result<Slice> {
         Slice::open(self.backend.clone(), settings, SliceParts::default()).context("opening a slice")
     }
 
+    /// A managed slice that has everything and is left alone.
+    fn pulled(&self) -> Result<Slice> {
+        let slice = self.slice(undisturbed())?;
+        slice.pulled().wait()?;
+        Ok(slice)
+    }
+
     fn bare(&self) -> Result<Mapping> {
-        pages::mapping(self.plain.len() as u64)
+        pages::mapping(self.bytes.as_slice().len() as u64)
     }
 }
 
@@ -88,11 +95,7 @@ fn install(bench: &mut Bench, source: &Source) {
     bench.pair(
         spec,
         || {
-            let (_slice, time) = timed(|| {
-                let slice = source.slice(undisturbed())?;
-                slice.pulled().wait()?;
-                Ok(slice)
-            })?;
+            let (_slice, time) = timed(|| source.pulled())?;
             Ok(rate(time))
         },
         || {
@@ -109,30 +112,42 @@ fn install(bench: &mut Bench, source: &Source) {
 fn fault(bench: &mut Bench, source: &Source) {
     let spec = Spec::new(NAME, "demand fault, 4 KiB", Unit::Microseconds)
         .limit("a thread that polls, reads and copies one page")
-        .note("median of the faults of a run; chunks of 4 KiB, one reader")
+        .note("median of the faults of a run; chunks of 4 KiB, one reader, both in turns of 50")
         .target(Target::RatioAtMost(1.3));
-    let (count, seed) = (bench.settings.count(4000, 100), bench.settings.seed);
-    bench.pair(
-        spec,
-        || {
-            let mut settings = undisturbed();
-            settings.region.chunk_size = ChunkSize::new(PAGE as u64)?;
-            settings.region.pull.workers = Workers::Off;
-            Ok(touch(&source.slice(settings)?, count, seed))
-        },
-        || {
-            let mapping = source.bare()?;
-            let handler = Handler::start(&mapping, source.bytes.clone())?;
-            let time = touch(mapping.as_slice(), count, seed);
-            handler.stop()?;
-            Ok(time)
-        },
-    );
+    let settings = bench.settings.clone();
+    bench.both(spec, || {
+        let mut direct = undisturbed();
+        direct.region.chunk_size = ChunkSize::new(PAGE as u64)?;
+        direct.region.pull.workers = Workers::Off;
+        let (slice, bare) = (source.slice(direct)?, source.bare()?);
+        let handler = Handler::start(&bare, source.bytes.clone())?;
+        let medians = touch(&settings, &slice, bare.as_slice());
+        handler.stop()?;
+        Ok(medians)
+    });
 }
 
-/// Reads one byte of each of so many random pages, each page once; the median time in microseconds.
-fn touch(bytes: &[u8], count: usize, seed: u64) -> f64 {
-    let mut order: Vec<usize> = (0..bytes.len() / PAGE).collect();
+/// Reads one byte of each of so many random pages, each page once; the median times in microseconds. Both in turns of a
+/// few: how long the kernel takes to wake a thread changes from moment to moment, by more than either takes to answer.
+fn touch(settings: &Settings, ours: &[u8], limit: &[u8]) -> (f64, f64) {
+    let order = pages_in_any_order(ours.len() / PAGE, settings.count(4000, 100), settings.seed);
+    let mut times = [Vec::new(), Vec::new()];
+    for turn in order.chunks(TURN) {
+        for (bytes, times) in [ours, limit].iter().zip(&mut times) {
+            times.extend(turn.iter().map(|page| {
+                let start = Instant::now();
+                black_box(bytes[page * PAGE]);
+                micros(start.elapsed())
+            }));
+        }
+    }
+    let [ours, limit] = times.map(median_of);
+    (ours, limit)
+}
+
+/// Up to `count` of so many pages, each once.
+fn pages_in_any_order(pages: usize, count: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..pages).collect();
     let mut random = Random::new(seed);
     let count = count.min(order.len());
     for at in 0..count {
@@ -140,39 +155,39 @@ fn touch(bytes: &[u8], count: usize, seed: u64) -> f64 {
         let other = at + usize::try_from(random.below(left)).unwrap_or_default();
         order.swap(at, other);
     }
-    let time = |page: &usize| {
-        let start = Instant::now();
-        black_box(bytes[page * PAGE]);
-        micros(start.elapsed())
-    };
-    median_of(order[..count].iter().map(time).collect())
+    order.truncate(count);
+    order
 }
 
 /// Everything is there, in ours and in bare memory.
 struct Pulled {
     slice: Slice,
     bare: Mapping,
-    plain: Arc<Vec<u8>>,
 }
 
 impl Pulled {
     fn new(source: &Source) -> Result<Self> {
-        let slice = source.slice(undisturbed())?;
-        slice.pulled().wait()?;
-        ensure!(slice.as_slice() == source.plain.as_slice(), "the slice holds other bytes than its source");
+        let slice = source.pulled()?;
+        ensure!(slice.as_slice() == source.bytes.as_slice(), "the slice holds other bytes than its source");
         let bare = source.bare()?;
         pages::fill(&bare, source.bytes.as_slice())?;
-        Ok(Self { slice, bare, plain: source.plain.clone() })
+        Ok(Self { slice, bare })
     }
 }
 
-fn read(bench: &mut Bench, pulled: &Pulled) {
+/// How fast memory is read depends on where the kernel has found its pages. So both are made anew for each run, one after
+/// the other: each from the pages that the other has just given back.
+fn read(bench: &mut Bench, source: &Source) {
     let mebibytes = bench.settings.mebibytes();
     let spec = Spec::new(NAME, "sequential read after pull", Unit::MebibytesPerSecond)
         .limit("plain anonymous memory in small pages (no huge pages)")
+        .note("both are made anew for each run; read once before")
         .target(Target::RatioAtLeast(0.95));
-    let read = |bytes: &[u8]| throughput(mebibytes, || Ok(black_box(sum(bytes))));
-    bench.pair(spec, || read(&pulled.slice), || read(&pulled.plain));
+    let read = |bytes: &[u8]| {
+        black_box(sum(bytes));
+        throughput(mebibytes, || Ok(black_box(sum(bytes))))
+    };
+    bench.pair(spec, || read(&source.pulled()?), || read(&small_pages(source.bytes.as_slice())?));
 }
 
 fn track(bench: &mut Bench, pulled: &mut Pulled) {
@@ -203,7 +218,7 @@ fn touch_twice(bytes: &mut [u8]) -> Result<f64> {
 }
 
 fn scan(bench: &mut Bench, pulled: &mut Pulled) {
-    let size = pulled.plain.len() as f64;
+    let size = pulled.bare.len() as f64;
     let per_gib = GIB / size;
     let spec = Spec::new(NAME, "a flush with nothing written", Unit::MillisecondsPerGibibyte)
         .limit("a bare PAGEMAP_SCAN that finds nothing");
