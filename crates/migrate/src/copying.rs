@@ -82,22 +82,31 @@ impl<T: Target> Lane<T> {
 
     /// Takes over what an earlier process has put in place.
     pub(crate) fn recover(&mut self) -> Result<()> {
-        let Some(record) = &self.record else { return Ok(()) };
-        let mut written = false;
-        record.load(&mut |blocks, state| {
-            written |= state == Recorded::Dirty;
-            self.present.insert(blocks);
-        })?;
+        self.present.union(&self.recorded()?);
+        Ok(())
+    }
+
+    /// What was put in place as the record says, which says of nothing that it was written here.
+    fn recorded(&self) -> Result<BlockSet> {
+        let (mut recorded, mut written) = (BlockSet::default(), false);
+        if let Some(record) = &self.record {
+            record.load(&mut |blocks, state| {
+                written |= state == Recorded::Dirty;
+                recorded.insert(blocks);
+            })?;
+        }
         if written {
-            let message = "what was copied here was written to: it is no place for a region that has not arrived";
+            let message = "what is here was written to, and may be nowhere else: it is no place for a region that has not \
+                           arrived; name the cache file that belongs to the ledger, or remove both if nothing of it is wanted";
             return Err(Error::new(ErrorKind::Conflict, Operation::Open, message));
         }
-        Ok(())
+        Ok(recorded)
     }
 
     /// Counts everything as missing.
     pub(crate) fn clear(&mut self) -> Result<()> {
         if let Some(record) = &self.record {
+            self.recorded()?;
             record.forget(0..self.geometry.block_count())?;
         }
         self.stale.union(&std::mem::take(&mut self.present));

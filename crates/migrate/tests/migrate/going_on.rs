@@ -274,19 +274,37 @@ async fn what_a_dead_one_has_asked_for_is_undone_by_the_one_who_goes_on() {
     assert_eq!((seeder.progress().borrow().phase, seeder.progress().borrow().epoch), (SeederPhase::Gone, 4));
 }
 
-/// A place that was written to since is none for a region that has not arrived.
+/// A place that was written to since is none for a region that has not arrived, whatever its seeder can say of what was
+/// written: it is another region's, which may be nowhere else.
 #[tokio::test(start_paused = true)]
 async fn a_place_in_which_the_application_has_written_is_refused() {
-    let (app, _here, seeder) = resting().await;
-    let (link, disk) = (Link::healthy(seeder), Disk::new());
-    Process::new(&link, &disk, u64::MAX).until_killed().await;
-    let standing = Ledger::load(&*disk).unwrap().unwrap();
-    let own = Here::whole(&disk).await;
-    own.guarded.front().write_at(0, &[1]).await.unwrap();
-    let refused = Process::new(&link, &disk, u64::MAX).leech().await.unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
-    assert_eq!(Ledger::load(&*disk).unwrap(), Some(standing));
-    app.check().await.unwrap();
+    for go in [false, true] {
+        let (app, _here, seeder) = resting().await;
+        let (link, disk) = (Link::healthy(seeder), Disk::new());
+        link.lies.lock().unwrap().go = go;
+        Process::new(&link, &disk, u64::MAX).until_killed().await;
+        let standing = Ledger::load(&*disk).unwrap().unwrap();
+        let Standing::Pulling { id, rounds } = standing else { panic!("{standing:?}") };
+        let own = Here::whole(&disk).await;
+        own.guarded.front().write_at(0, &[1]).await.unwrap();
+        let (own, present) = (disk.own(), disk.present());
+        assert!(!own.is_empty());
+        let refused = Process::new(&link, &disk, u64::MAX).leech().await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+        assert_eq!(Ledger::load(&*disk).unwrap(), Some(standing));
+        assert_eq!((disk.own(), disk.present()), (own.clone(), present.clone()), "nothing of it is forgotten");
+        // Nor where the regions were asked for, nor by one who begins.
+        link.seeder().unwrap().admit(b"").unwrap().finalize(id, rounds).await.unwrap();
+        let process = Process::new(&link, &disk, u64::MAX);
+        let refused = process.resume(&Standing::Asking { id, rounds }).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+        let place = Place { disk: disk.clone() };
+        let targets = async move |_: &Description| Ok(vec![place]);
+        let begun = Leecher::start(process.peer(), fresh_id(), targets, settings(), LeecherParts::default()).await;
+        assert_eq!(begun.unwrap_err().kind(), ErrorKind::Conflict);
+        assert_eq!((disk.own(), disk.present()), (own, present), "nothing of it is forgotten");
+        drop(app);
+    }
 }
 
 #[tokio::test(start_paused = true)]

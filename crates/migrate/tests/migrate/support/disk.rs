@@ -105,6 +105,11 @@ impl Disk {
         self.platter.recorded.lock().unwrap().0.clone()
     }
 
+    /// What counts as written here.
+    pub(crate) fn own(&self) -> BlockSet {
+        self.platter.recorded.lock().unwrap().1.clone()
+    }
+
     /// Has the ledger refuse entries after it has taken some.
     pub(crate) fn fail_ledger(&self, after: u32, times: u32) {
         *self.platter.ledger.lock().unwrap() = (after, times);

@@ -91,6 +91,8 @@ pub(crate) struct Lies {
     pub(crate) epoch: Option<u64>,
     /// The answer to finalize cannot be read.
     pub(crate) garbled: Option<ErrorKind>,
+    /// It is as one in Go, which cannot say what was written before it suspends.
+    pub(crate) go: bool,
 }
 
 /// The link, and the seeder at its other end.
@@ -276,6 +278,7 @@ impl Peer for End {
         let lies = self.0.lies.lock().unwrap();
         description.lease = lies.lease.or(description.lease);
         description.epoch = lies.epoch.unwrap_or(description.epoch);
+        description.precopy &= !lies.go;
         Ok(description)
     }
 
