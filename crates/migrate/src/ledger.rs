@@ -54,7 +54,8 @@ pub enum Standing {
 
 /// A place that survives the process. One side has one; the regions it speaks of survive with it.
 pub trait Ledger: Send + Sync + 'static {
-    /// What was written down last; nothing if nothing ever was.
+    /// What was written down last; nothing if nothing ever was. It is durable when this returns, also where writing it down
+    /// had failed.
     ///
     /// # Errors
     /// When it cannot be read: then nobody may assume anything.

@@ -12,7 +12,7 @@
 //! It is replaced as a whole: written beside, synced, renamed, and the folder synced.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
@@ -43,8 +43,26 @@ impl FileLedger {
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&beside, &self.path)?;
+        self.sync_folder()
+    }
+
+    fn sync_folder(&self) -> io::Result<()> {
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
         File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    }
+
+    /// What is there, if anything is. It may be there only until the next loss of power, left by a process that was killed
+    /// before it had synced it, or by an entry that failed; what is told here rests on it, so that it is synced first.
+    fn read(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut file = match File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        file.sync_all()?;
+        self.sync_folder()?;
+        Ok(Some(bytes))
     }
 
     fn damaged(&self) -> Error {
@@ -55,13 +73,10 @@ impl FileLedger {
 
 impl Ledger for FileLedger {
     fn load(&self) -> Result<Option<Standing>> {
-        match fs::read(&self.path) {
-            Ok(bytes) => decode(&bytes).map(Some).ok_or_else(|| self.damaged()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => {
-                Err(Error::from_io(Operation::Open, format!("{} cannot be read", self.path.display()), error))
-            }
-        }
+        let found = self.read().map_err(|error| {
+            Error::from_io(Operation::Open, format!("{} cannot be read", self.path.display()), error)
+        })?;
+        found.map(|bytes| decode(&bytes).ok_or_else(|| self.damaged())).transpose()
     }
 
     fn save(&self, standing: &Standing) -> Result<()> {
