@@ -1,18 +1,23 @@
-//! How long a leecher that copies may be silent: its signs of life, of which each read is one. And how much it has read.
+//! How long a leecher that copies may be silent: its signs of life, of which each of its reads is one. And how much was
+//! read, by whomever.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use r3map_core::{Backend, Capabilities, Piece, ReadMany, ReadOp, ReadPieces, Result};
 use tokio::time::Instant;
 
+use crate::protocol::MigrationId;
+
 /// When a leecher was last heard of.
 #[derive(Debug)]
 pub(crate) struct Pulse {
     began: Instant,
-    /// Nanoseconds after that.
+    /// Whose signs of life count.
+    holder: Mutex<Option<MigrationId>>,
+    /// Nanoseconds after it began.
     last: AtomicU64,
     /// Bytes.
     read: AtomicU64,
@@ -20,7 +25,20 @@ pub(crate) struct Pulse {
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        Self { began: Instant::now(), last: AtomicU64::new(0), read: AtomicU64::new(0) }
+        Self { began: Instant::now(), holder: Mutex::default(), last: AtomicU64::new(0), read: AtomicU64::new(0) }
+    }
+
+    /// It is `holder` that has the lease from now on.
+    pub(crate) fn hold(&self, holder: Option<MigrationId>) {
+        *self.holder.lock().unwrap_or_else(PoisonError::into_inner) = holder;
+        self.beat();
+    }
+
+    /// Whoever reads for `id` is there.
+    pub(crate) fn heard(&self, id: MigrationId) {
+        if *self.holder.lock().unwrap_or_else(PoisonError::into_inner) == Some(id) {
+            self.beat();
+        }
     }
 
     /// It is there.
@@ -42,24 +60,10 @@ impl Pulse {
     fn count(&self, bytes: u64) {
         self.read.fetch_add(bytes, Ordering::Relaxed);
     }
-
-    /// It is there until this is dropped.
-    fn busy(&self) -> Busy<'_> {
-        self.beat();
-        Busy(self)
-    }
 }
 
-struct Busy<'a>(&'a Pulse);
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        self.0.beat();
-    }
-}
-
-/// A region whose reads are signs of life.
-pub(crate) struct Heard {
+/// A region whose reads are counted.
+pub(crate) struct Counted {
     pub(crate) inner: Arc<dyn Backend>,
     pub(crate) pulse: Arc<Pulse>,
 }
@@ -68,7 +72,7 @@ pub(crate) struct Heard {
 const DECLARED: &str = "an ability that was declared is there";
 
 #[async_trait]
-impl Backend for Heard {
+impl Backend for Counted {
     fn size(&self) -> u64 {
         self.inner.size()
     }
@@ -79,7 +83,6 @@ impl Backend for Heard {
     }
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let _busy = self.pulse.busy();
         self.inner.read_at(offset, buf).await?;
         self.pulse.count(buf.len() as u64);
         Ok(())
@@ -95,14 +98,13 @@ impl Backend for Heard {
 }
 
 #[async_trait]
-impl ReadPieces for Heard {
+impl ReadPieces for Counted {
     async fn read_pieces(
         &self,
         offset: u64,
         len: u64,
         visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
     ) -> Result<()> {
-        let _busy = self.pulse.busy();
         self.inner.capabilities().pieces.expect(DECLARED).read_pieces(offset, len, visit).await?;
         self.pulse.count(len);
         Ok(())
@@ -110,9 +112,8 @@ impl ReadPieces for Heard {
 }
 
 #[async_trait]
-impl ReadMany for Heard {
+impl ReadMany for Counted {
     async fn read_many(&self, reads: &mut [ReadOp<'_>]) -> Result<()> {
-        let _busy = self.pulse.busy();
         self.inner.capabilities().read_many.expect(DECLARED).read_many(reads).await?;
         self.pulse.count(reads.iter().map(|read| read.buf.len() as u64).sum());
         Ok(())
@@ -128,35 +129,36 @@ mod tests {
 
     #[tokio::test]
     async fn conforms() {
-        let heard =
-            |store| Arc::new(Heard { inner: Arc::new(store), pulse: Arc::new(Pulse::new()) }) as Arc<dyn Backend>;
-        conformance::backend(async || heard(Store::new(100_001))).await;
-        conformance::filled(async || heard(Store::new(100_001).filled(2).read_only()), 2).await;
-        model::check(async || heard(Store::new(100_001)), model::Settings::default()).await;
+        let counted =
+            |store| Arc::new(Counted { inner: Arc::new(store), pulse: Arc::new(Pulse::new()) }) as Arc<dyn Backend>;
+        conformance::backend(async || counted(Store::new(100_001))).await;
+        conformance::filled(async || counted(Store::new(100_001).filled(2).read_only()), 2).await;
+        model::check(async || counted(Store::new(100_001)), model::Settings::default()).await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn every_read_is_a_sign_of_life() {
-        let pulse = Arc::new(Pulse::new());
-        let heard = Heard { inner: Arc::new(Store::new(8192)), pulse: pulse.clone() };
+    async fn only_who_holds_the_lease_is_heard() {
+        let (pulse, holder, other) = (Pulse::new(), MigrationId([1; 16]), MigrationId([2; 16]));
         let silent = Duration::from_secs(7);
+        pulse.hold(Some(holder));
         tokio::time::sleep(silent).await;
-        heard.write_at(0, &[1]).await.unwrap();
-        assert_eq!(pulse.silence(), silent, "a write is somebody else's");
-        heard.read_at(0, &mut [0]).await.unwrap();
+        pulse.heard(other);
+        assert_eq!(pulse.silence(), silent, "that is somebody else");
+        pulse.heard(holder);
         assert_eq!(pulse.silence(), Duration::ZERO);
+        pulse.hold(None);
         tokio::time::sleep(silent).await;
-        let pieces = heard.capabilities().pieces.expect("a store has pieces");
-        pieces.read_pieces(0, 1, &mut |_, _| Ok(())).await.unwrap();
-        assert_eq!(pulse.silence(), Duration::ZERO);
+        pulse.heard(holder);
+        assert_eq!(pulse.silence(), silent, "it holds it no more");
     }
+
     #[tokio::test]
     async fn every_way_to_read_is_counted_and_failures_are_not() {
         let pulse = Arc::new(Pulse::new());
-        let heard = Heard { inner: Arc::new(Store::new(10_000)), pulse: pulse.clone() };
-        heard.read_at(0, &mut [0; 100]).await.unwrap();
-        heard.read_at(9_999, &mut [0; 2]).await.unwrap_err();
-        let able = heard.capabilities();
+        let counted = Counted { inner: Arc::new(Store::new(10_000)), pulse: pulse.clone() };
+        counted.read_at(0, &mut [0; 100]).await.unwrap();
+        counted.read_at(9_999, &mut [0; 2]).await.unwrap_err();
+        let able = counted.capabilities();
         able.pieces.expect("a store has pieces").read_pieces(5, 1_000, &mut |_, _| Ok(())).await.unwrap();
         let (mut one, mut two) = ([0; 10], [0; 20]);
         let mut reads = [ReadOp { offset: 0, buf: &mut one }, ReadOp { offset: 50, buf: &mut two }];

@@ -39,7 +39,7 @@
 //!
 //! # Silence
 //! Recording costs the application a little, so that a seeder does not do it for ever: when nothing was heard of a leecher
-//! for [as long as it says](Description::lease), neither a call nor a read, it stops. The leecher, if it is still there,
+//! for [as long as it says](Description::lease), neither a call nor a read that is its own, it stops. The leecher, if it is still there,
 //! learns it from its next call, which is a conflict; it counts everything as missing, and starts again under another
 //! name, unless the seeder records for somebody else by then. A name for which recording has ended is refused from then
 //! on, so that no call that comes late begins a record with a gap before it. A leecher that has nothing to read goes on

@@ -1,4 +1,4 @@
-//! What a leecher must know to take a region away.
+//! What a leecher must know to read a region, or take it away.
 
 use std::fmt;
 

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::hooks::{self, Hooks, LIMIT, within};
-use crate::lease::{Heard, Pulse};
+use crate::lease::{Counted, Pulse};
 use crate::protocol::{Description, Handover, MAX_REGIONS, MigrationId, RegionFacts};
 use crate::seat::{Abort, Confirm, Dirty, Finalize, Seat, Track};
 use crate::{Fencing, Ledger, Secret, Source, Standing};
@@ -31,7 +31,7 @@ const LEASE: Duration = Duration::from_secs(300);
 pub struct SeederParts {
     /// The application.
     pub hooks: Hooks,
-    /// What a leecher must know. Nothing: whoever can reach the seeder may take the regions away.
+    /// What whoever calls must know, or reads. Nothing: whoever can reach the seeder may take the regions away.
     pub secret: Option<Secret>,
     /// Where it is written down who owns the regions. Without one a seeder that is started again takes itself for the
     /// owner, so have one wherever regions outlive the process.
@@ -39,7 +39,7 @@ pub struct SeederParts {
     /// How long suspending, and then flushing and fencing, may each take before the migration is refused; and how long each
     /// of the other hooks may take before nobody waits for it any more. Default 30 s.
     pub limit: Option<Duration>,
-    /// How long a leecher that copies may be silent, without a call and without a read, before the seeder stops to record
+    /// How long a leecher that copies may be silent, without a call and without a read of its own, before the seeder stops to record
     /// for it, so that one that has vanished costs the application nothing any more. It may start again then, from the
     /// beginning. To be longer than an outage that a migration is to survive, and than any read takes. Default 5 minutes.
     pub lease: Option<Duration>,
@@ -160,18 +160,26 @@ impl Seeder {
         Ok(seeder)
     }
 
-    /// Lets a leecher in that knows the secret, or any where there is none.
+    /// Lets whoever calls in if he knows the secret, or anybody where there is none.
     ///
     /// # Errors
     /// `Denied` for another.
     pub fn admit(&self, shown: &[u8]) -> Result<Admitted> {
         match &self.shared.parts.secret {
             Some(secret) if !secret.is(shown) => {
-                let message = "this leecher may not take the region away: give it the seeder's secret";
+                let message = "the region may be neither read nor taken away without the seeder's secret: give both sides \
+                               the same";
                 Err(Error::new(ErrorKind::Denied, Operation::Open, message))
             }
-            _ => Ok(Admitted { shared: self.shared.clone() }),
+            _ => Ok(self.admit_unasked()),
         }
+    }
+
+    /// Lets whoever calls in without asking for the secret: for a transport over which it cannot be shown, where the user
+    /// wants that.
+    #[must_use]
+    pub fn admit_unasked(&self) -> Admitted {
+        Admitted { shared: self.shared.clone() }
     }
 
     /// What there is.
@@ -190,13 +198,14 @@ impl Seeder {
         Ok(Description { epoch, regions, precopy: true, busy, lease: Some(self.shared.lease()) })
     }
 
-    /// A region's bytes, for leechers: each read is a sign of life.
+    /// A region's bytes, for a transport to serve: it lets in who reads, and says whose [sign of life](Admitted::heard) that
+    /// is.
     ///
     /// # Panics
     /// If there is no region of that number.
     #[must_use]
     pub fn region(&self, index: usize) -> Arc<dyn Backend> {
-        Arc::new(Heard { inner: self.shared.sources[index].backend(), pulse: self.shared.pulse.clone() })
+        Arc::new(Counted { inner: self.shared.sources[index].backend(), pulse: self.shared.pulse.clone() })
     }
 
     /// How many bytes leechers have read so far, of all regions together.
@@ -269,6 +278,12 @@ pub struct Admitted {
 }
 
 impl Admitted {
+    /// Somebody reads for the migration `id`, or has just read: the leecher of that name is there. To be called before and
+    /// after each read.
+    pub fn heard(&self, id: MigrationId) {
+        self.shared.pulse.heard(id);
+    }
+
     /// As [`crate::Peer::track`].
     ///
     /// # Errors
@@ -357,7 +372,7 @@ impl Shared {
             work.seat.tracked(id, leased);
             work.forget();
             self.progress.send_modify(|progress| (progress.rounds, progress.dirty_bytes) = (0, 0));
-            self.pulse.beat();
+            self.pulse.hold(Some(id));
             work.watch = leased.then(|| self.watch(id));
             self.publish(&work);
         }
@@ -452,6 +467,7 @@ impl Shared {
         }
         self.publish(&work);
         work.watch = None;
+        self.pulse.hold(None);
         for source in &self.sources {
             source.untrack().await;
         }
@@ -568,6 +584,7 @@ impl Shared {
         work.seat.untracked();
         work.forget();
         work.watch = None;
+        self.pulse.hold(None);
         self.publish(work);
     }
 

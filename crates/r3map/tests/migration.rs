@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use moving::{BLOCK, Front, Replay, Stamps, anywhere, blocking, move_again_and_again, settings};
 use r3map::migration::{FileLedger, Ledger, Migration, MigrationId, Place, Standing, Unsettled};
-use r3map::{Backend, Cache, ErrorKind, Mount, Registry, Uri};
+use r3map::{Backend, Cache, ErrorKind, Mount, OpenOptions as RegionOptions, Registry, Uri};
 use r3map_testkit::fill;
 use r3map_testkit::store::Store;
 
@@ -139,6 +139,8 @@ async fn only_who_knows_the_secret_gets_the_region() {
         let error = wrong.leech(&Registry::standard(), &uri, vec![Place::slice()]).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
     }
+    let read = Registry::standard().open(&uri, &RegionOptions::default()).await;
+    assert_eq!(read.err().map(|error| error.kind()), Some(ErrorKind::Denied), "reading it is refused too");
     let right = Migration::new().secret("open sesame").settings(settings());
     let leecher = right.leech(&Registry::standard(), &uri, vec![Place::slice()]).await.unwrap();
     leecher.finalize().await.unwrap().pulled().await.unwrap();

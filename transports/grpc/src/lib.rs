@@ -15,12 +15,13 @@
 //! is room for it.
 //!
 //! There is no retrying here and no time-out per call, which the retry stage has, and no TLS: bind to loopback or a
-//! Unix socket, or tunnel.
+//! Unix socket, or tunnel. A seeder may ask whoever calls for a secret, which `pass` carries.
 
 mod client;
 mod exchange;
 mod heap;
 mod message;
+mod pass;
 mod rope;
 mod seeding;
 mod server;
@@ -29,7 +30,7 @@ mod stream;
 mod target;
 
 pub use client::{Client, ClientSettings, GoRegion, GoRequests, SeederClient};
-pub use seeding::{Handed, Seeded, SeededRegion, Seeding};
+pub use seeding::{Handed, Leeching, Seeded, SeededRegion, Seeding, Service};
 pub use server::{Server, ServerSettings};
 pub use target::Target;
 
@@ -68,6 +69,9 @@ pub(crate) const REGION_HEADER: http::header::HeaderName = http::header::HeaderN
 
 /// Paths of the methods.
 mod path {
+    /// With what those of the Go programs begin.
+    pub(crate) const GO: &str = "/com.pojtinger.felicitas.r3map.";
+
     pub(crate) const DESCRIBE: &str = "/r3map.region.v1.Region/Describe";
     pub(crate) const READ: &str = "/r3map.region.v1.Region/Read";
     pub(crate) const WRITE: &str = "/r3map.region.v1.Region/Write";

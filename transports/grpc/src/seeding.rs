@@ -1,4 +1,4 @@
-//! What a server needs of a seeder, and what a leecher gets from one: plain data, and a trait.
+//! What a server needs of a seeder, and what a leecher gets from one: plain data, and two traits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,7 +46,16 @@ pub struct Handed {
     pub flush: Duration,
 }
 
-/// The calls of a leecher, as they arrive; `secret` is what it showed. Dropping a call's future must not stop it half-way.
+/// Which service a request is made to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Service {
+    /// One of ours.
+    Own,
+    /// One of the Go programs, which cannot show a secret.
+    Go,
+}
+
+/// A seeder, as a server has it.
 #[async_trait]
 pub trait Seeding: Send + Sync + 'static {
     /// What there is. The regions stay the same.
@@ -58,49 +67,63 @@ pub trait Seeding: Send + Sync + 'static {
     /// A region's bytes.
     fn region(&self, index: usize) -> Arc<dyn Backend>;
 
+    /// Lets whoever makes a request in, before anything else is done: `secret` is what the request shows, and empty if it
+    /// shows nothing.
+    ///
+    /// # Errors
+    /// `Denied` if he may not read, let alone take regions away.
+    fn admit(&self, secret: &[u8], service: Service) -> Result<Arc<dyn Leeching>>;
+}
+
+/// The calls of a leecher that was let in, as they arrive. Dropping a call's future must not stop it half-way.
+#[async_trait]
+pub trait Leeching: Send + Sync + 'static {
+    /// Somebody reads for `id`, or has just read.
+    fn heard(&self, id: [u8; 16]);
+
     /// Starts to record for `id`.
     ///
     /// # Errors
     /// See above.
-    async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+    async fn track(&self, id: [u8; 16]) -> Result<()>;
 
     /// The same for a leecher in Go, which gives no sign of life while it waits, and of which another may come under the
     /// same name.
     ///
     /// # Errors
     /// See above.
-    async fn track_for_ever(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+    async fn track_for_ever(&self, id: [u8; 16]) -> Result<()>;
 
     /// The record of that number.
     ///
     /// # Errors
     /// See above.
-    async fn dirty(&self, secret: &[u8], id: [u8; 16], round: u64) -> Result<Vec<BlockSet>>;
+    async fn dirty(&self, id: [u8; 16], round: u64) -> Result<Vec<BlockSet>>;
 
     /// Hands the regions over.
     ///
     /// # Errors
     /// See above.
-    async fn finalize(&self, secret: &[u8], id: [u8; 16], rounds: u64) -> Result<Handed>;
+    async fn finalize(&self, id: [u8; 16], rounds: u64) -> Result<Handed>;
 
     /// The same for a leecher in Go, which never asks again: it is refused when the regions were handed over before, to one
     /// of the same name.
     ///
     /// # Errors
     /// See above.
-    async fn finalize_once(&self, secret: &[u8], id: [u8; 16]) -> Result<Handed>;
+    async fn finalize_once(&self, id: [u8; 16]) -> Result<Handed>;
 
     /// The leecher has everything.
     ///
     /// # Errors
     /// See above.
-    async fn confirm(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+    async fn confirm(&self, id: [u8; 16]) -> Result<()>;
 
     /// The leecher has not run and never will.
     ///
     /// # Errors
     /// See above.
-    async fn abort(&self, secret: &[u8], id: [u8; 16]) -> Result<()>;
+    async fn abort(&self, id: [u8; 16]) -> Result<()>;
 }
 
 /// A record as runs: how many blocks are left out, how many are named, and so on.

@@ -58,6 +58,10 @@ pub(crate) struct Seed {
     /// everything again.
     #[arg(long, default_value = "5m", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) lease: Duration,
+    /// Let the r3map programs written in Go in, which cannot show the secret: whoever can connect can use their service.
+    /// Without --secret-file they are let in anyway.
+    #[arg(long, requires = "secret_file")]
+    pub(crate) open_to_go: bool,
     #[command(flatten)]
     pub(crate) application: Application,
     #[command(flatten)]
@@ -74,7 +78,7 @@ pub(crate) struct Application {
     /// Run this when PATH may be used: after the region has arrived, and when a handover came to nothing.
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString)]
     pub(crate) on_resume: Option<String>,
-    /// A file with what both sides must know. Without one, whoever can connect may take the region away.
+    /// A file with what both sides must know. Without one, whoever can connect may read the region, and take it away.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) secret_file: Option<PathBuf>,
     /// Let other users use the file too.
@@ -132,6 +136,9 @@ pub(crate) struct Leech {
     /// Once nothing is missing, offer the region to the next leecher here; may be given several times.
     #[arg(long, value_name = "URI", value_parser = parse_uri)]
     pub(crate) then_seed: Vec<Uri>,
+    /// As for `r3map seed`, when the region is offered to the next leecher.
+    #[arg(long, requires_all = ["then_seed", "secret_file"])]
+    pub(crate) open_to_go: bool,
     /// How long to keep trying a seeder that does not answer: a time, or `forever`. Before the handover this gives up
     /// then, and the region stays; after it readers get an error then, and it is tried on.
     #[arg(long, default_value = "60s", value_name = "TIME|forever")]

@@ -86,7 +86,7 @@ impl Plan {
         let facts = self.caches.iter().map(|cache| Ok(r3map::migration::describe_cache(cache)?.identity));
         let identities = facts.collect::<Result<Vec<_>>>()?;
         let identity = (!identities.is_empty()).then(|| identities.join(", "));
-        Ok(self.migration.clone().identity(identity))
+        Ok(self.migration.clone().identity(identity).open_to_go(self.args.open_to_go))
     }
 
     /// From the first call to where the application runs here.

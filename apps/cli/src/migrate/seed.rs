@@ -18,7 +18,8 @@ pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -
     let mut signals = Signals::new()?;
     let offers = offers(&args)?;
     let paths: Vec<_> = offers.iter().map(|offer| offer.path.clone()).collect();
-    let mut migration = application::migration(&args.application, &paths)?.lease(args.lease);
+    let mut migration =
+        application::migration(&args.application, &paths)?.lease(args.lease).open_to_go(args.open_to_go);
     let ledger = ledger(&args, &offers);
     match &ledger {
         Some(ledger) => migration = migration.ledger(ledger),

@@ -90,16 +90,24 @@ async fn one_who_waits_to_be_finalized_keeps_its_lease_however_seldom_it_would_a
 }
 
 #[tokio::test(start_paused = true)]
-async fn reads_alone_keep_a_lease() {
+async fn reads_alone_keep_a_lease_of_whoever_holds_it() {
     let (_app, _running, seeder, _) = busy(Link::healthy).await;
-    let region = seeder.region(0);
-    seeder.admit(b"").unwrap().track(fresh_id()).await.unwrap();
-    for _ in 0..10 {
+    let (region, calls, id) = (seeder.region(0), seeder.admit(b"").unwrap(), fresh_id());
+    calls.track(id).await.unwrap();
+    let read_for = async |id: MigrationId| {
         sleep(LEASE * 2 / 3).await;
+        calls.heard(id);
         region.read_at(0, &mut [0; 10]).await.unwrap();
+    };
+    for _ in 0..10 {
+        read_for(id).await;
     }
     assert_eq!(seeder.progress().borrow().phase, SeederPhase::Tracked);
-    until_untracked(&seeder).await;
+    // Those of others do not: of one who was replaced, or of somebody who only looks.
+    for other in [fresh_id(), MigrationId([0; 16])] {
+        read_for(other).await;
+    }
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::Owner);
 }
 
 /// A leecher in Go asks for nothing while it waits.

@@ -24,6 +24,8 @@ pub struct LeechOptions {
 pub struct SeedOptions {
     /// What the regions are called for as long as their bytes live; nothing if they end with the process.
     pub identity: Option<String>,
+    /// Programs in Go, which cannot show a secret, may read the regions and take them away where there is one. No.
+    pub open_to_go: bool,
 }
 
 /// Carries the calls and the bytes of migrations, for one scheme.

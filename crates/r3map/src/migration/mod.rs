@@ -72,6 +72,7 @@ pub(crate) use sources::{FileSource, Syncing};
 pub struct Migration {
     hooks: Hooks,
     secret: Option<Secret>,
+    open_to_go: bool,
     ledger: Option<Arc<dyn Ledger>>,
     settings: LeecherSettings,
     priorities: Vec<Priority>,
@@ -96,10 +97,19 @@ impl Migration {
         self
     }
 
-    /// Only leechers that know `secret` may take the regions; as a leecher, this is what is shown.
+    /// Only who knows `secret` may read the regions and take them; as a leecher, this is what is shown. Programs in Go cannot
+    /// show one, and are kept out too: see [`Self::open_to_go`].
     #[must_use]
     pub fn secret(mut self, secret: impl Into<Vec<u8>>) -> Self {
         self.secret = Some(Secret::new(secret));
+        self
+    }
+
+    /// As a seeder with a [secret](Self::secret), lets programs in Go in all the same: whoever can connect can then read the
+    /// (first) region, and take it away, through their service. Without a secret they are let in anyway.
+    #[must_use]
+    pub fn open_to_go(mut self, open: bool) -> Self {
+        self.open_to_go = open;
         self
     }
 
@@ -199,7 +209,7 @@ impl Migration {
     }
 
     async fn listen(self, registry: &Registry, uris: &[Uri], seeder: Seeder) -> Result<Seeding> {
-        let options = SeedOptions { identity: self.identity };
+        let options = SeedOptions { identity: self.identity, open_to_go: self.open_to_go };
         let mut listeners = Vec::new();
         for uri in uris {
             let (carry, uri, seeder, options) = (registry.carry(uri)?, uri.clone(), seeder.clone(), options.clone());

@@ -16,6 +16,7 @@ use crate::client::links::{Links, OpenLink};
 use crate::client::reply::Reply;
 use crate::client::unflushed::Unflushed;
 use crate::message::{self, Malformed};
+use crate::pass::Pass;
 use crate::path;
 use crate::proto::{go, region};
 use crate::rope::Rope;
@@ -35,8 +36,8 @@ struct Shared {
 }
 
 impl Calls {
-    pub(crate) async fn open(target: Target, settings: ClientSettings) -> Result<(Self, Facts)> {
-        let (links, facts) = Links::open(target, settings).await?;
+    pub(crate) async fn open(target: Target, settings: ClientSettings, pass: Arc<Pass>) -> Result<(Self, Facts)> {
+        let (links, facts) = Links::open(target, settings, pass).await?;
         let shared = Shared { links, protocol: facts.protocol, unflushed: Unflushed::default() };
         Ok((Self { shared: Arc::new(shared) }, facts))
     }

@@ -18,6 +18,7 @@ use tonic::{Code, Status};
 
 use crate::REGION_HEADER;
 use crate::exchange::{self, Arriving, Failure, Outgoing};
+use crate::pass::Pass;
 use crate::rope::Rope;
 use crate::status;
 use crate::stream::{Stream, Traffic};
@@ -40,6 +41,8 @@ pub(crate) struct Link {
     authority: Authority,
     /// Which of the server's regions calls are about.
     region: u32,
+    /// What is shown with each call.
+    pass: Arc<Pass>,
     traffic: Traffic,
     broken: Arc<OnceLock<String>>,
     closed: CancellationToken,
@@ -74,7 +77,7 @@ impl Link {
     ///
     /// # Errors
     /// As [`Stream::connect`].
-    pub(crate) async fn open(target: &Target, region: u32) -> Result<Self> {
+    pub(crate) async fn open(target: &Target, region: u32, pass: Arc<Pass>) -> Result<Self> {
         let stream = Stream::connect(target).await?;
         let traffic = stream.traffic();
         let closed = CancellationToken::new();
@@ -100,6 +103,7 @@ impl Link {
             target: target.clone(),
             authority: target.authority(),
             region,
+            pass,
             traffic,
             broken: Arc::default(),
             _close: closed.clone().drop_guard(),
@@ -194,6 +198,7 @@ impl Link {
         if self.region > 0 {
             request.headers_mut().insert(REGION_HEADER, self.region.into());
         }
+        self.pass.show(request.headers_mut());
         request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
         request
     }

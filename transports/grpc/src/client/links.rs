@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use crate::client::ClientSettings;
 use crate::client::facts::{Facts, describe};
 use crate::client::link::Link;
+use crate::pass::Pass;
 use crate::target::Target;
 
 /// A client's links. The first of them carries everything but reads, so that what one caller does after another reaches
@@ -44,6 +45,7 @@ pub(crate) struct OpenLink {
 struct Opener {
     target: Target,
     settings: ClientSettings,
+    pass: Arc<Pass>,
     runtime: Handle,
     facts: OnceLock<Facts>,
     /// Counts attempts to connect.
@@ -57,11 +59,12 @@ impl Links {
     ///
     /// # Errors
     /// As [`crate::Client::connect`].
-    pub(crate) async fn open(target: Target, settings: ClientSettings) -> Result<(Self, Facts)> {
+    pub(crate) async fn open(target: Target, settings: ClientSettings, pass: Arc<Pass>) -> Result<(Self, Facts)> {
         let slots = (0..settings.connections.get()).map(|_| Slot { id: random(), link: Mutex::default() }).collect();
         let opener = Opener {
             target,
             settings,
+            pass,
             runtime: Handle::current(),
             facts: OnceLock::new(),
             serial: AtomicU64::new(0),
@@ -147,7 +150,7 @@ impl Opener {
 
     async fn open_unlimited(&self, id: [u8; 16]) -> Result<Arc<OpenLink>> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
-        let link = Arc::new(Link::open(&self.target, self.settings.region).await?);
+        let link = Arc::new(Link::open(&self.target, self.settings.region, self.pass.clone()).await?);
         let facts = describe(&link, id, serial, &self.settings).await?;
         self.facts.get_or_init(|| facts.clone()).same_region(&facts, &self.target)?;
         if facts.is_ours() {

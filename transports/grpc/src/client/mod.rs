@@ -23,6 +23,7 @@ use r3map_core::{
     RangeGuard, RangeLock, ReadMany, ReadOp, ReadPieces, Result, Trim, WriteZeroes, check_range,
 };
 
+use crate::pass::Pass;
 use crate::path;
 use crate::target::Target;
 use calls::Calls;
@@ -138,8 +139,13 @@ impl Client {
     /// # Panics
     /// Outside a tokio runtime.
     pub async fn connect(target: Target, settings: ClientSettings) -> Result<Self> {
+        Self::with(target, settings, Arc::default()).await
+    }
+
+    /// The same, with something to show.
+    async fn with(target: Target, settings: ClientSettings, pass: Arc<Pass>) -> Result<Self> {
         crate::heap::keep();
-        let (calls, facts) = Calls::open(target, settings).await?;
+        let (calls, facts) = Calls::open(target, settings, pass).await?;
         Ok(Self { calls: Arc::new(calls), facts, writes: RangeLock::new() })
     }
 

@@ -14,6 +14,7 @@ use tonic::Code;
 use crate::client::facts::{SMALL, probe};
 use crate::client::link::{CallError, Link};
 use crate::client::{Client, ClientSettings};
+use crate::pass::Pass;
 use crate::proto::{go_seeder, migration};
 use crate::rope::Rope;
 use crate::seeding::{Handed, Seeded, SeededRegion, from_runs};
@@ -43,7 +44,7 @@ pub struct SeederClient {
 struct Calls {
     target: Target,
     settings: ClientSettings,
-    secret: Bytes,
+    pass: Arc<Pass>,
     runtime: Handle,
     link: Mutex<Option<Arc<Link>>>,
 }
@@ -53,7 +54,7 @@ impl SeederClient {
     /// [`ClientSettings::go`] is needed. Connections live on the current tokio runtime.
     ///
     /// # Errors
-    /// As [`Client::connect`]; `InvalidInput` for a server that does not seed.
+    /// As [`Client::connect`]; `InvalidInput` for a server that does not seed; `Denied` where the secret is another.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -62,7 +63,7 @@ impl SeederClient {
         let calls = Calls {
             target: target.clone(),
             settings: settings.clone(),
-            secret: Bytes::copy_from_slice(secret),
+            pass: Arc::new(Pass::new(secret)),
             runtime: Handle::current(),
             link: Mutex::default(),
         };
@@ -79,7 +80,8 @@ impl SeederClient {
             go,
         };
         for (index, geometry) in (0..).zip(&client.geometries) {
-            let region = Client::connect(target.clone(), ClientSettings { region: index, ..settings.clone() }).await?;
+            let settings = ClientSettings { region: index, ..settings.clone() };
+            let region = Client::with(target.clone(), settings, client.calls.pass.clone()).await?;
             if region.size() != geometry.size() {
                 return Err(client.calls.corrupt("other sizes of its regions than it described"));
             }
@@ -88,7 +90,7 @@ impl SeederClient {
         Ok(client)
     }
 
-    /// A region's bytes.
+    /// A region's bytes. They are read for the migration of the last call.
     ///
     /// # Panics
     /// If there is no region of that number.
@@ -287,8 +289,8 @@ impl Calls {
     }
 
     fn request(&self, id: [u8; 16], round: u64) -> Rope {
-        let (id, secret) = (Bytes::copy_from_slice(&id), self.secret.clone());
-        message::encode(&migration::StepRequest { id, secret, round })
+        self.pass.read_for(id);
+        message::encode(&migration::StepRequest { id: Bytes::copy_from_slice(&id), round })
     }
 
     async fn call<M>(&self, path: &'static str, request: Rope, limit: usize) -> Result<M>
@@ -307,9 +309,9 @@ impl Calls {
         if let Some(link) = slot.as_ref().filter(|link| link.is_open()) {
             return Ok(link.clone());
         }
-        let (target, settings) = (self.target.clone(), self.settings.clone());
+        let (target, settings, pass) = (self.target.clone(), self.settings.clone(), self.pass.clone());
         let opening = self.runtime.spawn(async move {
-            let link = Arc::new(Link::open(&target, 0).await?);
+            let link = Arc::new(Link::open(&target, 0, pass).await?);
             // A Go server does not stand for being asked.
             if ask(&link).await.is_ok() {
                 link.watch(settings.keep_alive, |link| async move { drop(ask(&link).await) });

@@ -1,8 +1,10 @@
 //! The calls that have regions change hands: our own service, and that of the Go programs, which knows one region.
 
-use std::sync::Arc;
+use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use http::request::Parts;
 use prost::Message;
 use r3map_core::{Geometry, Result};
 use r3map_pipeline::BlockSet;
@@ -10,10 +12,10 @@ use tonic::Status;
 
 use crate::proto::{go, go_seeder, migration};
 use crate::rope::Rope;
-use crate::seeding::{Seeding, coarser, to_runs};
+use crate::seeding::{Leeching, Seeding, Service, coarser, to_runs};
 use crate::server::region::answer;
 use crate::server::session::Session;
-use crate::{MIGRATION_VERSION, message};
+use crate::{MIGRATION_VERSION, message, pass, path};
 
 /// What Go leechers are called, who have no name: they are all one.
 const GO_LEECHER: [u8; 16] = *b"a leecher in Go\0";
@@ -21,8 +23,31 @@ const GO_LEECHER: [u8; 16] = *b"a leecher in Go\0";
 /// A seeder, and what is known of Go leechers.
 pub(crate) struct Seeder {
     calls: Arc<dyn Seeding>,
-    /// The chunk size of Go leechers, in bytes: the longest read so far.
+    /// The longest read of any Go leecher, in bytes.
     go_chunk: AtomicU64,
+    /// The Go leecher that got the regions from this server.
+    go_taker: Mutex<Option<Weak<GoLeecher>>>,
+}
+
+/// A connection over which a Go leecher may have come. They have no names, but each of them has a connection, and one only.
+#[derive(Debug, Default)]
+pub(crate) struct GoLeecher {
+    /// Its chunk size, in bytes: its longest read.
+    chunk: AtomicU64,
+}
+
+/// Whoever has made a request to a seeder, and was let in.
+#[derive(Clone)]
+pub(crate) struct Caller {
+    calls: Arc<dyn Leeching>,
+    /// The migration that he reads for.
+    reads_for: Option<[u8; 16]>,
+}
+
+impl std::fmt::Debug for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Caller").finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for Seeder {
@@ -33,16 +58,51 @@ impl std::fmt::Debug for Seeder {
 
 impl Seeder {
     pub(crate) fn new(calls: Arc<dyn Seeding>) -> Self {
-        Self { calls, go_chunk: AtomicU64::new(0) }
+        Self { calls, go_chunk: AtomicU64::new(0), go_taker: Mutex::default() }
+    }
+
+    /// Lets whoever makes a request in, whatever he asks for.
+    pub(crate) fn admit(&self, request: &Parts) -> Result<Caller, Status> {
+        let service = if request.uri.path().starts_with(path::GO) { Service::Go } else { Service::Own };
+        let calls = answer(self.calls.admit(&pass::secret(&request.headers), service))?;
+        Ok(Caller { calls, reads_for: pass::migration(&request.headers) })
+    }
+
+    fn taken_by(&self, leecher: &Arc<GoLeecher>) {
+        *self.go_taker.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::downgrade(leecher));
+    }
+
+    /// Whether it was this one that got the regions; nothing where nobody did.
+    fn is_taker(&self, leecher: &Arc<GoLeecher>) -> Option<bool> {
+        let taker = self.go_taker.lock().unwrap_or_else(PoisonError::into_inner);
+        taker.as_ref().map(|taker| std::ptr::eq(taker.as_ptr(), Arc::as_ptr(leecher)))
     }
 }
 
-/// Who calls, and for which migration.
-type Caller = (Vec<u8>, [u8; 16]);
+fn does_not_seed() -> Status {
+    Status::unimplemented("this server does not seed: its region stays")
+}
 
 impl Session {
     fn seeder(&self) -> Result<&Seeder, Status> {
-        self.site.seeder.as_ref().ok_or_else(|| Status::unimplemented("this server does not seed: its region stays"))
+        self.site.seeder.as_ref().ok_or_else(does_not_seed)
+    }
+
+    fn calls(&self) -> Result<&dyn Leeching, Status> {
+        self.caller.as_ref().map(|caller| &*caller.calls).ok_or_else(does_not_seed)
+    }
+
+    /// Reads, which is a sign of life of the leecher that it is done for.
+    pub(crate) async fn heard<T>(&self, reading: impl Future<Output = T>) -> T {
+        let heard = || {
+            if let Some(Caller { calls, reads_for: Some(id) }) = &self.caller {
+                calls.heard(*id);
+            }
+        };
+        heard();
+        let read = reading.await;
+        heard();
+        read
     }
 
     pub(crate) async fn migration_describe(&self, _: migration::DescribeRequest) -> Result<Rope, Status> {
@@ -66,20 +126,17 @@ impl Session {
     }
 
     pub(crate) async fn migration_track(&self, request: migration::StepRequest) -> Result<Rope, Status> {
-        let (secret, id) = caller(&request)?;
-        done(self.seeder()?.calls.track(&secret, id).await)
+        done(self.calls()?.track(name(&request)?).await)
     }
 
     pub(crate) async fn migration_dirty(&self, request: migration::StepRequest) -> Result<Rope, Status> {
-        let (secret, id) = caller(&request)?;
-        let dirty = answer(self.seeder()?.calls.dirty(&secret, id, request.round).await)?;
+        let dirty = answer(self.calls()?.dirty(name(&request)?, request.round).await)?;
         let reply = fitting(&dirty, crate::MAX_RECORD, |regions| migration::DirtyReply { regions });
         Ok(message::encode(&reply))
     }
 
     pub(crate) async fn migration_finalize(&self, request: migration::StepRequest) -> Result<Rope, Status> {
-        let (secret, id) = caller(&request)?;
-        let handed = answer(self.seeder()?.calls.finalize(&secret, id, request.round).await)?;
+        let handed = answer(self.calls()?.finalize(name(&request)?, request.round).await)?;
         let nanoseconds = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let reply = fitting(&handed.dirty, crate::MAX_RECORD, |regions| migration::HandoverReply {
             epoch: handed.epoch,
@@ -91,44 +148,52 @@ impl Session {
     }
 
     pub(crate) async fn migration_confirm(&self, request: migration::StepRequest) -> Result<Rope, Status> {
-        let (secret, id) = caller(&request)?;
-        done(self.seeder()?.calls.confirm(&secret, id).await)
+        done(self.calls()?.confirm(name(&request)?).await)
     }
 
     pub(crate) async fn migration_abort(&self, request: migration::StepRequest) -> Result<Rope, Status> {
-        let (secret, id) = caller(&request)?;
-        done(self.seeder()?.calls.abort(&secret, id).await)
+        done(self.calls()?.abort(name(&request)?).await)
     }
 
     /// As the Go seeder does, a read that crosses the region's end is filled up with zeros: its leecher reads whole
     /// chunks.
     pub(crate) async fn go_seeder_read_at(&self, request: go::ReadAtArgs) -> Result<Rope, Status> {
         let (asked, offset) = self.go_range(&request)?;
-        self.seeder()?.go_chunk.fetch_max(asked, Ordering::Relaxed);
+        for longest in [&self.seeder()?.go_chunk, &self.go.chunk] {
+            longest.fetch_max(asked, Ordering::Relaxed);
+        }
         let there = self.shared.geometry.size().saturating_sub(offset);
         self.go_read(offset.min(self.shared.geometry.size()), there.min(asked), asked).await
     }
 
     pub(crate) async fn go_seeder_track(&self, _: go_seeder::TrackArgs) -> Result<Rope, Status> {
-        answer(self.seeder()?.calls.track_for_ever(&[], GO_LEECHER).await)?;
+        answer(self.calls()?.track_for_ever(GO_LEECHER).await)?;
         Ok(message::encode(&go_seeder::TrackReply {}))
     }
 
     pub(crate) async fn go_seeder_sync(&self, _: go_seeder::SyncArgs) -> Result<Rope, Status> {
         let seeder = self.seeder()?;
-        let handed = answer(seeder.calls.finalize_once(&[], GO_LEECHER).await)?;
-        let chunk = match seeder.go_chunk.load(Ordering::Relaxed) {
-            0 => self.shared.geometry.chunk_size().bytes(),
-            read => read,
-        };
+        let handed = answer(self.calls()?.finalize_once(GO_LEECHER).await)?;
+        seeder.taken_by(&self.go);
+        // One that has connected again since it read is told what some other one was: it may be the same.
+        let longest = [&self.go.chunk, &seeder.go_chunk].map(|longest| longest.load(Ordering::Relaxed));
+        let read = longest.into_iter().find(|longest| *longest > 0);
+        let chunk = read.unwrap_or(self.shared.geometry.chunk_size().bytes());
         let offsets = handed.dirty.first().map(|dirty| dirty_offsets(self.shared.geometry, dirty, chunk));
         // However long it is: the region was handed over.
         Ok(message::encode(&go_seeder::SyncReply { dirty_offsets: offsets.unwrap_or_default() }))
     }
 
-    /// Before anything was handed over it means nothing, and is always answered well.
+    /// Every Go leecher says this when it ends. Only from the one that got the regions it means something, and that one is
+    /// known by its connection: where that broke, nobody is believed to have everything.
     pub(crate) async fn go_seeder_close(&self, _: go_seeder::CloseArgs) -> Result<Rope, Status> {
-        let _ = self.seeder()?.calls.confirm(&[], GO_LEECHER).await;
+        match self.seeder()?.is_taker(&self.go) {
+            Some(true) => answer(self.calls()?.confirm(GO_LEECHER).await)?,
+            Some(false) => tracing::warn!(
+                "a leecher in Go has ended that is not known to have the region: it goes on being served to the one that has"
+            ),
+            None => {}
+        }
         Ok(message::encode(&go_seeder::CloseReply {}))
     }
 }
@@ -149,10 +214,9 @@ fn dirty_offsets(geometry: Geometry, dirty: &BlockSet, chunk: u64) -> Vec<i64> {
     offsets
 }
 
-fn caller(request: &migration::StepRequest) -> Result<Caller, Status> {
+fn name(request: &migration::StepRequest) -> Result<[u8; 16], Status> {
     let id = request.id.as_ref().try_into();
-    let id = id.map_err(|_| Status::invalid_argument("a migration's name has 16 bytes"))?;
-    Ok((request.secret.to_vec(), id))
+    id.map_err(|_| Status::invalid_argument("a migration's name has 16 bytes"))
 }
 
 fn done(result: Result<()>) -> Result<Rope, Status> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use http::header::CONTENT_TYPE;
+use http::request::Parts;
 use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::server::conn::http2::Builder;
@@ -24,6 +25,7 @@ use crate::message::{self, Bulk};
 use crate::rope::Rope;
 use crate::server::budget::{Buffer, room};
 use crate::server::fence::Gate;
+use crate::server::migration::{Caller, GoLeecher};
 use crate::server::{Shared, Site};
 use crate::stream::{Stream, Traffic};
 use crate::{REGION_HEADER, path};
@@ -66,7 +68,8 @@ pub(crate) async fn serve(
     let traffic = stream.traffic();
     let shared = site.regions[0].clone();
     let patience = shared.patience;
-    let session = Session { site, shared, gate: Arc::default(), traffic: traffic.clone() };
+    let (gate, go) = (Arc::default(), Arc::default());
+    let session = Session { site, shared, gate, go, caller: None, traffic: traffic.clone() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
         .initial_connection_window_size(WINDOW)
@@ -139,6 +142,9 @@ pub(crate) struct Session {
     /// The region that is asked for.
     pub(crate) shared: Arc<Shared>,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) go: Arc<GoLeecher>,
+    /// Who has made this request, where the server seeds.
+    pub(crate) caller: Option<Caller>,
     traffic: Traffic,
 }
 
@@ -161,11 +167,12 @@ impl Session {
             *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
             return response;
         }
-        let session = match self.about(&request) {
+        let (head, body) = request.into_parts();
+        let session = match self.about(&head) {
             Ok(session) => session,
             Err(status) => return status.into_http(),
         };
-        match session.call_method(request).await {
+        match session.call_method(&head, body).await {
             Ok(reply) => {
                 let mut response = Response::new(Outgoing::reply(reply));
                 response.headers_mut().insert(CONTENT_TYPE, exchange::CONTENT_TYPE);
@@ -175,21 +182,25 @@ impl Session {
         }
     }
 
-    /// The same for the region that a request is about.
-    fn about(&self, request: &Request<Incoming>) -> Result<Self, Status> {
-        let Some(value) = request.headers().get(REGION_HEADER) else { return Ok(self.clone()) };
+    /// The same for whoever has made a request, and for the region that it is about.
+    fn about(&self, request: &Parts) -> Result<Self, Status> {
+        let caller = self.site.seeder.as_ref().map(|seeder| seeder.admit(request)).transpose()?;
+        let session = Self { caller, ..self.clone() };
+        let Some(value) = request.headers.get(REGION_HEADER) else { return Ok(session) };
         let index = value.to_str().ok().and_then(|value| value.parse::<usize>().ok());
         match index.and_then(|index| self.site.regions.get(index)) {
-            Some(shared) => Ok(Self { shared: shared.clone(), ..self.clone() }),
+            Some(shared) => Ok(Self { shared: shared.clone(), ..session }),
             None => Err(Status::not_found("there is no region of that number")),
         }
     }
 
-    async fn call_method(&self, request: Request<Incoming>) -> Result<Rope, Status> {
-        let (head, body) = request.into_parts();
+    async fn call_method(&self, head: &Parts, body: Incoming) -> Result<Rope, Status> {
         match head.uri.path() {
             path::DESCRIBE => self.describe(self.small(body).await?).await,
-            path::READ => self.read(self.receive(body, RANGES).await?).await,
+            path::READ => {
+                let request = self.receive(body, RANGES).await?;
+                self.heard(self.read(request)).await
+            }
             path::WRITE => self.write(self.large(body).await?).await,
             path::FLUSH => self.flush(self.small(body).await?).await,
             path::TRIM => self.trim(self.small(body).await?).await,

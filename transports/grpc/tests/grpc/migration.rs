@@ -7,8 +7,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use r3map_core::{Backend, ChunkSize, Error, ErrorKind, Operation, Result};
 use r3map_grpc::{
-    ClientSettings, GoRegion, GoRequests, Handed, Seeded, SeededRegion, SeederClient, Seeding, Server, ServerSettings,
-    Target,
+    Client, ClientSettings, GoRegion, GoRequests, Handed, Leeching, Seeded, SeededRegion, SeederClient, Seeding,
+    Server, ServerSettings, Service, Target,
 };
 use r3map_local::Memory;
 use r3map_pipeline::BlockSet;
@@ -21,7 +21,7 @@ use crate::common::peer::go_seeder::seeder_server::{Seeder as GoSeeder, SeederSe
 use crate::common::peer::go_seeder::{
     CloseArgs, CloseReply, ReadAtArgs, ReadAtReply, SyncArgs, SyncReply, TrackArgs, TrackReply,
 };
-use crate::common::{LIMIT, any_port, serve, tonic_go};
+use crate::common::{LIMIT, any_port, raw, serve, tonic_go};
 
 /// Not a multiple of anything.
 const SIZE: usize = 10 * 4096 + 100;
@@ -43,30 +43,32 @@ fn block(index: u64) -> BlockSet {
     blocks(std::slice::from_ref(&(index..index + 1)))
 }
 
-/// A seeder of two regions that remembers what it was asked, and knows what a leecher must show.
+/// A seeder of two regions that knows what must be shown, and lets Go programs in without that or not.
 struct Scripted {
     regions: [Arc<Memory>; 2],
     secret: &'static [u8],
+    open_to_go: bool,
+    script: Arc<Script>,
+}
+
+/// Remembers what was asked.
+#[derive(Default)]
+struct Script {
     calls: Mutex<Vec<String>>,
     handed_over: AtomicBool,
 }
 
 impl Scripted {
     fn new(secret: &'static [u8]) -> Arc<Self> {
-        let (regions, handed_over) = ([filled(SIZE, 1), filled(5000, 2)], AtomicBool::default());
-        Arc::new(Self { regions, secret, calls: Mutex::default(), handed_over })
+        Arc::new(Self::closed(secret))
     }
 
-    fn called(&self, secret: &[u8], call: String) -> Result<()> {
-        if secret != self.secret {
-            return Err(Error::new(ErrorKind::Denied, Operation::Open, "who are you?"));
-        }
-        self.calls.lock().unwrap().push(call);
-        Ok(())
+    fn closed(secret: &'static [u8]) -> Self {
+        Self { regions: [filled(SIZE, 1), filled(5000, 2)], secret, open_to_go: false, script: Arc::default() }
     }
 
     fn take_calls(&self) -> Vec<String> {
-        std::mem::take(&mut self.calls.lock().unwrap())
+        std::mem::take(&mut self.script.calls.lock().unwrap())
     }
 }
 
@@ -82,38 +84,62 @@ impl Seeding for Scripted {
         self.regions[index].clone()
     }
 
-    async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.called(secret, format!("track {}", id[0]))
+    fn admit(&self, secret: &[u8], service: Service) -> Result<Arc<dyn Leeching>> {
+        match secret == self.secret || (service == Service::Go && self.open_to_go) {
+            true => Ok(self.script.clone()),
+            false => Err(Error::new(ErrorKind::Denied, Operation::Open, "who are you?")),
+        }
+    }
+}
+
+impl Script {
+    fn called(&self, call: String) {
+        self.calls.lock().unwrap().push(call);
+    }
+}
+
+#[async_trait]
+impl Leeching for Script {
+    fn heard(&self, id: [u8; 16]) {
+        self.called(format!("heard {}", id[0]));
     }
 
-    async fn track_for_ever(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.called(secret, format!("track for ever {}", String::from_utf8_lossy(&id)))
+    async fn track(&self, id: [u8; 16]) -> Result<()> {
+        self.called(format!("track {}", id[0]));
+        Ok(())
     }
 
-    async fn dirty(&self, secret: &[u8], id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
-        self.called(secret, format!("dirty {} {round}", id[0]))?;
+    async fn track_for_ever(&self, id: [u8; 16]) -> Result<()> {
+        self.called(format!("track for ever {}", String::from_utf8_lossy(&id)));
+        Ok(())
+    }
+
+    async fn dirty(&self, id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
+        self.called(format!("dirty {} {round}", id[0]));
         Ok(vec![blocks(&[0..1, 10..11]), BlockSet::default()])
     }
 
-    async fn finalize(&self, secret: &[u8], id: [u8; 16], rounds: u64) -> Result<Handed> {
-        self.called(secret, format!("finalize {} {rounds}", id[0]))?;
+    async fn finalize(&self, id: [u8; 16], rounds: u64) -> Result<Handed> {
+        self.called(format!("finalize {} {rounds}", id[0]));
         let dirty = vec![blocks(&[1..4, 6..7]), block(1)];
         Ok(Handed { epoch: 6, dirty, suspend: Duration::from_millis(3), flush: Duration::from_micros(7) })
     }
 
-    async fn finalize_once(&self, secret: &[u8], id: [u8; 16]) -> Result<Handed> {
+    async fn finalize_once(&self, id: [u8; 16]) -> Result<Handed> {
         match self.handed_over.swap(true, Ordering::SeqCst) {
             true => Err(Error::new(ErrorKind::Conflict, Operation::Open, "it is somewhere else")),
-            false => self.finalize(secret, id, 0).await,
+            false => self.finalize(id, 0).await,
         }
     }
 
-    async fn confirm(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.called(secret, format!("confirm {}", id[0]))
+    async fn confirm(&self, id: [u8; 16]) -> Result<()> {
+        self.called(format!("confirm {}", id[0]));
+        Ok(())
     }
 
-    async fn abort(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.called(secret, format!("abort {}", id[0]))
+    async fn abort(&self, id: [u8; 16]) -> Result<()> {
+        self.called(format!("abort {}", id[0]));
+        Ok(())
     }
 }
 
@@ -134,36 +160,96 @@ async fn every_call_and_every_region_goes_there_and_back() {
     let client = connect(&target, b"sesame", ClientSettings::default()).await.unwrap();
     assert_eq!(client.describe().await.unwrap(), seeder.describe().await.unwrap());
     client.track(ID).await.unwrap();
-    assert_eq!(client.dirty(ID, 3).await.unwrap(), seeder.dirty(b"sesame", ID, 3).await.unwrap());
+    assert_eq!(client.dirty(ID, 3).await.unwrap(), seeder.script.dirty(ID, 3).await.unwrap());
+    assert_eq!(client.finalize(ID, 3).await.unwrap(), seeder.script.finalize(ID, 3).await.unwrap());
+    client.confirm(ID).await.unwrap();
+    client.abort([9; 16]).await.unwrap();
+    let calls = seeder.take_calls();
+    assert_eq!(calls, ["track 7", "dirty 7 3", "dirty 7 3", "finalize 7 3", "finalize 7 3", "confirm 7", "abort 9"]);
     for (index, (size, seed)) in [(SIZE, 1), (5000, 2)].into_iter().enumerate() {
         let mut bytes = vec![0; size];
         client.region(index).read_at(0, &mut bytes).await.unwrap();
         fill::check(&bytes, 0, seed).unwrap();
         assert!(client.region(index).write_at(0, &[1]).await.is_err(), "it is only read");
     }
-    assert_eq!(client.finalize(ID, 3).await.unwrap(), seeder.finalize(b"sesame", ID, 3).await.unwrap());
-    client.confirm(ID).await.unwrap();
-    client.abort([9; 16]).await.unwrap();
-    let calls = seeder.take_calls();
-    assert_eq!(calls, ["track 7", "dirty 7 3", "dirty 7 3", "finalize 7 3", "finalize 7 3", "confirm 7", "abort 9"]);
+}
+
+#[tokio::test]
+async fn reads_say_for_whom_they_are_made() {
+    let seeder = Scripted::new(b"");
+    let (_server, target) = seed(seeder.clone()).await;
+    let client = connect(&target, b"", ClientSettings::default()).await.unwrap();
+    let read = async |region: &dyn Backend| region.read_at(0, &mut [0; 10]).await.unwrap();
+    read(&*client.region(0)).await;
+    assert_eq!(seeder.take_calls(), [""; 0], "it has asked for nothing yet");
+    for (id, track, heard) in [(ID, "track 7", "heard 7"), ([8; 16], "track 8", "heard 8")] {
+        client.track(id).await.unwrap();
+        read(&*client.region(1)).await;
+        assert_eq!(seeder.take_calls(), [track, heard, heard], "before it and after it");
+    }
+    read(&Client::connect(target.clone(), ClientSettings::default()).await.unwrap()).await;
+    let mut go = go_leecher(&target).await;
+    go.read_at(ReadAtArgs { length: 8192, off: 0 }).await.unwrap();
+    assert_eq!(seeder.take_calls(), [""; 0], "somebody else");
+}
+
+/// All methods that a server has.
+const METHODS: [(&str, &[&str]); 4] = [
+    ("r3map.region.v1.Region", &["Describe", "Read", "Write", "Flush", "Trim", "WriteZeroes", "Extents"]),
+    ("r3map.migration.v1.Migration", &["Describe", "Track", "Dirty", "Finalize", "Confirm", "Abort"]),
+    ("com.pojtinger.felicitas.r3map.migration.v1.Seeder", &["ReadAt", "Track", "Sync", "Close"]),
+    ("com.pojtinger.felicitas.r3map.mount.v1.Backend", &["ReadAt", "WriteAt", "Sync"]),
+];
+
+/// An empty message with its prefix.
+const EMPTY: [u8; 5] = [0; 5];
+
+/// Whether each method of a service lets somebody in who shows nothing.
+async fn lets_in(target: &Target, (service, methods): (&str, &[&str])) -> Vec<bool> {
+    let mut answers = Vec::new();
+    for method in methods {
+        let (_, status) = raw::call(target, &format!("/{service}/{method}"), "application/grpc", &EMPTY).await;
+        answers.push(status.is_none_or(|status| status != (tonic::Code::PermissionDenied as i32).to_string()));
+    }
+    answers
 }
 
 #[tokio::test]
 async fn who_does_not_know_the_secret_is_refused_each_time() {
     let seeder = Scripted::new(b"sesame");
     let (_server, target) = seed(seeder.clone()).await;
-    let client = connect(&target, b"guess", ClientSettings::default()).await.unwrap();
-    let refused = [
-        client.track(ID).await.err(),
-        client.dirty(ID, 1).await.err(),
-        client.finalize(ID, 1).await.err(),
-        client.confirm(ID).await.err(),
-        client.abort(ID).await.err(),
-    ];
-    assert!(refused.into_iter().all(|error| error.is_some_and(|error| error.kind() == ErrorKind::Denied)));
-    let mut go = go_leecher(&target).await;
-    assert!(go.track(TrackArgs {}).await.is_err() && go.sync(SyncArgs {}).await.is_err());
+    for wrong in [&b""[..], b"guess", b"sesame2"] {
+        let error = connect(&target, wrong, ClientSettings::default()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    }
+    let error = Client::connect(target.clone(), ClientSettings::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "reading is refused too: {error}");
+    for service in METHODS {
+        assert!(lets_in(&target, service).await.iter().all(|lets_in| !lets_in), "{service:?}");
+    }
     assert_eq!(seeder.take_calls(), [""; 0]);
+}
+
+/// They have no way to show it, but who writes one has: gRPC's own.
+#[tokio::test]
+async fn programs_in_go_are_refused_where_there_is_a_secret_unless_they_show_it_or_it_is_open_to_them() {
+    let seeder = Scripted::new(b"sesame");
+    let (_server, target) = seed(seeder.clone()).await;
+    let mut go = go_leecher(&target).await;
+    assert_eq!(go.track(TrackArgs {}).await.unwrap_err().code(), tonic::Code::PermissionDenied);
+    let mut shows = Request::new(TrackArgs {});
+    shows.metadata_mut().insert("authorization", "Bearer c2VzYW1l".parse().unwrap());
+    go.track(shows).await.unwrap();
+    assert_eq!(seeder.take_calls().len(), 1);
+    let open = Arc::new(Scripted { open_to_go: true, ..Scripted::closed(b"sesame") });
+    let (_server, target) = seed(open.clone()).await;
+    for (service, methods) in METHODS {
+        // The region is served to be read.
+        let expected = methods.iter().map(|method| service.starts_with("com.pojtinger") && *method != "WriteAt");
+        assert_eq!(lets_in(&target, (service, methods)).await, expected.collect::<Vec<_>>(), "{service}");
+    }
+    let mut go = go_leecher(&target).await;
+    go.read_at(ReadAtArgs { length: 8192, off: 0 }).await.unwrap();
 }
 
 #[tokio::test]
@@ -212,8 +298,32 @@ async fn a_leecher_in_go_gets_what_it_expects() {
     assert!(go.sync(SyncArgs {}).await.is_err(), "it never asks again: this is another one of the same name");
     go.close(CloseArgs {}).await.unwrap();
     let calls = seeder.take_calls();
-    let first = &calls[1];
+    let first = &calls[0];
     assert!(first.starts_with("track for ever") && calls.last().unwrap().starts_with("confirm"), "{calls:?}");
+}
+
+/// Each of them says that it ends, and the one that got nothing may be the first to do so.
+#[tokio::test]
+async fn only_the_leecher_in_go_that_got_the_region_can_say_that_it_has_everything() {
+    let seeder = Scripted::new(b"");
+    let (_server, target) = seed(seeder.clone()).await;
+    let mut leechers = [go_leecher(&target).await, go_leecher(&target).await];
+    let [first, second] = &mut leechers;
+    for (go, length) in [(&mut *first, 8192), (&mut *second, 16_384)] {
+        go.track(TrackArgs {}).await.unwrap();
+        go.read_at(ReadAtArgs { length, off: 0 }).await.unwrap();
+    }
+    second.close(CloseArgs {}).await.expect("before anything else it means nothing");
+    let dirty = first.sync(SyncArgs {}).await.unwrap().into_inner().dirty_offsets;
+    assert_eq!(dirty, [0, 8192, 24_576], "in its own chunks, whatever others read");
+    assert!(second.sync(SyncArgs {}).await.is_err());
+    let confirmed = || seeder.take_calls().iter().any(|call| call.starts_with("confirm"));
+    second.close(CloseArgs {}).await.unwrap();
+    let mut again = go_leecher(&target).await;
+    again.close(CloseArgs {}).await.unwrap();
+    assert!(!confirmed(), "somebody else has it");
+    first.close(CloseArgs {}).await.unwrap();
+    assert!(confirmed());
 }
 
 /// The seeder of the Go programs, played by tonic.

@@ -109,6 +109,8 @@ pub(crate) struct Link {
     /// Bytes that were read.
     pub(crate) read: AtomicU64,
     finalized: AtomicBool,
+    /// The migration of the last call, for which whoever reads does so.
+    migration: Mutex<Option<MigrationId>>,
     pub(crate) struck: AtomicU32,
     half: Duration,
     pub(crate) lies: Mutex<Lies>,
@@ -127,6 +129,7 @@ impl Link {
             fill_disk: Notify::new(),
             read: AtomicU64::new(0),
             finalized: AtomicBool::new(false),
+            migration: Mutex::default(),
             struck: AtomicU32::new(0),
             half: Duration::from_millis(5),
             lies: Mutex::default(),
@@ -149,6 +152,10 @@ impl Link {
 
     pub(crate) fn seeder(&self) -> Result<Seeder> {
         self.seeder.lock().unwrap().clone().ok_or_else(down)
+    }
+
+    fn reads_for(&self, id: MigrationId) {
+        *self.migration.lock().unwrap() = Some(id);
     }
 
     fn strikes(&self, step: Step) -> Fault {
@@ -283,10 +290,12 @@ impl Peer for End {
     }
 
     async fn track(&self, id: MigrationId) -> Result<()> {
+        self.0.reads_for(id);
         self.0.call(Step::Track, move |seeder| async move { seeder.admit(b"")?.track(id).await }).await
     }
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
+        self.0.reads_for(id);
         self.0.call(Step::Dirty, move |seeder| async move { seeder.admit(b"")?.dirty(id, round).await }).await
     }
 
@@ -328,10 +337,13 @@ impl Backend for Remote {
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let step = if self.link.finalized.load(Ordering::SeqCst) { Step::ReadAfter } else { Step::ReadBefore };
-        let (index, len) = (self.index, buf.len());
+        let (index, len, migration) = (self.index, buf.len(), *self.link.migration.lock().unwrap());
         let read = move |seeder: Seeder| async move {
-            let mut bytes = vec![0; len];
+            let (reader, mut bytes) = (seeder.admit(b"")?, vec![0; len]);
+            let heard = || migration.into_iter().for_each(|id| reader.heard(id));
+            heard();
             seeder.region(index).read_at(offset, &mut bytes).await?;
+            heard();
             Ok(bytes)
         };
         buf.copy_from_slice(&self.link.call(step, read).await?);

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use r3map_core::{Backend, Result};
 use r3map_grpc::{
-    ClientSettings, GoRegion, GoRequests, Handed, Seeded, SeededRegion, SeederClient, Seeding, Server, ServerSettings,
+    ClientSettings, GoRegion, GoRequests, Handed, Leeching, Seeded, SeededRegion, SeederClient, Seeding, Server,
+    ServerSettings, Service,
 };
 use r3map_migrate::protocol::{Description, Handover, MigrationId, RegionFacts};
-use r3map_migrate::{Peer, Seeder};
+use r3map_migrate::{Admitted, Peer, Seeder};
 use r3map_pipeline::BlockSet;
 
 use super::{Listening, target};
@@ -33,58 +34,80 @@ impl Carry for GrpcCarrier {
     async fn seed(&self, uri: &Uri, seeder: Seeder, options: &SeedOptions) -> Result<Box<dyn Listener>> {
         uri.expect(&[], true)?;
         let settings = ServerSettings { identity: options.identity.clone(), ..ServerSettings::default() };
-        let server = Server::seeding(Arc::new(GrpcSeeder(seeder)), settings).await?;
+        let server = Server::seeding(Arc::new(GrpcSeeder { seeder, open_to_go: options.open_to_go }), settings).await?;
         let bound = server.listen(&target(uri)?).await?;
         Ok(Box::new(Listening { uri: format!("{}://{bound}", uri.scheme()), server }))
     }
 }
 
 /// A seeder as a server has it.
-struct GrpcSeeder(Seeder);
+struct GrpcSeeder {
+    seeder: Seeder,
+    open_to_go: bool,
+}
 
 #[async_trait]
 impl Seeding for GrpcSeeder {
     async fn describe(&self) -> Result<Seeded> {
-        let Description { epoch, regions, precopy, busy, lease } = self.0.describe().await?;
+        let Description { epoch, regions, precopy, busy, lease } = self.seeder.describe().await?;
         let region = |RegionFacts { name, size, chunk_size }| SeededRegion { name, size, chunk_size };
         Ok(Seeded { epoch, regions: regions.into_iter().map(region).collect(), precopy, busy, lease })
     }
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
-        self.0.region(index)
+        self.seeder.region(index)
     }
 
-    async fn track(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.0.admit(secret)?.track(MigrationId(id)).await
+    fn admit(&self, secret: &[u8], service: Service) -> Result<Arc<dyn Leeching>> {
+        let admitted = match service {
+            Service::Go if self.open_to_go => self.seeder.admit_unasked(),
+            Service::Go | Service::Own => self.seeder.admit(secret)?,
+        };
+        Ok(Arc::new(GrpcLeecher(admitted)))
+    }
+}
+
+/// A leecher that was let in.
+struct GrpcLeecher(Admitted);
+
+#[async_trait]
+impl Leeching for GrpcLeecher {
+    fn heard(&self, id: [u8; 16]) {
+        self.0.heard(MigrationId(id));
     }
 
-    async fn track_for_ever(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.0.admit(secret)?.track_for_ever(MigrationId(id)).await
+    async fn track(&self, id: [u8; 16]) -> Result<()> {
+        self.0.track(MigrationId(id)).await
     }
 
-    async fn dirty(&self, secret: &[u8], id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
-        self.0.admit(secret)?.dirty(MigrationId(id), round).await
+    async fn track_for_ever(&self, id: [u8; 16]) -> Result<()> {
+        self.0.track_for_ever(MigrationId(id)).await
     }
 
-    async fn finalize(&self, secret: &[u8], id: [u8; 16], rounds: u64) -> Result<Handed> {
-        let handover = self.0.admit(secret)?.finalize(MigrationId(id), rounds).await?;
-        let Handover { epoch, dirty, suspend, flush } = handover;
-        Ok(Handed { epoch, dirty, suspend, flush })
+    async fn dirty(&self, id: [u8; 16], round: u64) -> Result<Vec<BlockSet>> {
+        self.0.dirty(MigrationId(id), round).await
     }
 
-    async fn finalize_once(&self, secret: &[u8], id: [u8; 16]) -> Result<Handed> {
-        let handover = self.0.admit(secret)?.finalize_once(MigrationId(id), 0).await?;
-        let Handover { epoch, dirty, suspend, flush } = handover;
-        Ok(Handed { epoch, dirty, suspend, flush })
+    async fn finalize(&self, id: [u8; 16], rounds: u64) -> Result<Handed> {
+        self.0.finalize(MigrationId(id), rounds).await.map(handed)
     }
 
-    async fn confirm(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.0.admit(secret)?.confirm(MigrationId(id)).await
+    async fn finalize_once(&self, id: [u8; 16]) -> Result<Handed> {
+        self.0.finalize_once(MigrationId(id), 0).await.map(handed)
     }
 
-    async fn abort(&self, secret: &[u8], id: [u8; 16]) -> Result<()> {
-        self.0.admit(secret)?.abort(MigrationId(id)).await
+    async fn confirm(&self, id: [u8; 16]) -> Result<()> {
+        self.0.confirm(MigrationId(id)).await
     }
+
+    async fn abort(&self, id: [u8; 16]) -> Result<()> {
+        self.0.abort(MigrationId(id)).await
+    }
+}
+
+fn handed(handover: Handover) -> Handed {
+    let Handover { epoch, dirty, suspend, flush } = handover;
+    Handed { epoch, dirty, suspend, flush }
 }
 
 /// A seeder over there.
@@ -121,5 +144,36 @@ impl Peer for GrpcPeer {
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
         self.0.region(index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use r3map_core::{ChunkSize, ErrorKind};
+    use r3map_local::Memory;
+    use r3map_migrate::{Guarded, Secret, SeederParts};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn programs_in_go_need_the_secret_unless_the_user_says_that_they_do_not() {
+        let region = Arc::new(Guarded::new(Arc::new(Memory::new(8192).unwrap()), ChunkSize::MIN).unwrap());
+        for secret in [None, Some(Secret::new("sesame"))] {
+            let parts = SeederParts { secret: secret.clone(), ..SeederParts::default() };
+            let seeder = Seeder::new(vec![("a".into(), region.clone() as _)], parts).await.unwrap();
+            for open_to_go in [false, true] {
+                let seeding = GrpcSeeder { seeder: seeder.clone(), open_to_go };
+                let lets_in = |service| match seeding.admit(b"", service) {
+                    Ok(_) => true,
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::Denied);
+                        false
+                    }
+                };
+                assert_eq!(lets_in(Service::Go), secret.is_none() || open_to_go);
+                assert_eq!(lets_in(Service::Own), secret.is_none());
+                assert!(seeding.admit(b"sesame", Service::Own).is_ok());
+            }
+        }
     }
 }
