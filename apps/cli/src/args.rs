@@ -11,7 +11,7 @@ use r3map::{ChunkSize, Uri, size};
 
 mod migration;
 
-pub(crate) use migration::{Application, DemoMigrate, DemoOf, Finalize, Leech, Seed};
+pub(crate) use migration::{Application, DemoMigrate, DemoOf, Finalize, Leech, Seed, Show};
 
 /// Use any resource as if it were your own memory or file: read what you touch on demand, have the rest pulled in the
 /// background, and have your writes pushed back.

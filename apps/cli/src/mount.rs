@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::args::{self, Cache, Fsync, Mode};
 use crate::order;
 use crate::output::{Bar, Output};
-use crate::shown::Shown;
+use crate::shown::{Shown, View};
 use crate::signals::Signals;
 
 /// How often the bars move and the remote is looked at.
@@ -29,6 +29,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
         mount = open(registry, &args, output) => mount?,
         () = signals.next() => bail!("stopped before the region was shown; nothing was written"),
     };
+    let mount = mount.view();
     let region = mount.region();
     let path = mount.path().display();
     let mode = if args.mode == Mode::Managed { "managed" } else { "direct" };
@@ -53,7 +54,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
         () = mount.gone() => output.note("unmounted", "somebody else unmounted it; storing what is left"),
         () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
     }
-    drain(&mount, &mut signals, output).await
+    drain(mount, &mut signals, output).await
 }
 
 async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result<Shown> {
@@ -153,6 +154,7 @@ fn settings(args: &args::Mount) -> Result<Settings> {
             queues: args.queues,
             depth: args.queue_depth,
             keep: args.keep.map(|id| Kept { id, meanwhile: args.meanwhile.into() }),
+            link: args.path.clone().filter(|_| args.r#as != args::As::File),
         },
     })
 }
@@ -233,7 +235,7 @@ fn tell_waiting(region: &Region, silent: &mut bool, output: Output) {
 }
 
 /// Unmounts and stores what is left; a second signal gives up.
-async fn drain(mount: &Shown, signals: &mut Signals, output: Output) -> Result<()> {
+async fn drain(mount: View<'_>, signals: &mut Signals, output: Output) -> Result<()> {
     let bar = mount.region().progress().map(|progress| {
         let dirty = progress.borrow().dirty_bytes;
         (output.bar("storing", dirty), dirty)
@@ -257,7 +259,7 @@ async fn drain(mount: &Shown, signals: &mut Signals, output: Output) -> Result<(
 }
 
 /// Closes, and waits for those who still use the file.
-async fn close(mount: &Shown, busy: &mut bool, output: Output) -> r3map::Result<()> {
+async fn close(mount: View<'_>, busy: &mut bool, output: Output) -> r3map::Result<()> {
     loop {
         match mount.close().await {
             Err(error) if mount.is_busy(&error) => {
@@ -272,7 +274,7 @@ async fn close(mount: &Shown, busy: &mut bool, output: Output) -> r3map::Result<
     }
 }
 
-async fn show_left(mount: &Shown, bar: Option<&(Bar, u64)>) {
+async fn show_left(mount: View<'_>, bar: Option<&(Bar, u64)>) {
     loop {
         tokio::time::sleep(TICK).await;
         if let (Some((bar, dirty)), Some(progress)) = (bar, mount.region().progress()) {
@@ -282,7 +284,7 @@ async fn show_left(mount: &Shown, bar: Option<&(Bar, u64)>) {
     }
 }
 
-async fn give_up(mount: &Shown, why: &str) -> Result<()> {
+async fn give_up(mount: View<'_>, why: &str) -> Result<()> {
     let left = mount.region().progress().map(|progress| progress.borrow().dirty_bytes);
     // A remote that is gone must not keep the process; what is left of the mount the next one takes over.
     let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;

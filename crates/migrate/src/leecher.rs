@@ -87,13 +87,14 @@ pub struct FinalizeError<T: Target> {
 pub enum Unsettled<T: Target> {
     /// The seeder refused: the application runs on over there, and copying goes on.
     Refused(Leecher<Pulling<T>>),
-    /// The seeder does not answer, or not in a way that says whether it has handed over. [Finalize](Leecher::finalize) asks again, and
-    /// [abort](Leecher::abort) gives up. Until one of them succeeds the application may be stopped over there.
+    /// The seeder does not answer, or not in a way that says whether it has handed over.
+    /// [Finalize](Leecher::finalize) asks again, and [abort](Leecher::abort) gives up. Until one of them succeeds the
+    /// application may be stopped over there.
     Unknown(Leecher<Pulling<T>>),
     /// The regions could not be shown, and went back: the application runs on over there.
     Returned,
-    /// They could not be shown, and the seeder does not answer, or something panicked before that was known: the application is stopped over there until
-    /// [`Owed::abort`] reaches it.
+    /// They could not be shown, and the seeder does not answer, or something panicked before that was known: the
+    /// application is stopped over there until [`Owed::abort`] reaches it.
     Owed(Owed),
 }
 

@@ -35,7 +35,7 @@ pub use hooks::Hooks;
 pub use ledger::{Ledger, Standing};
 pub use leecher::{FinalizeError, Leecher, LeecherParts, Owed, Pulling, Unsettled};
 pub use peer::Peer;
-pub use running::Running;
+pub use running::{Former, Running};
 pub use secret::Secret;
 pub use seeder::{Admitted, Seeder, SeederParts, SeederPhase, SeederProgress};
 pub use settings::{LeecherSettings, PullPhase, PullProgress};

@@ -166,11 +166,11 @@ impl<M: Shown> Leecher<Running<M>> {
 
     /// Waits until everything is here, and offers the regions to the next leecher, while the application runs on. Each
     /// region is offered under the name that it is given here, in order. A seeder that could not be told yet that everything
-    /// is here is told when it answers, for as long as the new seeder lives.
+    /// is here is told when it answers, for as long as the new seeder lives: until then it is not to end, as [`Former`] says.
     ///
     /// # Errors
     /// `Cancelled` if a region is closed before; as [`Shown::keep`] and [`Ledger::save`]; as [`Seeder::new`].
-    pub async fn release(self, names: Vec<String>, parts: SeederParts) -> Result<(Vec<Arc<M>>, Seeder)> {
+    pub async fn release(self, names: Vec<String>, parts: SeederParts) -> Result<(Vec<Arc<M>>, Seeder, Former)> {
         self.pulled().await?;
         let Running { shown, epoch, settled, settling, .. } = self.state;
         if let Settling::Here { kept: false, told: Err(error), .. } = &*settled.borrow() {
@@ -182,6 +182,7 @@ impl<M: Shown> Leecher<Running<M>> {
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "each region needs a name"));
         }
         let seeder = Seeder::new(regions, SeederParts { epoch: Some(epoch), ..parts }).await?;
+        let former = Former { settled };
         let mut progress = seeder.progress();
         tokio::spawn(async move {
             tokio::select! {
@@ -189,7 +190,37 @@ impl<M: Shown> Leecher<Running<M>> {
                 () = async { while progress.changed().await.is_ok() {} } => {}
             }
         });
-        Ok((shown, seeder))
+        Ok((shown, seeder, former))
+    }
+}
+
+/// The seeder from which regions came that are seeded on. As long as it has not heard that everything arrived, it serves
+/// what nobody needs, and somebody may take back there what is long somewhere else.
+#[derive(Debug, Clone)]
+pub struct Former {
+    settled: watch::Receiver<Settling>,
+}
+
+impl Former {
+    /// Whether it has heard.
+    #[must_use]
+    pub fn knows(&self) -> bool {
+        matches!(&*self.settled.borrow(), Settling::Here { told: Ok(()), .. })
+    }
+
+    /// Waits until it has heard.
+    ///
+    /// # Errors
+    /// When there is no point in telling it any more, or nobody tells it: its last answer.
+    pub async fn told(&mut self) -> Result<()> {
+        let knows = |settling: &Settling| matches!(settling, Settling::Here { told: Ok(()), .. });
+        if self.settled.wait_for(knows).await.is_ok() {
+            return Ok(());
+        }
+        match &*self.settled.borrow() {
+            Settling::Here { told, .. } => told.clone(),
+            _ => Err(Error::new(ErrorKind::Cancelled, Operation::Close, "the runtime has shut down")),
+        }
     }
 }
 

@@ -78,6 +78,9 @@ pub struct BlockOptions {
     /// ([`Mount::identity`](crate::Mount::identity)), and a direct mount or a cache file: what is only in memory would be
     /// lost behind the back of the device's users. By default the device goes with the process.
     pub keep: Option<Kept>,
+    /// Where to make a symbolic link to the device, whose name nobody knows beforehand: where nothing is, or what a process
+    /// that was killed left behind. It goes with the mount.
+    pub link: Option<PathBuf>,
 }
 
 /// A device that outlives the process that serves it.

@@ -1,5 +1,6 @@
 //! The command line of migrations: `seed`, `leech` and `demo migrate`.
 
+use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 use r3map::{ChunkSize, Uri};
 
-use super::{Cache, Open, Patience, parse_chunk, parse_duration, parse_size, parse_uri};
+use super::{As, Cache, Open, Patience, parse_chunk, parse_duration, parse_size, parse_uri};
 
 /// Show a region as a file on this host, until another host takes it over while it is used.
 ///
@@ -25,6 +26,7 @@ Examples:
     --on-suspend 'systemctl stop app' --on-resume 'systemctl start app'
   r3map seed --cache /var/cache/region ./region --listen grpc://0.0.0.0:1337    what `leech --cache` has kept
   r3map seed memory:?size=1GiB ./memory --also file:/data/disk.img ./disk --listen grpc://0.0.0.0:1337
+  r3map seed file:/data/disk.img /run/disk --as block --listen grpc://0.0.0.0:1337   a device, with a link to it
   r3map seed file:/data/disk.img ./region --take-back --listen grpc://0.0.0.0:1337
 
 Who owns the region is written into a ledger, a file beside it with .ledger behind its name, so that it is known after a \
@@ -34,8 +36,8 @@ pub(crate) struct Seed {
     /// The region, e.g. file:/data/disk.img; left out with --cache.
     #[arg(value_parser = parse_uri, required_unless_present = "cache", conflicts_with = "cache")]
     pub(crate) uri: Option<Uri>,
-    /// The file to show it as: one that does not exist yet, or an empty one.
-    #[arg(value_hint = ValueHint::FilePath)]
+    /// The file to show it as: one that does not exist yet, or an empty one; with --entry a directory, likewise.
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub(crate) path: PathBuf,
     /// Where to listen: grpc://ADDRESS:PORT or grpc+unix://PATH; may be given several times.
     #[arg(long, required = true, value_name = "URI", value_parser = parse_uri)]
@@ -63,27 +65,44 @@ pub(crate) struct Seed {
     #[arg(long, requires = "secret_file")]
     pub(crate) open_to_go: bool,
     #[command(flatten)]
+    pub(crate) show: Show,
+    #[command(flatten)]
     pub(crate) application: Application,
     #[command(flatten)]
     pub(crate) open: Open,
 }
 
+/// What regions that move are shown as.
+#[derive(Args, Debug, Clone)]
+pub(crate) struct Show {
+    /// What to show it as. Block devices need root, and a region of whole sectors; PATH is a symbolic link to the device.
+    #[arg(long, value_enum, default_value_t = As::File)]
+    pub(crate) r#as: As,
+    /// Make PATH a directory, and show the region as the file NAME in it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) entry: Option<OsString>,
+    /// Let other users use the file too.
+    #[arg(long)]
+    pub(crate) allow_other: bool,
+}
+
 /// What the application is told, and who may take its region away.
-#[derive(Args, Debug, Clone, Default)]
+#[derive(Args, Debug, Clone)]
 pub(crate) struct Application {
-    /// Run this before the region leaves: it must stop whatever writes to PATH, which is in $R3MAP_PATH, within 30
-    /// seconds. If it fails the region stays.
+    /// Run this before the region leaves: it must stop whatever writes to PATH, which is in $R3MAP_PATH; a file system on a
+    /// device must be frozen or unmounted. If it fails, or takes longer than --hook-timeout, the region stays.
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString)]
     pub(crate) on_suspend: Option<String>,
     /// Run this when PATH may be used: after the region has arrived, and when a handover came to nothing.
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString)]
     pub(crate) on_resume: Option<String>,
+    /// How long each of these commands, and storing what was written, may take. A command that takes longer is killed. For
+    /// more than 30s, tell both sides.
+    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "TIME")]
+    pub(crate) hook_timeout: Duration,
     /// A file with what both sides must know. Without one, whoever can connect may read the region, and take it away.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) secret_file: Option<PathBuf>,
-    /// Let other users use the file too.
-    #[arg(long)]
-    pub(crate) allow_other: bool,
 }
 
 /// Take a region over from the host that seeds it, while it is used there.
@@ -100,6 +119,7 @@ Examples:
   r3map leech grpc://host:1337 ./region --finalize manual            Enter or SIGUSR1 moves it
   r3map leech grpc://host:1337 ./region --finalize downtime=20ms --max-time 10m --unconverged give-up
   r3map leech grpc://host:1337 ./region --then-seed grpc://0.0.0.0:1337
+  r3map leech grpc://host:1337 /run/disk --as block                  a device, with a link to it
   r3map leech grpc://host:1337 ./memory --also ./disk                two regions that were seeded as one
 
 With --cache FILE a ledger, FILE.ledger, says after a crash who owns the region; the same command goes on where it was.")]
@@ -107,8 +127,8 @@ pub(crate) struct Leech {
     /// The seeder, e.g. grpc://host:1337.
     #[arg(value_parser = parse_uri)]
     pub(crate) uri: Uri,
-    /// The file to show it as: one that does not exist yet, or an empty one.
-    #[arg(value_hint = ValueHint::FilePath)]
+    /// The file to show it as: one that does not exist yet, or an empty one; with --entry a directory, likewise.
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub(crate) path: PathBuf,
     /// The path of one more region, in the order in which they are seeded; may be given several times.
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
@@ -139,6 +159,14 @@ pub(crate) struct Leech {
     /// As for `r3map seed`, when the region is offered to the next leecher.
     #[arg(long, requires_all = ["then_seed", "secret_file"])]
     pub(crate) open_to_go: bool,
+    /// As for `r3map seed`, when the region is offered to the next leecher.
+    #[arg(long, default_value = "5m", value_parser = parse_duration, value_name = "TIME", requires = "then_seed")]
+    pub(crate) lease: Duration,
+    /// How long to go on asking a seeder that does not say whether it has handed over, or to tell one that does not hear
+    /// that it has the region again, or that it may go: a time, or `forever`. When --retry has passed and this too, it ends
+    /// with an error, and says how to go on.
+    #[arg(long, default_value = "forever", value_name = "TIME|forever")]
+    pub(crate) give_up_after: Patience,
     /// How long to keep trying a seeder that does not answer: a time, or `forever`. Before the handover this gives up
     /// then, and the region stays; after it readers get an error then, and it is tried on.
     #[arg(long, default_value = "60s", value_name = "TIME|forever")]
@@ -146,6 +174,8 @@ pub(crate) struct Leech {
     /// How long to wait for an answer while nothing moves on the link, before the request is made again.
     #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
     pub(crate) attempt_timeout: Duration,
+    #[command(flatten)]
+    pub(crate) show: Show,
     #[command(flatten)]
     pub(crate) application: Application,
     /// The region's size in bytes, where the seeder does not say it (Go).

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use r3map::migration::{Hooks, Migration};
-use r3map::{Error, ErrorKind, FileOptions, Operation, Settings};
+use r3map::{BlockOptions, Error, ErrorKind, FileOptions, Operation, Settings};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-use crate::args::Application;
+use crate::args::{Application, As, Show};
 
 /// A migration with the user's commands and secret.
 pub(super) fn migration(application: &Application, paths: &[PathBuf]) -> Result<Migration> {
-    let migration = Migration::new().hooks(hooks(application, paths));
+    let migration = Migration::new().hooks(hooks(application, paths)).limit(application.hook_timeout);
     let Some(file) = &application.secret_file else { return Ok(migration) };
     let secret = std::fs::read(file).with_context(|| format!("cannot read the secret in {}", file.display()))?;
     let secret = secret.trim_ascii();
@@ -24,12 +24,27 @@ pub(super) fn migration(application: &Application, paths: &[PathBuf]) -> Result<
     Ok(migration.secret(secret))
 }
 
-/// How regions are shown to the application.
-pub(super) fn settings(application: &Application) -> Settings {
+/// How a region is shown to the application at `path`.
+pub(super) fn settings(show: &Show, path: &Path) -> Settings {
+    let link = (show.r#as != As::File).then(|| path.to_owned());
     Settings {
-        file: FileOptions { allow_other: application.allow_other, ..FileOptions::default() },
+        file: FileOptions { allow_other: show.allow_other, entry: show.entry.clone(), ..FileOptions::default() },
+        block: BlockOptions { kind: show.r#as.kind(), link, ..BlockOptions::default() },
         ..Settings::default()
     }
+}
+
+/// Where the application finds what is shown at `path`.
+pub(super) fn shown_at(show: &Show, path: &Path) -> PathBuf {
+    show.entry.as_ref().map_or_else(|| path.to_owned(), |name| path.join(name))
+}
+
+/// Refuses what would silently have no effect.
+pub(super) fn check(show: &Show) -> Result<()> {
+    if show.r#as != As::File && (show.allow_other || show.entry.is_some()) {
+        bail!("--allow-other and --entry are for files: leave them out, or add --as file");
+    }
+    Ok(())
 }
 
 fn hooks(application: &Application, paths: &[PathBuf]) -> Hooks {

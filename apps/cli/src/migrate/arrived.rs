@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use futures_util::future::select_all;
-use r3map::migration::{Arrived, Leecher, Migration, Report, Running};
-use r3map::{PathMount, Registry, size};
+use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running};
+use r3map::{Registry, size};
 use serde_json::{Value, json};
 
 use super::host::{self, Ended, Host};
 use super::{GIVE_UP_LIMIT, TICK, rounds};
-use crate::args;
+use crate::args::{self, Patience};
 use crate::output::{Bar, Output};
+use crate::shown::{View, tell_refused};
 use crate::signals::Signals;
 
 /// Says that the application may run here.
@@ -32,11 +33,14 @@ fn tell(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], how: &str, mut v
     if let Err(error) = running.resumed() {
         output.note("warning", &format!("the region is here, but the application was not started: {error}"));
     }
+    running.regions().iter().filter_map(|region| region.block()).for_each(|block| tell_refused(block, output));
     let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    let kinds: Vec<_> = mounts(running.regions()).map(View::word).collect();
     let size = running.report().size;
     let names: Vec<_> = running.regions().iter().map(|region| region.name()).collect();
     value["regions"] = json!(names);
     value["paths"] = json!(paths);
+    value["as"] = json!(kinds);
     value["size"] = json!(size);
     value["epoch"] = json!(running.epoch());
     let human = format!("running: {} ({}) at {}; {how}", names.join(", "), size::format(size), paths.join(", "));
@@ -204,21 +208,52 @@ impl Site {
             output.event("seeding", &format!("seeding: to be taken over at {uri}"), json!({ "uri": uri }));
         }
         let mounts = mounts(&regions).collect();
-        let host = Host { seeder: seeding.seeder().clone(), mounts, volatile: caches.is_empty(), output };
+        let (former, seeder) = (seeding.former(), seeding.seeder().clone());
+        let host = Host { seeder, mounts, volatile: caches.is_empty(), output };
         let ended = host.until_gone(signals).await?;
         host::close_listeners(seeding, ended, output).await?;
         debug_assert_ne!(ended, Ended::Returned, "they are shown");
-        Ok(())
+        match former {
+            Some(former) if ended == Ended::Gone => tell_former(former, args.give_up_after, signals, output).await,
+            _ => Ok(()),
+        }
     }
 }
 
-fn mounts(regions: &[Arc<Arrived>]) -> impl Iterator<Item = &PathMount> {
-    regions.iter().filter_map(|region| region.path())
+/// Sees to it that the seeder from which the regions came knows that they arrived: who does not know that may take them
+/// back there, and they would be in two places. It is told while the seeder here lives.
+async fn tell_former(mut former: Former, limit: Patience, signals: &mut Signals, output: Output) -> Result<()> {
+    if former.knows() {
+        return Ok(());
+    }
+    let human = "the seeder from which the region came does not know that it has arrived; it is told when it answers";
+    output.note("waiting", human);
+    let patience = async {
+        match limit.limit() {
+            Some(limit) => tokio::time::sleep(limit).await,
+            None => std::future::pending().await,
+        }
+    };
+    let why = tokio::select! {
+        told = former.told() => match told {
+            Ok(()) => return Ok(output.note("told", "the seeder from which the region came knows that it has arrived")),
+            Err(error) => error.to_string(),
+        },
+        () = patience => "it does not answer".to_owned(),
+        () = signals.next() => "stopped".to_owned(),
+    };
+    bail!(
+        "the seeder from which the region came does not know that it has arrived and gone on from here ({why}): stop it by hand,          and do not take the region back there"
+    )
+}
+
+fn mounts(regions: &[Arc<Arrived>]) -> impl Iterator<Item = View<'_>> {
+    regions.iter().filter_map(|region| View::arrived(region))
 }
 
 /// Returns when somebody else has unmounted one of the files.
 async fn unmounted(regions: &[Arc<Arrived>]) {
-    let mut waiting = mounts(regions).map(|mount| Box::pin(mount.unmounted())).peekable();
+    let mut waiting = mounts(regions).map(|mount| Box::pin(mount.gone())).peekable();
     match waiting.peek() {
         Some(_) => drop(select_all(waiting).await),
         None => std::future::pending().await,

@@ -3,11 +3,12 @@
 use anyhow::{Context, Result, bail};
 use futures_util::future::select_all;
 use r3map::migration::{Seeder, SeederPhase, SeederProgress, Seeding};
-use r3map::{PathMount, size};
+use r3map::size;
 use serde_json::json;
 
 use super::{GIVE_UP_LIMIT, TICK};
 use crate::output::{Bar, Output};
+use crate::shown::View;
 use crate::signals::Signals;
 
 const KEPT: &str = "the region stays here; the application runs on";
@@ -16,7 +17,7 @@ const KEPT: &str = "the region stays here; the application runs on";
 pub(super) struct Host<'a> {
     pub(super) seeder: Seeder,
     /// What shows them: nothing where they had been handed over when this was started.
-    pub(super) mounts: Vec<&'a PathMount>,
+    pub(super) mounts: Vec<View<'a>>,
     /// Whether they end with this process.
     pub(super) volatile: bool,
     pub(super) output: Output,
@@ -86,7 +87,7 @@ impl Host<'_> {
     async fn unmounted(&self) {
         match self.mounts.is_empty() {
             true => std::future::pending().await,
-            false => drop(select_all(self.mounts.iter().map(|mount| Box::pin(mount.unmounted()))).await),
+            false => drop(select_all(self.mounts.iter().map(|mount| Box::pin(mount.gone()))).await),
         }
     }
 
@@ -183,7 +184,7 @@ impl Host<'_> {
             bail!("stopped; the region was in memory only, and is lost");
         }
         self.output.note("stopping", "storing what is left; Ctrl-C again gives up");
-        for mount in &self.mounts {
+        for mount in self.mounts.iter().copied() {
             tokio::select! {
                 closed = close(mount, self.output) => closed?,
                 () = signals.next() => {
@@ -213,11 +214,11 @@ impl Host<'_> {
 }
 
 /// Unmounts and stores, and waits for those who still use the file.
-pub(super) async fn close(mount: &PathMount, output: Output) -> r3map::Result<()> {
+pub(super) async fn close(mount: View<'_>, output: Output) -> r3map::Result<()> {
     let mut busy = false;
     loop {
         match mount.close().await {
-            Err(error) if PathMount::is_busy(&error) => {
+            Err(error) if mount.is_busy(&error) => {
                 if !busy {
                     output.note("busy", &format!("{error}; waiting until it is closed, Ctrl-C gives up"));
                     busy = true;

@@ -1,6 +1,7 @@
 //! `r3map leech`: takes regions over from the host that seeds them.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use r3map::migration::{Arrived, LeechOptions, Leecher, LeecherSettings, Migration, Place, Precopy, Running, Standing};
@@ -9,7 +10,7 @@ use r3map::{ErrorKind, Registry, RetrySettings};
 use super::arrived::{self, Site};
 use super::moving::{self, Trigger};
 use super::{application, ledger_beside};
-use crate::args::{self, Cache, Finalize};
+use crate::args::{self, As, Cache, Finalize};
 use crate::output::Output;
 use crate::signals::Signals;
 
@@ -45,6 +46,9 @@ pub(crate) async fn run(registry: &Registry, args: args::Leech, output: Output) 
 struct Plan {
     args: args::Leech,
     migration: Migration,
+    /// As they were given.
+    places: Vec<PathBuf>,
+    /// Where the application finds its regions.
     paths: Vec<PathBuf>,
     /// Cache files: as many as regions, or none where they are in memory.
     caches: Vec<PathBuf>,
@@ -53,7 +57,9 @@ struct Plan {
 
 impl Plan {
     fn new(args: args::Leech) -> Result<Self> {
-        let paths: Vec<_> = std::iter::once(&args.path).chain(&args.also).cloned().collect();
+        application::check(&args.show)?;
+        let places: Vec<_> = std::iter::once(&args.path).chain(&args.also).cloned().collect();
+        let paths: Vec<_> = places.iter().map(|place| application::shown_at(&args.show, place)).collect();
         let caches = caches(&args, paths.len())?;
         let ledger = match (&args.ledger, caches.first()) {
             (Some(_), None) => bail!("--ledger is for a region that survives this process: add --cache FILE"),
@@ -66,7 +72,7 @@ impl Plan {
         if let Some(ledger) = &ledger {
             migration = migration.ledger(ledger);
         }
-        Ok(Self { args, migration, paths, caches, ledger })
+        Ok(Self { args, migration, places, paths, caches, ledger })
     }
 
     fn ledger_name(&self) -> String {
@@ -74,11 +80,17 @@ impl Plan {
     }
 
     fn places(&self) -> Vec<Place> {
-        let settings = application::settings(&self.args.application);
+        let show = &self.args.show;
         let cache =
             |index: usize| self.caches.get(index).map_or(r3map::Cache::Memory, |file| r3map::Cache::File(file.clone()));
-        let place = |(index, path)| Place::path(path).settings(settings.clone()).cache(cache(index));
-        self.paths.iter().enumerate().map(place).collect()
+        let place = |(index, path): (usize, &PathBuf)| {
+            let place = match show.r#as {
+                As::File => Place::path(path),
+                device => Place::block(device.kind()),
+            };
+            place.settings(application::settings(show, path)).cache(cache(index))
+        };
+        self.places.iter().enumerate().map(place).collect()
     }
 
     /// As a seeder, with what stays the same for as long as the bytes live.
@@ -86,7 +98,8 @@ impl Plan {
         let facts = self.caches.iter().map(|cache| Ok(r3map::migration::describe_cache(cache)?.identity));
         let identities = facts.collect::<Result<Vec<_>>>()?;
         let identity = (!identities.is_empty()).then(|| identities.join(", "));
-        Ok(self.migration.clone().identity(identity).open_to_go(self.args.open_to_go))
+        let next = self.migration.clone().identity(identity).lease(self.args.lease);
+        Ok(next.open_to_go(self.args.open_to_go))
     }
 
     /// From the first call to where the application runs here.
@@ -107,7 +120,7 @@ impl Plan {
             moving::copy(leecher, trigger, signals, output).await
         };
         let moved = match moved.await {
-            Ok(leecher) => moving::finalize(leecher, signals, output).await,
+            Ok(leecher) => moving::finalize(leecher, self.args.give_up_after.limit(), signals, output).await,
             Err(error) => Err(moving::Failed::Stays(error)),
         };
         match moved {
@@ -212,5 +225,10 @@ fn settings(args: &args::Leech) -> Result<LeecherSettings> {
         unconverged: args.unconverged.into(),
         ..Precopy::default()
     };
-    Ok(LeecherSettings { precopy, before: retry.clone(), after: retry, ..LeecherSettings::default() })
+    let default = LeecherSettings::default();
+    // What a seeder takes for its command, and then for storing.
+    let hooks = args.application.hook_timeout.saturating_mul(2).saturating_add(Duration::from_secs(10));
+    let patience = args.give_up_after.limit().unwrap_or(Duration::MAX);
+    let handover_timeout = default.handover_timeout.max(hooks).min(patience);
+    Ok(LeecherSettings { precopy, before: retry.clone(), after: retry, handover_timeout, ..default })
 }

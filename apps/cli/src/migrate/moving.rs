@@ -11,6 +11,7 @@ use r3map::size;
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::TICK;
 use crate::args::Finalize;
@@ -175,15 +176,16 @@ fn changes(progress: &PullProgress) -> String {
     }
 }
 
-/// Moves the regions. Where nobody knows what came of the asking, the seeder is asked again until somebody does; whoever
-/// says stop has it asked to forget about it.
+/// Moves the regions. Where nobody knows what came of the asking, the seeder is asked again until somebody does, or for as
+/// long as `limit` says; whoever says stop has it asked to forget about it.
 pub(super) async fn finalize(
     mut leecher: Leecher<Pulling<Landing>>,
+    limit: Option<Duration>,
     signals: &mut Signals,
     output: Output,
 ) -> Result<Leecher<Running<Arrived>>, Failed> {
     output.note("moving", "the application is being stopped over there");
-    let mut stop = false;
+    let (mut stop, until) = (false, Until::new(limit));
     loop {
         let FinalizeError { error, then } = match ask(leecher, &mut stop, signals, output).await? {
             Ok(running) => return Ok(running),
@@ -197,20 +199,22 @@ pub(super) async fn finalize(
             Unsettled::Returned => return Err(stays(anyhow!(error))),
             Unsettled::Owed(owed) => {
                 output.note("returning", &format!("the region cannot be used here, and is given back: {error}"));
-                give_back(&owed, signals).await?;
+                give_back(&owed, until, signals).await?;
                 return Err(stays(anyhow!(error)));
             }
             Unsettled::Unknown(again) if stop => {
                 let aborted = tokio::select! {
                     aborted = again.abort() => aborted,
+                    () = until.passed() => return Err(until.failed(&error)),
                     () = signals.next() => return Err(Failed::Unknown(anyhow!(GAVE_UP))),
                 };
                 if let Err((error, Some(owed))) = aborted {
                     output.note("returning", &format!("the seeder does not answer; asking on: {error}"));
-                    give_back(&owed, signals).await?;
+                    give_back(&owed, until, signals).await?;
                 }
                 return Err(stays(anyhow!("stopped")));
             }
+            Unsettled::Unknown(_) if until.is_over() => return Err(until.failed(&error)),
             Unsettled::Unknown(again) => {
                 output.note(
                     "waiting",
@@ -223,6 +227,38 @@ pub(super) async fn finalize(
             () = tokio::time::sleep(PAUSE) => {}
             () = signals.next() => stop = true,
         }
+    }
+}
+
+/// Until when a seeder is asked.
+#[derive(Clone, Copy)]
+struct Until {
+    began: Instant,
+    end: Option<Instant>,
+}
+
+impl Until {
+    /// A limit that is longer than time goes is none.
+    fn new(limit: Option<Duration>) -> Self {
+        let began = Instant::now();
+        Self { began, end: limit.and_then(|limit| began.checked_add(limit)) }
+    }
+
+    fn is_over(self) -> bool {
+        self.end.is_some_and(|end| Instant::now() >= end)
+    }
+
+    /// Returns when it is over.
+    async fn passed(self) {
+        match self.end {
+            Some(end) => tokio::time::sleep_until(end).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn failed(self, error: &r3map::Error) -> Failed {
+        let time = self.began.elapsed();
+        Failed::Unknown(anyhow!("the seeder has not said for {time:.0?} whether it has handed over: {error}"))
     }
 }
 
@@ -253,8 +289,8 @@ async fn ask(
     }
 }
 
-/// Gives the regions back, however long the seeder does not answer.
-async fn give_back(owed: &Owed, signals: &mut Signals) -> Result<(), Failed> {
+/// Gives the regions back, however often the seeder does not answer.
+async fn give_back(owed: &Owed, until: Until, signals: &mut Signals) -> Result<(), Failed> {
     loop {
         let given = tokio::select! {
             given = owed.abort() => given,
@@ -263,6 +299,7 @@ async fn give_back(owed: &Owed, signals: &mut Signals) -> Result<(), Failed> {
         match given {
             Ok(()) => return Ok(()),
             Err(error) if !error.kind().is_retryable() => return Err(Failed::Unknown(anyhow!(error))),
+            Err(error) if until.is_over() => return Err(until.failed(&error)),
             Err(_) => tokio::time::sleep(PAUSE).await,
         }
     }

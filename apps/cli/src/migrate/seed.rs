@@ -5,21 +5,23 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use r3map::migration::{Guarded, Migration, Source, Standing, open_cache};
-use r3map::{Backend, ChunkSize, Mount, OpenOptions, PathMount, Registry, Settings, Uri, size};
+use r3map::{Backend, ChunkSize, Mount, OpenOptions, Registry, Settings, Uri, size};
 use serde_json::json;
 
 use super::host::{self, Ended, Host};
 use super::{application, ledger_beside};
 use crate::args;
 use crate::output::Output;
+use crate::shown::Shown;
 use crate::signals::Signals;
 
 pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
     let offers = offers(&args)?;
-    let paths: Vec<_> = offers.iter().map(|offer| offer.path.clone()).collect();
-    let mut migration =
-        application::migration(&args.application, &paths)?.lease(args.lease).open_to_go(args.open_to_go);
+    application::check(&args.show)?;
+    let paths: Vec<_> = offers.iter().map(|offer| application::shown_at(&args.show, &offer.path)).collect();
+    let migration = application::migration(&args.application, &paths)?;
+    let mut migration = migration.lease(args.lease).open_to_go(args.open_to_go);
     let ledger = ledger(&args, &offers);
     match &ledger {
         Some(ledger) => migration = migration.ledger(ledger),
@@ -35,7 +37,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -
     // Regions that were handed over may come back: then they are shown again.
     loop {
         let ended = tokio::select! {
-            site = Site::open(registry, &args, &offers, &migration, ledger.as_deref()) => {
+            site = Site::open(registry, &args, &offers, &migration, ledger.as_deref(), output) => {
                 site?.serve(registry, &args, &migration, &mut signals, output).await?
             }
             () = signals.next() => bail!("stopped before the region was shown; nothing was written"),
@@ -128,7 +130,7 @@ fn owns(migration: &Migration, ledger: Option<&Path>) -> Result<bool> {
 
 /// Regions that are opened, and shown if they are ours.
 struct Site {
-    mounts: Vec<PathMount>,
+    mounts: Vec<Shown>,
     regions: Vec<(String, Arc<dyn Source>)>,
     /// What stays the same for as long as their bytes live.
     identity: Option<String>,
@@ -142,6 +144,7 @@ impl Site {
         offers: &[Offer],
         migration: &Migration,
         ledger: Option<&Path>,
+        output: Output,
     ) -> Result<Self> {
         let owner = owns(migration, ledger)?;
         let (mut mounts, mut regions, mut identities) = (Vec::new(), Vec::new(), Vec::new());
@@ -150,8 +153,8 @@ impl Site {
             identities.push(opened.identity);
             let source: Arc<dyn Source> = match owner {
                 true => {
-                    let mount = show(opened.backend, &offer.path, args).await?;
-                    let source = mount.source()?;
+                    let mount = show(opened.backend, &offer.path, args, output).await?;
+                    let source = mount.view().source()?;
                     mounts.push(mount);
                     source
                 }
@@ -177,17 +180,20 @@ impl Site {
         let seeding = migration.clone().identity(identity).seed(registry, &args.listen, regions).await?;
         let seeder = seeding.seeder().clone();
         let size = (0..seeder.regions()).map(|index| seeder.region(index).size()).sum::<u64>();
-        let paths: Vec<_> = mounts.iter().map(|mount| mount.path().display().to_string()).collect();
+        let paths: Vec<_> = mounts.iter().map(|mount| mount.view().path().display().to_string()).collect();
+        let links: Vec<_> =
+            mounts.iter().filter_map(|mount| mount.view().link()).map(|link| link.display().to_string()).collect();
+        let kinds: Vec<_> = mounts.iter().map(|mount| mount.view().word()).collect();
         let (what, place) = (names.join(", "), paths.join(", "));
         for uri in seeding.uris() {
             let human = match owner {
                 true => format!("ready: {what} ({}) at {place}, to be taken over at {uri}", size::format(size)),
                 false => format!("ready: {what} was handed over; what is missing over there is read at {uri}"),
             };
-            let value = json!({ "uri": uri, "regions": names, "paths": paths, "size": size, "owner": owner });
+            let value = json!({ "uri": uri, "regions": names, "paths": paths, "as": kinds, "links": links, "size": size, "owner": owner });
             output.event("ready", &human, value);
         }
-        let host = Host { seeder, mounts: mounts.iter().collect(), volatile: false, output };
+        let host = Host { seeder, mounts: mounts.iter().map(Shown::view).collect(), volatile: false, output };
         let ended = host.until_gone(signals).await?;
         host::close_listeners(seeding, ended, output).await?;
         Ok(ended)
@@ -223,9 +229,10 @@ impl Offer {
     }
 }
 
-async fn show(backend: Arc<dyn Backend>, path: &Path, args: &args::Seed) -> Result<PathMount> {
-    let settings = Settings { chunk_size: args.open.chunk_size, ..application::settings(&args.application) };
-    Ok(Mount::direct(backend).migratable().settings(settings).path(path).await?)
+async fn show(backend: Arc<dyn Backend>, path: &Path, args: &args::Seed, output: Output) -> Result<Shown> {
+    let settings = Settings { chunk_size: args.open.chunk_size, ..application::settings(&args.show, path) };
+    let mount = Mount::direct(backend).migratable().settings(settings);
+    Shown::open(mount, args.show.r#as, Some(path.to_owned()), output).await
 }
 
 /// The chunk size of a region that is served and not shown.

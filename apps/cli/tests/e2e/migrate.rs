@@ -350,7 +350,7 @@ fn commands_are_run_and_a_failing_one_keeps_the_region_where_it_is() {
 fn slow_to_stop(scene: &Scene) -> (Seeder, PathBuf, Stamps) {
     let (go, no) = (scene.name("may-go"), scene.name("may-not"));
     let suspend = format!("until test -e {go} -o -e {no}; do sleep 0.01; done; test -e {go}");
-    seed_file(scene, MIB, &["--on-suspend", &suspend])
+    seed_file(scene, MIB, &["--on-suspend", &suspend, "--hook-timeout", "1h"])
 }
 
 #[test]
@@ -424,6 +424,101 @@ fn ctrl_c_while_it_asks_waits_for_the_answer_and_twice_it_gives_up() {
         leecher.wait_for_event(SOON, "pulled");
         seeder.ends();
         writer.refused().check(&scene.path("there"));
+    });
+}
+
+#[test]
+fn a_command_has_as_long_as_it_is_given() {
+    Scene::with_fuse(SOON, |scene| {
+        let commands = ["--on-suspend", "sleep 600", "--hook-timeout", "500ms"];
+        let (seeder, here, stamps) = seed_file(scene, MIB, &commands);
+        let writer = stamps.start(here);
+        let there = scene.name("there");
+        complains(&leech_ended(scene, &[&seeder.uri, &there]), "took longer than 500ms");
+        writer.goes_on();
+        drop(seeder);
+        writer.refused();
+    });
+}
+
+#[test]
+fn a_seeder_that_does_not_say_what_came_of_it_is_asked_for_as_long_as_the_user_says() {
+    Scene::with_fuse(SOON, |scene| {
+        let (mut seeder, _, stamps) = slow_to_stop(scene);
+        let cache = ["--cache", &scene.name("cache")];
+        let patience = ["--retry", "1s", "--give-up-after", "1s"];
+        let leecher = leech(scene, &seeder.uri, "there", &[&cache[..], &patience].concat());
+        let outcome = leecher.end(SOON);
+        complains_as_event(&outcome, "whether it has handed over");
+        complains_as_event(&outcome, "run the same command again");
+        assert!(
+            scene.path("cache").exists() && scene.path("cache.ledger").exists(),
+            "there is something to go on with"
+        );
+        scene.step("the same command again, when the seeder has come to an end with it");
+        std::fs::write(scene.path("may-go"), "").expect("it can be made");
+        seeder.program.wait_for_event(SOON, "handed_over");
+        let mut leecher = leech(scene, &seeder.uri, "there", &cache);
+        leecher.wait_for_event(SOON, "running");
+        leecher.wait_for_event(SOON, "pulled");
+        seeder.ends();
+        stamps.check(&scene.path("there"));
+    });
+}
+
+/// A region on its way from A over B to C, where A cannot take in that all of it has arrived: B, which has nothing any more
+/// but that to tell, A, and the line between them.
+fn unheard(scene: &Scene, more: &[&str]) -> (Program, Seeder, DelayProxy) {
+    std::fs::create_dir(scene.path("ledgers")).expect("it can be made");
+    let (first, _, stamps) = seed_file(scene, MIB, &["--ledger", &scene.name("ledgers/a")]);
+    let more = [&["--then-seed", "grpc://127.0.0.1:0"], more].concat();
+    let (mut b, line) = leech_at_once(scene, &first, "b", &more);
+    std::fs::rename(scene.path("ledgers"), scene.path("away")).expect("it can be moved");
+    line.set_rate(None);
+    line.heal();
+    let uri = address(&mut b, "seeding");
+    let mut c = leech(scene, &uri, "c", &[]);
+    c.wait_for_event(SOON, "pulled");
+    b.wait_for_event(SOON, "gone");
+    stamps.check(&scene.path("c"));
+    (b, first, line)
+}
+
+#[test]
+fn who_has_passed_a_region_on_stays_until_the_seeder_that_it_came_from_knows() {
+    Scene::with_fuse(SOON, |scene| {
+        let (mut b, first, _line) = unheard(scene, &[]);
+        b.wait_for_event(SOON, "waiting");
+        std::fs::rename(scene.path("away"), scene.path("ledgers")).expect("it can be moved");
+        first.ends();
+        b.end_well(SOON).event("told");
+    });
+}
+
+#[test]
+fn or_for_as_long_as_the_user_says() {
+    Scene::with_fuse(SOON, |scene| {
+        let (b, _first, _line) = unheard(scene, &["--give-up-after", "1s"]);
+        complains_as_event(&b.end(SOON), "do not take the region back there");
+    });
+}
+
+#[test]
+fn a_region_is_moved_as_a_file_in_a_directory() {
+    Scene::with_fuse(SOON, |scene| {
+        let entry = ["--entry", "disk.raw"];
+        let (seeder, here, stamps) = seed_file(scene, MIB, &entry);
+        let writer = stamps.start(here.join("disk.raw"));
+        let resume = format!("echo \"$R3MAP_PATH\" > {}", scene.name("resumed"));
+        let mut leecher = leech(scene, &seeder.uri, "there", &[&entry[..], &["--on-resume", &resume]].concat());
+        let running = leecher.wait_for_event(SOON, "running");
+        let shown = scene.name("there/disk.raw");
+        assert_eq!((&running["paths"][0], &running["as"][0]), (&shown.as_str().into(), &"file".into()));
+        let resumed = std::fs::read_to_string(scene.path("resumed")).expect("the command was run before");
+        assert_eq!(resumed.trim(), shown);
+        leecher.wait_for_event(SOON, "pulled");
+        seeder.ends();
+        writer.refused().check(&scene.path("there/disk.raw"));
     });
 }
 
@@ -510,7 +605,7 @@ fn whatever_is_wrong_is_one_line_and_the_region_stays() {
         let [there, guess, empty] = ["there", "guess", "empty"].map(|name| scene.name(name));
         let (nowhere, full) = (scene.name("no/such/folder"), scene.name("secret"));
         let uri = seeder.uri.as_str();
-        let wrong: [(&[&str], &str); 10] = [
+        let wrong: [(&[&str], &str); 11] = [
             (&[uri, &there], "secret"),
             (&[uri, &there, "--secret-file", &guess], "secret"),
             (&[uri, &there, "--secret-file", &empty], "is empty"),
@@ -520,6 +615,7 @@ fn whatever_is_wrong_is_one_line_and_the_region_stays() {
             (&["grpc://127.0.0.1:1", &there], "127.0.0.1:1"),
             (&[&server.uri, &there], "is it a seeder?"),
             (&["memory:", &there], "no region can be migrated over it"),
+            (&[uri, &there, "--as", "nbd", "--entry", "x"], "are for files"),
             (&[uri, &there, "--ledger", &there], "--cache"),
         ];
         let cache = scene.name("cache");

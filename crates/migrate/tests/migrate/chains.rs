@@ -43,7 +43,7 @@ async fn hop(app: &Arc<Application>, seeder: Seeder, host: &'static str, disk: &
     let front = running.regions()[0].guarded.front();
     app.resume(host, front.clone()).await;
     let parts = SeederParts { hooks: hooks(app, host, front), ..SeederParts::default() };
-    let (mut here, seeder) = running.release(vec!["disk".into()], parts).await.unwrap();
+    let (mut here, seeder, _) = running.release(vec!["disk".into()], parts).await.unwrap();
     (here.remove(0), seeder)
 }
 

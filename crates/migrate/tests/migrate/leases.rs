@@ -240,13 +240,15 @@ async fn who_passes_a_region_on_still_tells_the_seeder_that_it_came_from() {
         let front = running.regions()[0].guarded.front();
         let parts =
             SeederParts { hooks: hooks(&app, "B", front), ledger: Some(disk.clone()), ..SeederParts::default() };
-        let (_regions, next) = running.release(vec!["disk".into()], parts).await.unwrap();
+        let (_regions, next, mut former) = running.release(vec!["disk".into()], parts).await.unwrap();
         let onward = leech(&Link::healthy(next.clone()), &Life::new(), settings()).await.finalize().await.unwrap();
         app.resume("C", onward.regions()[0].guarded.front()).await;
         onward.pulled().await.unwrap();
         timeout(LONG, next.gone()).await.expect("the next one has everything");
         assert_eq!(seeder.progress().borrow().phase, SeederPhase::HandedOver, "{fault:?}");
+        assert!(!former.knows());
         link.heal();
+        timeout(LONG, former.told()).await.expect("somebody tells it").unwrap();
         timeout(LONG, seeder.gone()).await.expect("it is told when it answers again");
         assert!(matches!(disk.load().unwrap(), Some(Standing::Gone { .. })), "the region is not here any more");
         app.check().await.unwrap();
@@ -258,12 +260,13 @@ async fn who_has_ended_tells_nobody_any_more() {
     let (app, _running, _seeder, link) =
         busy(|seeder| Link::new(seeder, Step::Confirm, Fault::Ending, 0, u32::MAX)).await;
     let running = take(&app, &link, &Disk::new()).await;
-    let (regions, next) = running.release(vec!["disk".into()], SeederParts::default()).await.unwrap();
+    let (regions, next, mut former) = running.release(vec!["disk".into()], SeederParts::default()).await.unwrap();
     let told = || link.struck.load(std::sync::atomic::Ordering::SeqCst);
     let before = told();
     sleep(LONG).await;
     assert!(told() > before, "it is told again and again");
     drop((regions, next));
+    timeout(LONG, former.told()).await.expect("it does not wait for nobody").unwrap_err();
     sleep(Duration::from_secs(1)).await;
     let last = told();
     sleep(LONG).await;

@@ -25,9 +25,9 @@ use crate::{Listener, Registry, Uri};
 
 pub use r3map_migrate::protocol::MigrationId;
 pub use r3map_migrate::{
-    Downtime, Fencing, FinalizeError, Guarded, Hooks, Ledger, Leecher, LeecherSettings, Owed, Peer, Precopy, PullPhase,
-    PullProgress, Pulling, Report, Running, Secret, Seeder, SeederPhase, SeederProgress, Source, Standing, Unconverged,
-    Unsettled, Verdict,
+    Downtime, Fencing, FinalizeError, Former, Guarded, Hooks, Ledger, Leecher, LeecherSettings, Owed, Peer, Precopy,
+    PullPhase, PullProgress, Pulling, Report, Running, Secret, Seeder, SeederPhase, SeederProgress, Source, Standing,
+    Unconverged, Unsettled, Verdict,
 };
 
 pub use carry::{Carry, LeechOptions, SeedOptions};
@@ -81,6 +81,7 @@ pub struct Migration {
     identity: Option<String>,
     lease: Option<Duration>,
     fencing: Option<Fencing>,
+    limit: Option<Duration>,
 }
 
 impl Migration {
@@ -157,6 +158,15 @@ impl Migration {
         self
     }
 
+    /// With this limit to how long each hook, and on a seeder flushing, may take: see
+    /// [`SeederParts::limit`](r3map_migrate::SeederParts::limit). Default 30 s. Where it is longer on the seeder, the leecher's
+    /// [`handover_timeout`](LeecherSettings::handover_timeout) is to be longer than both together.
+    #[must_use]
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = Some(limit);
+        self
+    }
+
     /// As a seeder, with writing ended so firmly at the handover. By default an application that a hook suspends is trusted,
     /// and memory of one that nobody suspends is fenced strictly, which costs it 20 ms of downtime for each GiB.
     #[must_use]
@@ -193,8 +203,8 @@ impl Migration {
     ) -> Result<(Vec<Arc<Arrived>>, Seeding)> {
         let parts = self.seeder_parts();
         let names = running.regions().iter().map(|region| region.name().to_owned()).collect();
-        let (regions, seeder) = crate::engine::run(async move { running.release(names, parts).await }).await?;
-        Ok((regions, self.listen(registry, uris, seeder).await?))
+        let (regions, seeder, former) = crate::engine::run(async move { running.release(names, parts).await }).await?;
+        Ok((regions, Seeding { former: Some(former), ..self.listen(registry, uris, seeder).await? }))
     }
 
     fn seeder_parts(&self) -> SeederParts {
@@ -204,6 +214,7 @@ impl Migration {
             ledger: self.ledger.clone(),
             lease: self.lease,
             fencing: self.fencing,
+            limit: self.limit,
             ..SeederParts::default()
         }
     }
@@ -216,7 +227,7 @@ impl Migration {
             let listening = crate::engine::run(async move { carry.seed(&uri, seeder, &options).await });
             listeners.push(listening.await?);
         }
-        Ok(Seeding { seeder, listeners })
+        Ok(Seeding { seeder, former: None, listeners })
     }
 
     /// Copies what is seeded at `uri` to `places`, one for each region in the seeder's order. The application runs on
@@ -307,7 +318,7 @@ impl Migration {
 
     fn leecher_parts(&self) -> LeecherParts {
         let (hooks, priorities, ledger) = (self.hooks.clone(), self.priorities.clone(), self.ledger.clone());
-        LeecherParts { hooks, priorities, ledger, ..LeecherParts::default() }
+        LeecherParts { hooks, priorities, ledger, limit: self.limit }
     }
 }
 
@@ -322,6 +333,7 @@ fn fresh_id() -> MigrationId {
 /// Regions that are offered. Dropping it stops that, in the middle of whatever a leecher is doing.
 pub struct Seeding {
     seeder: Seeder,
+    former: Option<Former>,
     listeners: Vec<Box<dyn Listener>>,
 }
 
@@ -336,6 +348,13 @@ impl Seeding {
     #[must_use]
     pub fn seeder(&self) -> &Seeder {
         &self.seeder
+    }
+
+    /// Where the regions came from, if they were [released](Migration::release). It is told that everything arrived for as
+    /// long as a [`Seeder`] of these lives.
+    #[must_use]
+    pub fn former(&self) -> Option<Former> {
+        self.former.clone()
     }
 
     /// Takes no new requests, finishes those in flight, and ends.

@@ -10,6 +10,7 @@ use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_file::FileMount as Fuse;
 
 use super::Mount;
+use super::link::Link;
 use super::region::{self, Region};
 use crate::Cache;
 #[cfg(all(feature = "file", feature = "slice"))]
@@ -40,7 +41,8 @@ pub struct Refused {
 }
 
 async fn open(mount: Mount) -> Result<BlockMount> {
-    let plan = Plan::new(mount.settings.block.kind, block_settings(&mount)?, mount.remote.size())?;
+    let (options, settings) = (&mount.settings.block, block_settings(&mount)?);
+    let plan = Plan::new(options.kind, settings, options.link.clone(), mount.remote.size())?;
     plan.show(region::build(mount).await?).await
 }
 
@@ -48,11 +50,13 @@ async fn open(mount: Mount) -> Result<BlockMount> {
 pub(crate) struct Plan {
     kinds: Vec<Kind>,
     settings: BlockSettings,
+    link: Option<PathBuf>,
     refused: Vec<Refused>,
 }
 
 impl Plan {
-    fn new(wanted: Option<Kind>, settings: BlockSettings, size: u64) -> Result<Self> {
+    fn new(wanted: Option<Kind>, settings: BlockSettings, link: Option<PathBuf>, size: u64) -> Result<Self> {
+        link.as_deref().map_or(Ok(()), Link::check)?;
         let mut refused = Vec::new();
         let kinds = wanted.map_or(Kind::ALL.to_vec(), |kind| vec![kind]);
         let settings = settings.fit_size(size)?;
@@ -61,7 +65,7 @@ impl Plan {
         if kinds.is_empty() {
             return Err(none_works(&refused));
         }
-        Ok(Self { kinds, settings, refused })
+        Ok(Self { kinds, settings, link, refused })
     }
 
     /// For a region of `size` bytes that a migration brings; `kind` goes before that of the settings.
@@ -71,14 +75,19 @@ impl Plan {
             let message = "a device that arrives cannot be kept: what it has not pulled yet dies with the process";
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
         }
-        Self::new(kind.or(settings.block.kind), device_settings(&settings.block, settings.read_only, None), size)
+        let device = device_settings(&settings.block, settings.read_only, None);
+        Self::new(kind.or(settings.block.kind), device, settings.block.link.clone(), size)
     }
 
     /// Shows it as the best kind that works. Runs on the engine.
     pub(crate) async fn show(mut self, region: Region) -> Result<BlockMount> {
         for kind in self.kinds {
             match Shown::open(kind, region.backend(), &self.settings).await {
-                Ok(shown) => return Ok(BlockMount { shown, region, refused: self.refused }),
+                Ok(shown) => {
+                    let link = self.link.map(|link| Link::make(shown.device.path(), link)).transpose();
+                    let link = link.map_err(|error| given_up(&region, error))?;
+                    return Ok(BlockMount { link, shown, region, refused: self.refused });
+                }
                 Err(error) if error.kind() == ErrorKind::InvalidInput => return Err(given_up(&region, error)),
                 Err(error) => self.refused.push(Refused { kind, error }),
             }
@@ -212,6 +221,7 @@ impl Shown {
 /// threads of your own.
 pub struct BlockMount {
     // In this order they are dropped: what the kernel still holds goes into the region.
+    link: Option<Link>,
     shown: Shown,
     region: Region,
     refused: Vec<Refused>,
@@ -222,6 +232,12 @@ impl BlockMount {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.shown.device.path()
+    }
+
+    /// The symbolic link to it, if one was [asked for](BlockOptions::link).
+    #[must_use]
+    pub fn link(&self) -> Option<&Path> {
+        self.link.as_ref().map(Link::path)
     }
 
     /// What kind of device it is.

@@ -8,6 +8,8 @@
 mod block;
 #[cfg(feature = "file")]
 mod file;
+#[cfg(feature = "block")]
+mod link;
 mod region;
 #[cfg(feature = "slice")]
 mod slice;
