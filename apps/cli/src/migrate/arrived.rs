@@ -236,7 +236,10 @@ async fn tell_former(mut former: Former, limit: Patience, signals: &mut Signals,
     };
     let why = tokio::select! {
         told = former.told() => match told {
-            Ok(()) => return Ok(output.note("told", "the seeder from which the region came knows that it has arrived")),
+            Ok(()) => {
+                output.note("told", "the seeder from which the region came knows that it has arrived");
+                return Ok(());
+            }
             Err(error) => error.to_string(),
         },
         () = patience => "it does not answer".to_owned(),

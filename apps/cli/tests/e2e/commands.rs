@@ -58,7 +58,7 @@ fn copy_goes_on_where_it_was_killed() {
 
         // Ctrl-C says how to go on.
         let stopped = scene.r3map(&["copy", "--in-flight", "1", &source, &to]);
-        std::thread::sleep(Duration::from_millis(300));
+        crate::support::wait_until_it_listens(stopped.id());
         stopped.interrupt();
         let outcome = stopped.end(SOON);
         assert_eq!(outcome.code, Some(1), "{outcome:?}");
@@ -215,7 +215,9 @@ fn the_demo_cleans_up_when_it_is_interrupted() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_r3map"));
         command.args(["demo", "--rtt", "100ms", "--file", &scene.name("file")]).env("TMPDIR", scene.path("tmp"));
         let mut process = scene.start(&mut command);
-        std::thread::sleep(Duration::from_millis(1500));
+        crate::support::wait_until(SOON, "it is under way", || {
+            std::fs::read_dir(scene.path("tmp")).expect("it is there").count() > 0
+        });
         process.interrupt();
         let status = process.wait(SOON);
         assert!(!status.success(), "it was interrupted: {}", process.stdout().join("\n"));

@@ -6,7 +6,9 @@ use std::time::Duration;
 use r3map_testkit::fill;
 use rustix::mount::{MountFlags, mount_remount};
 
-use crate::support::{Expected, MIB, Mounted, SOON, Scene, Served, event, is_mounted, make_file, wait_until};
+use crate::support::{
+    Expected, MIB, Mounted, SOON, Scene, Served, event, is_mounted, make_file, wait_until, wait_until_it_listens,
+};
 
 const LONG: Duration = Duration::from_secs(120);
 const SIZE: u64 = 32 * MIB + 1;
@@ -219,7 +221,7 @@ fn stopped_before_it_is_ready() {
         let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
         server.program.freeze();
         let mounting = scene.mounting(&server.uri, "region", &["--pull-first"]);
-        std::thread::sleep(Duration::from_millis(500));
+        wait_until_it_listens(mounting.program.id());
         mounting.program.interrupt();
         let outcome = mounting.program.end(SOON);
         assert_eq!(outcome.code, Some(1), "{outcome:?}");

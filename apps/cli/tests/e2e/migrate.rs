@@ -13,8 +13,8 @@ use crate::support::{MIB, Outcome, Program, SOON, Scene, Stamps, is_mounted, mak
 
 const LISTEN: [&str; 2] = ["--listen", "grpc://127.0.0.1:0"];
 const SIZE: u64 = 8 * MIB;
-/// Bytes a second of a link on which the region takes some seconds.
-const SLOW: u64 = MIB;
+/// Bytes a second of a link on which the region takes long, also as a busy machine sees it.
+const SLOW: u64 = MIB / 2;
 /// A few stamps.
 const FEW: usize = 100;
 
@@ -446,7 +446,7 @@ fn a_seeder_that_does_not_say_what_came_of_it_is_asked_for_as_long_as_the_user_s
     Scene::with_fuse(SOON, |scene| {
         let (mut seeder, _, stamps) = slow_to_stop(scene);
         let cache = ["--cache", &scene.name("cache")];
-        let patience = ["--retry", "1s", "--give-up-after", "1s"];
+        let patience = ["--retry", "4s", "--give-up-after", "4s"];
         let leecher = leech(scene, &seeder.uri, "there", &[&cache[..], &patience].concat());
         let outcome = leecher.end(SOON);
         complains_as_event(&outcome, "whether it has handed over");
@@ -470,7 +470,7 @@ fn a_seeder_that_does_not_say_what_came_of_it_is_asked_for_as_long_as_the_user_s
 /// but that to tell, A, and the line between them.
 fn unheard(scene: &Scene, more: &[&str]) -> (Program, Seeder, DelayProxy) {
     std::fs::create_dir(scene.path("ledgers")).expect("it can be made");
-    let (first, _, stamps) = seed_file(scene, MIB, &["--ledger", &scene.name("ledgers/a")]);
+    let (first, _, stamps) = seed_file(scene, SIZE, &["--ledger", &scene.name("ledgers/a")]);
     let more = [&["--then-seed", "grpc://127.0.0.1:0"], more].concat();
     let (mut b, line) = leech_at_once(scene, &first, "b", &more);
     std::fs::rename(scene.path("ledgers"), scene.path("away")).expect("it can be moved");

@@ -266,7 +266,7 @@ fn a_reader_is_interrupted() {
                 std::thread::sleep(Duration::from_millis(300));
                 assert!(reader.is_running(), "it waits");
                 reader.interrupt();
-                let status = reader.wait(Duration::from_secs(20));
+                let status = reader.wait(SOON);
                 let (said, complaint) = (reader.stdout(), reader.stderr());
                 assert_eq!(said.last().map(String::as_str), Some("read -1 buffer as before"), "{status} {complaint:?}");
             }

@@ -22,7 +22,20 @@ use std::time::Duration;
 /// One mebibyte.
 pub(crate) const MIB: u64 = 1 << 20;
 /// How long anything may take that takes no time on an idle machine.
-pub(crate) const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(120);
+
+/// Waits until a process catches SIGTERM, which the command does before anything else (proc_pid_status(5), `SigCgt`).
+///
+/// # Panics
+/// If it does not.
+pub(crate) fn wait_until_it_listens(process: u32) {
+    wait_until(SOON, "it listens to signals", || {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+        caught & 1 << (rustix::process::Signal::TERM.as_raw() - 1) != 0
+    });
+}
 
 /// Waits until `holds`, which must come true by itself.
 ///
