@@ -21,6 +21,9 @@ use crate::seeding::{Handed, Seeded, SeededRegion, from_runs};
 use crate::target::Target;
 use crate::{MAX_RECORD, MIGRATION_VERSION, message, path};
 
+/// The longest secret: it is shown with every call, and servers take headers of 16 KiB.
+const MAX_SECRET: usize = 4 << 10;
+
 /// The most regions that a seeder may have.
 const MAX_REGIONS: usize = 64;
 
@@ -54,11 +57,17 @@ impl SeederClient {
     /// [`ClientSettings::go`] is needed. Connections live on the current tokio runtime.
     ///
     /// # Errors
-    /// As [`Client::connect`]; `InvalidInput` for a server that does not seed; `Denied` where the secret is another.
+    /// As [`Client::connect`]; `InvalidInput` for a server that does not seed, and for a secret of more than 4 KiB; `Denied`
+    /// where the secret is another.
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub async fn connect(target: Target, secret: &[u8], settings: ClientSettings) -> Result<Self> {
+        if secret.len() > MAX_SECRET {
+            let message =
+                format!("a secret of {} bytes is longer than {MAX_SECRET}, and cannot be shown", secret.len());
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
+        }
         let settings = ClientSettings { region: 0, go_seeder: true, ..settings };
         let calls = Calls {
             target: target.clone(),

@@ -222,6 +222,10 @@ async fn who_does_not_know_the_secret_is_refused_each_time() {
         let error = connect(&target, wrong, ClientSettings::default()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
     }
+    for (length, expected) in [(4096, ErrorKind::Denied), (4097, ErrorKind::InvalidInput)] {
+        let error = connect(&target, &vec![1; length], ClientSettings::default()).await.unwrap_err();
+        assert_eq!(error.kind(), expected, "{error}");
+    }
     let error = Client::connect(target.clone(), ClientSettings::default()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Denied, "reading is refused too: {error}");
     for service in METHODS {
