@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use crate::support::{
-    Aligned, Netem, SIZE, attach, connect_to, exercise, io_timeout, open_direct, read_direct, run, runtime, until,
+    Aligned, Netem, SIZE, attach, connect_to, exercise, io_timeout, node, open_direct, read_direct, run, runtime, until,
 };
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -207,6 +207,36 @@ fn over_a_link_with_a_round_trip_of_40_ms() {
     assert!(start.elapsed().as_millis() >= 40, "the link is not slow");
     exercise(&device.path());
     device.detach().unwrap();
+}
+
+/// The program that people attach devices with.
+#[test]
+fn nbd_client_attaches_our_exports() {
+    if !in_vm() {
+        return;
+    }
+    let own = Own::new(Store::new(SIZE).filled(1));
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    own.runtime.block_on(own.server.listen(&Address::Unix(socket.clone()))).unwrap();
+    // One that nobody else takes: devices are taken from the first on.
+    let index = 15;
+    let device = node(index);
+    let (device_name, socket) = (device.to_str().unwrap(), socket.to_str().unwrap());
+    for more in [&["-connections", "2"][..], &["-nonetlink"]] {
+        run("nbd-client", &[&["-unix", socket, device_name, "-name", ""], more].concat());
+        until("it is attached", || {
+            std::fs::read_to_string("/sys/block/nbd15/size").is_ok_and(|size| size.trim() != "0")
+        });
+        let page = read_direct(&device, 8192).unwrap();
+        exercise(&device);
+        run("nbd-client", &["-d", device_name]);
+        until("it is free", || !kernel::is_attached(index).unwrap());
+        until("the server knows", || own.server.connections() == 0);
+        if more[0] == "-connections" {
+            fill::check(&page, 8192, 1).unwrap();
+        }
+    }
 }
 
 #[test]
