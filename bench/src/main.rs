@@ -41,6 +41,9 @@ struct Arguments {
     /// How often each figure is measured [default: 7, 1 with --quick].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: Option<u16>,
+    /// Of the moves, measure only those whose name contains this, such as `busy slice, 0 ms`.
+    #[arg(long)]
+    only: Option<String>,
     /// The seed of offsets and contents.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -107,6 +110,7 @@ fn run(arguments: &Arguments) -> ExitCode {
         size: arguments.size.unwrap_or(if quick { 2 << 20 } else { 256 << 20 }),
         runs: arguments.runs.map_or(if quick { 1 } else { 7 }, usize::from),
         seed: arguments.seed,
+        only: arguments.only.clone(),
         quick,
     };
     let report = Report::new(if arguments.json { Style::Json } else { Style::Table });

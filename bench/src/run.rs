@@ -19,6 +19,9 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     /// Tiny samples, to see that everything works; the figures mean little.
     pub(crate) quick: bool,
+    /// What the names of the moves that are measured contain; all of them without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) only: Option<String>,
 }
 
 impl Settings {

@@ -60,15 +60,19 @@ type Pick<'a> = &'a dyn Fn(&Round) -> Result<Sides>;
 type Sides = (f64, Option<f64>);
 
 pub(crate) fn run(bench: &mut Bench) {
-    tracked(bench);
+    if bench.settings.only.is_none() {
+        tracked(bench);
+    }
     let mut settings = bench.settings.clone();
     settings.runs = settings.runs.min(MOST_RUNS);
-    let cases = cases(REGION * settings.size);
+    let size = REGION * settings.size;
+    let wanted = |case: &Case| settings.only.as_ref().is_none_or(|only| case.name().contains(only));
+    let cases: Vec<_> = cases(size).into_iter().filter(wanted).collect();
     let rounds = measure(bench, &settings, &cases);
     let rounds = rounds.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"));
     for shown in [Shown::Slice, Shown::File] {
         for case in cases.iter().filter(|case| case.shown == shown) {
-            figures(bench, *case, &cases, &rounds);
+            figures(bench, *case, size, &rounds);
         }
     }
 }
@@ -85,17 +89,23 @@ fn cases(size: u64) -> Vec<Case> {
     cases
 }
 
-/// Reports a case.
-fn figures(bench: &mut Bench, case: Case, cases: &[Case], rounds: &Result<&Vec<Round>, anyhow::Error>) {
-    let busy = if case.writing == Writing::Always { "busy " } else { "" };
-    let name = |what: &str| format!("{busy}{}, {} ms: {what}", case.shown.name(), case.rtt);
+impl Case {
+    fn name(&self) -> String {
+        let busy = if self.writing == Writing::Always { "busy " } else { "" };
+        format!("{busy}{}, {} ms", self.shown.name(), self.rtt)
+    }
+}
+
+/// Reports a case; all but the smaller regions have this size.
+fn figures(bench: &mut Bench, case: Case, size: u64, rounds: &Result<&Vec<Round>, anyhow::Error>) {
+    let name = |what: &str| format!("{}: {what}", case.name());
     let finish = |bench: &mut Bench, spec, pick: Pick<'_>| {
         let outcome = rounds.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"));
         bench.finish(spec, outcome.and_then(|rounds| sides(rounds, pick)));
     };
     let one = |round: &Round, case| round.get(&case).copied().context("it was not measured");
-    if case.size != cases[1].size {
-        let whole = Case { size: cases[1].size, ..case };
+    if case.size != size {
+        let whole = Case { size, ..case };
         let spec = Spec::new(NAME, name("downtime, by size"), Unit::Milliseconds)
             .limit(format!("the same of a region that has a {SMALLER}th of the size"))
             .note("the whole downtime, flush included");
@@ -145,7 +155,7 @@ fn verdicts(case: Case, rounds: &Result<&Vec<Round>, anyhow::Error>) -> String {
 }
 
 fn measure(bench: &Bench, settings: &run::Settings, cases: &[Case]) -> Result<Vec<Round>> {
-    pass(bench, settings, &cases[..2], "warming up")?;
+    pass(bench, settings, &cases[..cases.len().min(2)], "warming up")?;
     (0..settings.runs)
         .map(|run| pass(bench, settings, cases, &format!("run {} of {}", run + 1, settings.runs)))
         .collect()

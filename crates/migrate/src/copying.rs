@@ -359,6 +359,8 @@ impl<T: Target> Copying<T> {
         let dirty = bytes(record);
         self.tell(|progress| progress.dirty = dirty);
         self.write_down().await?;
+        // Before anybody waits for it: where the application is moved next, only what it writes from now on is left for then.
+        self.lanes.iter_mut().try_for_each(Lane::take_back)?;
         Ok(dirty)
     }
 

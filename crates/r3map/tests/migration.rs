@@ -4,7 +4,7 @@
 mod moving;
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -200,6 +200,63 @@ async fn who_is_not_told_to_stop_is_refused_and_loses_no_store() {
         }
     })
     .await;
+}
+
+/// The devices of all mounts of this machine, also of those that are on no path.
+fn devices() -> Vec<String> {
+    let listed = std::fs::read_dir("/sys/class/bdi").unwrap();
+    listed.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_the_region_is_here_there_is_nothing_on_its_path_that_could_be_opened() {
+    if !Path::new("/dev/fuse").exists() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (absent, present) = (folder.path().join("absent"), folder.path().join("present"));
+    std::fs::write(&present, "").unwrap();
+    let is_bare = || {
+        let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mounted = table.contains(folder.path().file_name().unwrap().to_str().unwrap());
+        !mounted && !absent.exists() && std::fs::metadata(&present).unwrap().len() == 0
+    };
+    let mut mount = Mount::managed(empty()).slice().await.unwrap();
+    for path in [&absent, &present] {
+        let regions = vec![("memory".into(), mount.source())];
+        let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
+        let uri: Uri = seeding.uris()[0].parse().unwrap();
+        let leech = async || {
+            let (registry, places) = (Registry::standard(), vec![Place::path(path)]);
+            let leecher = Migration::new().settings(settings()).leech(&registry, &uri, places).await.unwrap();
+            leecher.ready().await.unwrap();
+            assert!(is_bare(), "everything has been copied");
+            leecher
+        };
+        leech().await.abort().await.unwrap();
+        assert!(is_bare(), "it was given up");
+        drop(leech().await);
+        assert!(is_bare(), "it was dropped");
+
+        mount.as_mut_slice().unwrap()[5] = 7;
+        let (leecher, before) = (leech().await, devices());
+        let running = leecher.finalize().await.unwrap();
+        let file = path.clone();
+        let (first, device) = blocking(move || {
+            let (mut bytes, facts) = ([0; 6], std::fs::metadata(&file).unwrap());
+            File::open(file).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+            (bytes, facts.dev())
+        })
+        .await;
+        assert_eq!(first, [0, 0, 0, 0, 0, 7]);
+        let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        let in_advance = before.contains(&device);
+        assert!(in_advance || !rustix::process::geteuid().is_root(), "it was not mounted while everything waited");
+        running.pulled().await.unwrap();
+        running.regions()[0].path().unwrap().close().await.unwrap();
+        assert!(is_bare());
+        mount = Mount::managed(empty()).slice().await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

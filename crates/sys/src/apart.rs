@@ -7,10 +7,11 @@
 //!
 //! What a program does with the file itself is out of reach: only these calls, which a server makes by its own.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 use libc::{c_long, c_uint};
 use rustix::mount::UnmountFlags;
@@ -21,6 +22,16 @@ use rustix::mount::UnmountFlags;
 /// As `open(2)`, and if no thread can be started.
 pub fn open(path: &Path) -> io::Result<()> {
     apart(None, || File::open(path).map(drop))
+}
+
+/// The same for a mount that is on no path, of which there is only a descriptor: its root, or `entry` in it.
+///
+/// # Errors
+/// As [`open`]; where `/proc` is not there.
+pub fn open_detached(mount: BorrowedFd<'_>, entry: Option<&OsStr>) -> io::Result<()> {
+    let mut path = PathBuf::from(format!("/proc/thread-self/fd/{}", mount.as_raw_fd()));
+    path.extend(entry);
+    apart(Some(mount), || File::open(path).map(drop))
 }
 
 /// `fsync(2)` of the file on a path.
@@ -36,7 +47,7 @@ pub fn sync(path: &Path) -> io::Result<()> {
 /// # Errors
 /// As `fsync(2)`, and if no thread can be started.
 pub fn sync_file(file: &File) -> io::Result<()> {
-    apart(Some(file), || file.sync_all())
+    apart(Some(file.as_fd()), || file.sync_all())
 }
 
 /// `umount2(2)`, which writes what is left and waits for that.
@@ -49,8 +60,8 @@ pub fn unmount(path: &Path, flags: UnmountFlags) -> io::Result<()> {
 
 /// Does `work` on a thread whose table of descriptors has nothing but the standard streams and `kept`, and waits for it.
 /// Where the kernel cannot do that (before 5.9), `work` is done all the same.
-fn apart(kept: Option<&File>, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
-    let kept = kept.map(|file| file.as_raw_fd().unsigned_abs());
+fn apart(kept: Option<BorrowedFd<'_>>, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    let kept = kept.map(|kept| kept.as_raw_fd().unsigned_abs());
     std::thread::scope(|scope| {
         let alone = move || {
             leave_table(kept);
@@ -113,7 +124,7 @@ mod tests {
             Ok(())
         })
         .expect("it works");
-        apart(Some(&file), || {
+        apart(Some(file.as_fd()), || {
             assert_eq!(open_files(), 5);
             file.metadata().map(drop)
         })
@@ -122,6 +133,10 @@ mod tests {
         open(&path).expect("it is there");
         sync(&path).expect("it can be synced");
         sync_file(&file).expect("so can this");
+        let folder = File::open(dir.path()).expect("it is there");
+        open_detached(folder.as_fd(), None).expect("it is what the descriptor is of");
+        open_detached(folder.as_fd(), Some(OsStr::new("file"))).expect("it is in there");
+        assert!(open_detached(folder.as_fd(), Some(OsStr::new("absent"))).is_err());
         assert!(open(&dir.path().join("absent")).is_err());
         assert!(unmount(&path, UnmountFlags::empty()).is_err(), "nothing is mounted there");
     }

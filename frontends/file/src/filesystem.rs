@@ -32,6 +32,25 @@ const MAX_NAME: u32 = 255;
 const READER: FileHandle = FileHandle(0);
 const WRITER: FileHandle = FileHandle(1);
 
+/// What the kernel is told of a region once and for all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) size: u64,
+    /// The chunk that suits it.
+    pub(crate) chunk: ChunkSize,
+}
+
+impl Shape {
+    pub(crate) fn of(backend: &dyn Backend) -> Self {
+        Self { size: backend.size(), chunk: backend.capabilities().preferred_chunk.unwrap_or(ChunkSize::DEFAULT) }
+    }
+
+    /// What `st_blksize` suggests: the chunk, within reason.
+    fn io_size(self) -> u32 {
+        u32::try_from(self.chunk.bytes().clamp(IO_SIZE.start, IO_SIZE.end - 1)).unwrap_or(u32::MAX)
+    }
+}
+
 /// One file of a fixed size over a backend.
 pub(crate) struct RegionFile {
     service: Arc<Service>,
@@ -59,11 +78,11 @@ pub(crate) fn file_ino(show: &Show) -> INodeNo {
 }
 
 impl RegionFile {
-    /// `settings` must fit the backend.
-    pub(crate) fn new(service: Arc<Service>, backend: &dyn Backend, settings: FileSettings) -> Self {
-        let io_size = io_size(backend);
+    /// `settings` and `shape` must fit the service's backend.
+    pub(crate) fn new(service: Arc<Service>, shape: Shape, settings: FileSettings) -> Self {
+        let (size, io_size) = (shape.size, shape.io_size());
         let mode = if settings.read_only { 0o444 } else { 0o644 };
-        let file = Attributes::new(file_ino(&settings.show), FileType::RegularFile, backend.size(), io_size, mode);
+        let file = Attributes::new(file_ino(&settings.show), FileType::RegularFile, size, io_size, mode);
         let directory = match &settings.show {
             Show::File => None,
             Show::Entry(name) => Some(Directory {
@@ -71,7 +90,7 @@ impl RegionFile {
                 name: name.clone(),
             }),
         };
-        Self { service, settings, size: backend.size(), file, directory, writers: AtomicUsize::new(0) }
+        Self { service, settings, size, file, directory, writers: AtomicUsize::new(0) }
     }
 
     fn attributes(&self, ino: INodeNo) -> Option<&Attributes> {
@@ -102,12 +121,6 @@ impl RegionFile {
     fn fixed(&self) -> Errno {
         if self.settings.read_only { Errno::EROFS } else { Errno::EPERM }
     }
-}
-
-/// What `st_blksize` suggests: the chunk that suits the backend, within reason.
-fn io_size(backend: &dyn Backend) -> u32 {
-    let chunk = backend.capabilities().preferred_chunk.unwrap_or(ChunkSize::DEFAULT);
-    u32::try_from(chunk.bytes().clamp(IO_SIZE.start, IO_SIZE.end - 1)).unwrap_or(u32::MAX)
 }
 
 fn configure(config: &mut KernelConfig, settings: &FileSettings) {

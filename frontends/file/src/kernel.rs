@@ -5,7 +5,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,10 +13,11 @@ use std::process::{Child, Command, Stdio};
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
-use crate::mountinfo::{FILE_SYSTEM, one_line};
+use crate::mountinfo::{FILE_SYSTEM, SUBTYPE, one_line};
+use crate::settings::FileSettings;
 
 const DEVICE: &str = "/dev/fuse";
 /// The helper of FUSE 3 and, where only that is there, of FUSE 2; they take the same arguments.
@@ -33,6 +34,11 @@ pub(crate) struct Options {
 }
 
 impl Options {
+    pub(crate) fn of(settings: &FileSettings) -> Self {
+        let FileSettings { source, read_only, allow_other, .. } = settings;
+        Self { source: source.clone(), read_only: *read_only, allow_other: *allow_other }
+    }
+
     /// Those that the kernel and the helper spell alike. The kernel checks permissions by mode, owner and group.
     fn common(&self) -> &'static str {
         if self.allow_other { "default_permissions,allow_other" } else { "default_permissions" }
@@ -82,6 +88,58 @@ fn mount_directly(path: &Path, options: &Options) -> Result<OwnedFd> {
     Ok(device)
 }
 
+/// A file system that the kernel has, and that is on no path. It ends when both descriptors are closed, unless it was
+/// [put on a path](attach).
+pub(crate) struct Detached {
+    /// For who serves it.
+    pub(crate) channel: OwnedFd,
+    /// Stands for the mount.
+    pub(crate) mount: OwnedFd,
+}
+
+/// Makes a file system whose root is a regular file or, for `directory`, a directory, and mounts it on no path.
+///
+/// # Errors
+/// Where the caller may not do that himself (there is no helper for it), and before Linux 5.2.
+pub(crate) fn detached(options: &Options, directory: bool) -> rustix::io::Result<Detached> {
+    use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
+    let channel = open_device()?;
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let set = |key: &str, value: &str| fsconfig_set_string(context.as_fd(), key, value);
+    set("source", &options.source)?;
+    set("subtype", SUBTYPE)?;
+    set("fd", &channel.as_raw_fd().to_string())?;
+    set("rootmode", if directory { "40700" } else { "100600" })?;
+    set("user_id", &rustix::process::getuid().as_raw().to_string())?;
+    set("group_id", &rustix::process::getgid().as_raw().to_string())?;
+    for flag in options.common().split(',').chain(options.read_only.then_some("ro")) {
+        fsconfig_set_flag(context.as_fd(), flag)?;
+    }
+    fsconfig_create(context.as_fd())?;
+    let mut flags =
+        MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOATIME;
+    flags.set(MountAttrFlags::MOUNT_ATTR_RDONLY, options.read_only);
+    let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    Ok(Detached { channel, mount })
+}
+
+/// Puts a mount that is on no path on this one.
+///
+/// # Errors
+/// What the kernel answers; the mount is on no path then.
+pub(crate) fn attach(mount: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(mount, "", rustix::fs::CWD, path, flags)
+        .map_err(|errno| failed(path, "cannot be mounted on", errno.into()))
+}
+
+/// `MAJOR:MINOR` of a mount that is on no path. Whoever serves it is not asked.
+pub(crate) fn device_of(mount: BorrowedFd<'_>) -> rustix::io::Result<String> {
+    use rustix::fs::{AtFlags, StatxFlags, statx};
+    let facts = statx(mount, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::empty())?;
+    Ok(format!("{}:{}", facts.stx_dev_major, facts.stx_dev_minor))
+}
+
 fn no_device(errno: Errno) -> Error {
     let (kind, message) = match errno {
         Errno::NOENT | Errno::NODEV | Errno::NXIO => (
@@ -96,7 +154,7 @@ fn no_device(errno: Errno) -> Error {
 
 fn mount_by_helper(path: &Path, options: &Options) -> Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair().map_err(|error| failed(path, "cannot be mounted on", error))?;
-    let mut list = format!("{},fsname={},subtype=r3map", options.common(), escape(&options.source));
+    let mut list = format!("{},fsname={},subtype={SUBTYPE}", options.common(), escape(&options.source));
     if options.read_only {
         list.push_str(",ro");
     }

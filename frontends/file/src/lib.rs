@@ -60,6 +60,7 @@ mod mount;
 mod mountinfo;
 mod opened;
 mod place;
+mod prepared;
 mod requests;
 mod service;
 mod session;
@@ -67,4 +68,5 @@ mod settings;
 
 pub use mount::FileMount;
 pub use opened::OpenedFile;
+pub use prepared::PreparedMount;
 pub use settings::{Caching, FileSettings, Show};

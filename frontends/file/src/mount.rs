@@ -11,6 +11,7 @@ use r3map_sys::apart;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::blocking::{off_runtime, spawn, within};
+use crate::filesystem::Shape;
 use crate::kernel::{self, Options, Unmount, shown, unmount};
 use crate::mountinfo::mounted_on;
 use crate::place::{Made, Place};
@@ -18,7 +19,7 @@ use crate::session::Session;
 use crate::settings::{FileSettings, Show};
 
 /// How long the kernel may take for the first answer of a new mount.
-const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// A region that is mounted as a file.
 ///
@@ -189,18 +190,17 @@ impl Mounted {
     }
 
     fn mount_on(place: &Place, backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
-        let FileSettings { source, read_only, allow_other, .. } = settings;
-        let options = Options { source: source.clone(), read_only: *read_only, allow_other: *allow_other };
-        let channel = kernel::mount(place.path(), &options)?;
-        let session = Session::start(channel, backend, runtime, settings)?;
-        let point = place.path().to_owned();
-        let file = match &settings.show {
-            Show::File => point.clone(),
-            Show::Entry(name) => point.join(name),
-        };
-        let device = answering_device(&point, &file)?;
+        let channel = kernel::mount(place.path(), &Options::of(settings))?;
+        let session = Session::start(channel, Shape::of(&*backend), Some(backend), runtime, settings)?;
+        let device = answering_device(place.path(), &file_on(place, &settings.show))?;
         kernel::raise_read_ahead(&device, settings.read_ahead);
-        Ok(Self { session, point, device, file, made: place.made(), gone: AtomicBool::new(false) })
+        Ok(Self::new(place, session, device, &settings.show))
+    }
+
+    /// What is mounted on the place.
+    pub(crate) fn new(place: &Place, session: Session, device: String, show: &Show) -> Self {
+        let (point, file) = (place.path().to_owned(), file_on(place, show));
+        Self { session, point, device, file, made: place.made(), gone: AtomicBool::new(false) }
     }
 
     /// Takes it off its path now. Whoever has it open goes on using it.
@@ -272,6 +272,14 @@ impl Mounted {
     ) -> Result<()> {
         let mounted = self.clone();
         within(self.session.limit(), what, move || work(&mounted))
+    }
+}
+
+/// The path of the file itself.
+fn file_on(place: &Place, show: &Show) -> PathBuf {
+    match show {
+        Show::File => place.path().to_owned(),
+        Show::Entry(name) => place.path().join(name),
     }
 }
 

@@ -9,6 +9,8 @@ use r3map_core::{Error, Operation, Result};
 
 /// The type under which our mounts are listed: FUSE, with the subtype that we give.
 pub(crate) const FILE_SYSTEM: &str = "fuse.r3map";
+/// That subtype.
+pub(crate) const SUBTYPE: &str = "r3map";
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]

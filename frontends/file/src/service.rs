@@ -33,11 +33,11 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// Serves `backend` with slow requests on `runtime`; requests are at most `max_request` bytes long, and `keep`
+    /// Serves `backend`, once there is one, with slow requests on `runtime`; requests are at most `max_request` bytes long, and `keep`
     /// buffers of that size are kept at hand.
-    pub(crate) fn new(backend: Arc<dyn Backend>, runtime: Handle, max_request: usize, keep: usize) -> Self {
+    pub(crate) fn new(backend: Option<Arc<dyn Backend>>, runtime: Handle, max_request: usize, keep: usize) -> Self {
         Self {
-            backend: RwLock::new(Some(backend)),
+            backend: RwLock::new(backend),
             runtime,
             waiting: TaskTracker::new(),
             closed: CancellationToken::new(),
@@ -47,7 +47,12 @@ impl Service {
         }
     }
 
-    /// The backend; none once closed.
+    /// Serves `backend` from now on.
+    pub(crate) fn bind(&self, backend: Arc<dyn Backend>) {
+        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Some(backend);
+    }
+
+    /// The backend; none before there is one, and once closed.
     pub(crate) fn backend(&self) -> Option<Arc<dyn Backend>> {
         self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fuser::{Config, INodeNo, Notifier, SessionACL};
@@ -12,14 +12,16 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::blocking::{off_runtime, spawn, within};
-use crate::filesystem::{RegionFile, file_ino};
+use crate::filesystem::{RegionFile, Shape, file_ino};
 use crate::kernel::device_can_be_opened;
 use crate::service::Service;
 use crate::settings::FileSettings;
 
 /// A file system that is being served.
 pub(crate) struct Session {
-    backend: Arc<dyn Backend>,
+    /// Nothing was written before there is one.
+    backend: OnceLock<Arc<dyn Backend>>,
+    size: u64,
     service: Arc<Service>,
     notifier: Notifier,
     file: INodeNo,
@@ -29,26 +31,36 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Answers the kernel's first request on `channel` and starts to serve. Blocks until that is done.
+    /// Answers the kernel's first request on `channel` and starts to serve `backend`, which has this shape. Without one,
+    /// whoever wants to read or write gets an error until [one is there](Self::bind). Blocks until that is done.
     ///
     /// # Errors
     /// If the kernel and this program do not agree, or no threads can be started.
     pub(crate) fn start(
         channel: OwnedFd,
-        backend: Arc<dyn Backend>,
+        shape: Shape,
+        backend: Option<Arc<dyn Backend>>,
         runtime: Handle,
         settings: &FileSettings,
     ) -> Result<Self> {
         let threads = settings.thread_count();
         let longest = settings.max_request as usize;
         let service = Arc::new(Service::new(backend.clone(), runtime, longest, threads * 2));
-        let file_system = RegionFile::new(service.clone(), &*backend, settings.clone());
+        let file_system = RegionFile::new(service.clone(), shape, settings.clone());
         let served = fuser::Session::from_fd(file_system, channel, SessionACL::All, config(threads)).map_err(failed)?;
         let notifier = served.notifier();
         let ended = serve(served)?;
         let file = file_ino(&settings.show);
         let (read_only, limit) = (settings.read_only, settings.unmount_limit);
-        Ok(Self { backend, service, notifier, file, read_only, limit, ended })
+        let backend = backend.map_or_else(OnceLock::new, OnceLock::from);
+        Ok(Self { backend, size: shape.size, service, notifier, file, read_only, limit, ended })
+    }
+
+    /// Serves `backend` from now on, which has the shape that was told. Only where there is none yet.
+    pub(crate) fn bind(&self, backend: Arc<dyn Backend>) {
+        if self.backend.set(backend.clone()).is_ok() {
+            self.service.bind(backend);
+        }
     }
 
     /// How long an end may take.
@@ -70,7 +82,7 @@ impl Session {
     /// Makes the kernel forget what it has cached of a range.
     pub(crate) async fn invalidate(&self, range: Range<u64>) -> Result<()> {
         let len = range.end.saturating_sub(range.start);
-        check_range(Operation::Read, self.backend.size(), range.start, len)?;
+        check_range(Operation::Read, self.size, range.start, len)?;
         if len == 0 || self.has_ended() {
             return Ok(());
         }
@@ -105,15 +117,20 @@ impl Session {
 
     /// Flushes the backend. Blocks without a limit; not to be called on a thread of the runtime.
     pub(crate) fn flush_patiently(&self) -> Result<()> {
-        if self.read_only { Ok(()) } else { self.service.runtime().block_on(self.backend.flush()) }
+        match self.to_flush() {
+            Some(backend) => self.service.runtime().block_on(backend.flush()),
+            None => Ok(()),
+        }
     }
 
     fn flush(&self) -> Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
-        let backend = self.backend.clone();
+        let Some(backend) = self.to_flush() else { return Ok(()) };
         self.wait_for("the backend's flush", async move { backend.flush().await })
+    }
+
+    /// The backend, if anything can have been written to it.
+    fn to_flush(&self) -> Option<Arc<dyn Backend>> {
+        self.backend.get().filter(|_| !self.read_only).cloned()
     }
 
     fn wait_for(&self, what: &str, future: impl Future<Output = Result<()>> + Send + 'static) -> Result<()> {

@@ -1,19 +1,21 @@
 //! Migrations that nothing happens to.
 
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use r3map_core::ErrorKind;
+use async_trait::async_trait;
+use r3map_core::{ErrorKind, Result};
 use r3map_migrate::{
-    Hooks, Leecher, LeecherParts, LeecherSettings, Precopy, PullPhase, Pulling, Seeder, SeederPhase, Unconverged,
-    Verdict,
+    Arrival, Hooks, Leecher, LeecherParts, LeecherSettings, Precopy, PullPhase, Pulling, Seeder, SeederPhase, Target,
+    Unconverged, Verdict,
 };
-use r3map_pipeline::Priority;
+use r3map_pipeline::{Local, Priority};
 
 use crate::support::application::Application;
 use crate::support::disk::Disk;
-use crate::support::host::{Place, hooks, seed};
+use crate::support::host::{Here, Place, hooks, seed};
 use crate::support::link::{End, Link};
 use crate::support::{fresh_id, geometry, settings};
 
@@ -92,6 +94,47 @@ async fn an_application_that_writes_too_fast_is_moved_all_the_same_or_left_alone
     app.resume("B", running.regions()[0].guarded.front()).await;
     running.pulled().await.unwrap();
     app.check().await.unwrap();
+}
+
+/// A place that must be emptied where it is to be filled anew, as memory must.
+struct Once {
+    place: Place,
+    /// Bytes that were taken back.
+    taken_back: Arc<AtomicU64>,
+}
+
+#[async_trait]
+impl Target for Once {
+    type Shown = Here;
+
+    fn local(&self) -> Arc<dyn Local> {
+        self.place.local()
+    }
+
+    fn forget(&mut self, bytes: std::ops::Range<u64>) -> Result<()> {
+        self.taken_back.fetch_add(bytes.end - bytes.start, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn show(self, arrival: Arrival) -> Result<Here> {
+        self.place.show(arrival).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_written_is_taken_back_before_the_application_is_asked_to_stop() {
+    let (_app, _running, _seeder, link) = busy(Duration::from_micros(100)).await;
+    let precopy = Precopy { target: Duration::from_nanos(1), max_rounds: NonZeroU32::MIN, ..settings().precopy };
+    let taken_back = Arc::new(AtomicU64::new(0));
+    let target = Once { place: Place { disk: Disk::new() }, taken_back: taken_back.clone() };
+    let targets = async move |_: &_| Ok(vec![target]);
+    let settings = LeecherSettings { precopy, ..settings() };
+    let peer = Arc::new(End(link.clone()));
+    let leecher = Leecher::start(peer, fresh_id(), targets, settings, LeecherParts::default()).await.unwrap();
+    let ready = leecher.ready().await.unwrap();
+    assert_eq!(ready.verdict, Some(Verdict::Rounds), "{ready:?}");
+    assert!(ready.dirty > 0);
+    assert_eq!(taken_back.load(Ordering::SeqCst), ready.dirty, "all of it was here");
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 #[cfg(feature = "block")]
 use r3map_block::Kind;
 use r3map_core::{Backend, Error, ErrorKind, Geometry, Operation, Result};
+use r3map_file::PreparedMount;
 use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::protocol::Description;
 use r3map_migrate::{Arrival, Fencing, Guarded, Shown, Source, Target};
@@ -96,7 +97,7 @@ enum Bytes {
 
 /// What shows bytes that are not in a mapping.
 enum Front {
-    Path(PathBuf),
+    Path(PathBuf, Box<PreparedMount>),
     File,
     #[cfg(feature = "block")]
     Block(Plan),
@@ -126,8 +127,11 @@ pub(super) async fn prepare(places: Vec<Place>, description: &Description, survi
             format!("{} regions are seeded, and there are {} places", description.regions.len(), places.len());
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message));
     }
-    let pairs = places.into_iter().zip(&description.regions);
-    pairs.map(|(place, facts)| Landing::new(place, &facts.name, facts.geometry()?, survived)).collect()
+    let mut landings = Vec::new();
+    for (place, facts) in places.into_iter().zip(&description.regions) {
+        landings.push(Landing::new(place, &facts.name, facts.geometry()?, survived).await?);
+    }
+    Ok(landings)
 }
 
 /// How a cache file that a migration fills begins to say whose bytes it holds.
@@ -139,11 +143,15 @@ fn cache_identity(name: &str) -> String {
 }
 
 impl Landing {
-    fn new(place: Place, name: &str, geometry: Geometry, survived: Survived) -> Result<Self> {
+    async fn new(place: Place, name: &str, geometry: Geometry, survived: Survived) -> Result<Self> {
         let Place { show, settings } = place;
         let front = match show {
             Show::Slice => None,
-            Show::Path(path) => Some(Front::Path(path)),
+            Show::Path(path) => {
+                // Served already, so that it takes no time when the application waits, and on no path.
+                let prepared = PathMount::prepare(&geometry, &settings).await?;
+                Some(Front::Path(path, Box::new(prepared)))
+            }
             Show::File => Some(Front::File),
             #[cfg(feature = "block")]
             Show::Block(kind) => Some(Front::Block(Plan::arriving(kind, &settings, geometry.size())?)),
@@ -324,8 +332,10 @@ impl Target for Landing {
                     let retry = arrival.remote.clone();
                     let (cached, guarded) = open_local(local, record.clone(), arrival).await?;
                     let arrived = match front {
-                        Front::Path(path) => show_file(name, Some(path), &settings, cached, guarded, retry).await?,
-                        Front::File => show_file(name, None, &settings, cached, guarded, retry).await?,
+                        Front::Path(path, prepared) => {
+                            show_path(name, &path, *prepared, cached, guarded, retry).await?
+                        }
+                        Front::File => show_file(name, &settings, cached, guarded, retry).await?,
                         #[cfg(feature = "block")]
                         Front::Block(plan) => show_block(name, plan, cached, guarded, retry).await?,
                     };
@@ -360,9 +370,23 @@ async fn open_local(
     Ok((cached, guarded))
 }
 
+async fn show_path(
+    name: String,
+    path: &Path,
+    prepared: PreparedMount,
+    cached: Arc<Cached>,
+    guarded: Arc<Guarded>,
+    retry: Arc<Retry>,
+) -> Result<Arrived> {
+    guarded.fence(Fencing::Strict).await?;
+    let region = Region::arrived(cached, guarded.clone(), guarded.front(), retry);
+    let mount = PathMount::show_prepared(region.clone(), path, prepared).await?;
+    let source = Arc::new(FileSource { guarded, sync: mount.syncing() });
+    Ok(Arrived { name, region, source, kept: Kept::Path(mount), record: None })
+}
+
 async fn show_file(
     name: String,
-    path: Option<PathBuf>,
     settings: &Settings,
     cached: Arc<Cached>,
     guarded: Arc<Guarded>,
@@ -370,19 +394,9 @@ async fn show_file(
 ) -> Result<Arrived> {
     guarded.fence(Fencing::Strict).await?;
     let region = Region::arrived(cached, guarded.clone(), guarded.front(), retry);
-    let (kept, sync) = match path {
-        Some(path) => {
-            let mount = PathMount::show(region.clone(), &path, settings, true).await?;
-            let sync = mount.syncing();
-            (Kept::Path(mount), sync)
-        }
-        None => {
-            let mount = FileMount::show(region.clone(), settings, true).await?;
-            let sync = mount.syncing()?;
-            (Kept::File(mount), sync)
-        }
-    };
-    Ok(Arrived { name, region, source: Arc::new(FileSource { guarded, sync }), kept, record: None })
+    let mount = FileMount::show(region.clone(), settings, true).await?;
+    let source = Arc::new(FileSource { guarded, sync: mount.syncing()? });
+    Ok(Arrived { name, region, source, kept: Kept::File(mount), record: None })
 }
 
 /// Only changes are fenced off: the kernel reads a device when it appears.

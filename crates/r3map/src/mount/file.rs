@@ -6,7 +6,11 @@ use std::path::Path;
 #[cfg(feature = "slice")]
 use std::sync::Arc;
 
+#[cfg(feature = "slice")]
+use r3map_core::Geometry;
 use r3map_core::{Error, ErrorKind, Operation, Result};
+#[cfg(feature = "slice")]
+use r3map_file::PreparedMount;
 use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile, Show};
 
 use super::Mount;
@@ -89,10 +93,25 @@ impl PathMount {
         }
     }
 
-    /// Whether [`Self::show`] would find the path usable. Runs on the engine.
+    /// Whether a region could be shown on the path. Runs on the engine.
     #[cfg(feature = "slice")]
     pub(crate) async fn check(path: &Path, settings: &Settings, managed: bool) -> Result<()> {
         Fuse::check(path, file_settings(settings, managed)).await
+    }
+
+    /// Does in advance what can be done to show a region that is to arrive. Runs on the engine.
+    #[cfg(feature = "slice")]
+    pub(crate) async fn prepare(geometry: &Geometry, settings: &Settings) -> Result<PreparedMount> {
+        Fuse::prepare(geometry.size(), geometry.chunk_size(), file_settings(settings, true)).await
+    }
+
+    /// Shows a region that has arrived. Runs on the engine.
+    #[cfg(feature = "slice")]
+    pub(crate) async fn show_prepared(region: Region, path: &Path, prepared: PreparedMount) -> Result<Self> {
+        match prepared.show(region.backend(), path).await {
+            Ok(shown) => Ok(Self { shown, region }),
+            Err(error) => Err(region.given_up(error)),
+        }
     }
 
     /// The region as one that can leave for another host; see [`crate::migration`].

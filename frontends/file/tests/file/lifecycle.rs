@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use r3map_core::{ErrorKind, Operation};
+use r3map_core::{ChunkSize, ErrorKind, Operation};
 use r3map_file::{FileMount, FileSettings, OpenedFile, Show};
 use r3map_local::Memory;
 use r3map_sys::{FileMapping, Sharing};
@@ -23,7 +23,7 @@ use crate::support::{LIMIT, World, content, errno, faulty, filled, need_fuse, op
 const SIZE: u64 = 300_001;
 
 /// The types and sources of what is mounted on a path, the topmost last.
-fn mounts(path: &Path) -> Vec<(String, String)> {
+pub(crate) fn mounts(path: &Path) -> Vec<(String, String)> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let lines = table.lines().filter(|line| line.split(' ').nth(4).map(OsStr::new) == Some(path.as_os_str()));
     lines
@@ -422,6 +422,14 @@ fn use_as_nobody(path: String) {
     world.unmount(&again);
     assert!(!mount.path().exists());
     assert_eq!(our_mounts(), 0);
+    // Nothing can be done in advance, and it works all the same.
+    let preparing = FileMount::prepare(SIZE, ChunkSize::DEFAULT, FileSettings::default());
+    let prepared = world.wait("preparing", preparing).unwrap();
+    assert_eq!(our_mounts(), 0);
+    let mount = world.wait("showing", prepared.show(filled(SIZE, 3), mount.path())).unwrap();
+    fill::check(&fs::read(mount.path()).unwrap(), 0, 3).unwrap();
+    world.unmount(&mount);
+    assert!(!mount.path().exists());
     let file = opened(&world, &filled(SIZE, 1), FileSettings::default());
     world.wait("closing", file.close()).unwrap();
 }

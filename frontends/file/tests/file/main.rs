@@ -4,6 +4,7 @@ mod data;
 mod failures;
 mod foreign;
 mod lifecycle;
+mod prepared;
 mod region;
 mod semantics;
 mod server;

@@ -1,6 +1,7 @@
 //! An application that uses a region: it stamps one block after another with a number that grows, and knows which stamp
 //! each block must have.
 
+use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -23,8 +24,8 @@ const PAUSE: Duration = Duration::from_micros(200);
 pub(crate) struct Stamps {
     last: Vec<u64>,
     next: u64,
-    /// A block and a stamp that was refused: it may be there or not.
-    open: Option<(usize, u64)>,
+    /// Stamps that were refused, of blocks that were not stamped since: they may be there or not.
+    open: HashMap<usize, u64>,
     seed: u64,
 }
 
@@ -39,7 +40,7 @@ impl Stamps {
     /// For a region of `size` bytes that holds the fill of `seed`.
     pub(crate) fn new(size: u64, seed: u64) -> Self {
         let blocks = usize::try_from(size).expect("regions of tests fit") / BLOCK;
-        Self { last: vec![0; blocks], next: 1, open: None, seed }
+        Self { last: vec![0; blocks], next: 1, open: HashMap::new(), seed }
     }
 
     /// Has the application run on the file until it is stopped, or the file no longer takes what it writes.
@@ -64,9 +65,9 @@ impl Stamps {
         let taken = write(&self.next.to_le_bytes(), (block * BLOCK) as u64);
         if taken {
             self.last[block] = self.next;
-            self.open = self.open.filter(|(open, _)| *open != block);
+            self.open.remove(&block);
         } else {
-            self.open = Some((block, self.next));
+            self.open.insert(block, self.next);
         }
         self.next += 1;
         taken
@@ -94,7 +95,7 @@ impl Stamps {
                 0 => fill::bytes(at as u64, STAMP, self.seed),
                 stamp => stamp.to_le_bytes().to_vec(),
             };
-            let open = self.open.is_some_and(|(open, stamp)| open == block && stamped == stamp.to_le_bytes());
+            let open = self.open.get(&block).is_some_and(|stamp| stamped == stamp.to_le_bytes());
             assert!(
                 stamped == expected || open,
                 "block {block} has {stamped:?} and not {expected:?}, which is stamp {stamp}"
