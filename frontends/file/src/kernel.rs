@@ -10,6 +10,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::io::Errno;
@@ -24,6 +26,8 @@ const DEVICE: &str = "/dev/fuse";
 const HELPERS: [&str; 2] = ["fusermount3", "fusermount"];
 /// In which descriptor the helper finds the socket to send the opened device through: its standard input.
 const HELPER_SOCKET: (&str, &str) = ("_FUSE_COMMFD", "0");
+/// For how long what is in use may still be on its way to being closed.
+const MOMENT: Duration = Duration::from_millis(300);
 
 /// What a mount is to be.
 #[derive(Debug, Clone)]
@@ -243,11 +247,22 @@ impl Unmount {
     }
 }
 
-/// Unmounts what lies on the path.
+/// Unmounts what lies on the path. What is in use is given a moment: a program that has just closed it, or a child that
+/// does so as it starts, may not be quite done.
 ///
 /// # Errors
 /// `Conflict` if it is in use, `Denied` if the user may not.
 pub(crate) fn unmount(path: &Path, how: Unmount) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        match unmount_now(path, how) {
+            Err(error) if error.kind() == ErrorKind::Conflict && begun.elapsed() < MOMENT => thread::sleep(MOMENT / 30),
+            result => return result,
+        }
+    }
+}
+
+fn unmount_now(path: &Path, how: Unmount) -> Result<()> {
     let Err(error) = r3map_sys::apart::unmount(path, how.flags()) else { return Ok(()) };
     match Errno::from_io_error(&error) {
         Some(Errno::PERM) => unmount_by_helper(path, how),

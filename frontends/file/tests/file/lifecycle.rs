@@ -7,6 +7,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use r3map_core::{ChunkSize, ErrorKind, Operation};
 use r3map_file::{FileMount, FileSettings, OpenedFile, Show};
@@ -131,6 +133,26 @@ fn a_file_in_use_is_not_unmounted_but_can_be_detached() {
     let again = world.mount(filled(SIZE, 3), FileSettings::default());
     drop((mapping, file, mount));
     fill::check(&fs::read(again.path()).unwrap(), 0, 3).unwrap();
+}
+
+/// Also a thread that this process starts for a call of its own has open what the process has, for a moment.
+#[test]
+fn a_file_that_is_just_being_closed_is_given_a_moment() {
+    need_fuse!();
+    let world = World::new();
+    // Several times, since the closer may get no processor for longer than that moment.
+    let unmounted = (0..10).any(|_| {
+        let mount = world.mount(filled(SIZE, 1), FileSettings::default());
+        let file = open(mount.path());
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(20));
+                drop(file);
+            });
+            world.wait("unmounting", mount.unmount()).is_ok()
+        })
+    });
+    assert!(unmounted);
 }
 
 #[test]

@@ -4,11 +4,15 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use r3map_file::{Caching, FileMount, FileSettings};
 use r3map_local::File as FileBackend;
 use r3map_testkit::process::Process;
 use r3map_testkit::{crash, fill};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
 use crate::support::{LIMIT, World, need_fuse, open};
@@ -41,7 +45,12 @@ impl Server {
 
     /// Unmounts, and says what the region holds then.
     pub(crate) fn end(self) -> Vec<u8> {
-        rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::empty()).unwrap();
+        let (begun, unmount) = (Instant::now(), || unmount(self.path(), UnmountFlags::empty()));
+        // A child that another test starts has open what this process has, until it runs a program of its own.
+        while let Err(error) = unmount() {
+            assert!(error == Errno::BUSY && begun.elapsed() < LIMIT, "{error}");
+            thread::sleep(Duration::from_millis(10));
+        }
         self.process().wait_for_line(LIMIT, "stored");
         fs::read(self.home.path().join("stored")).unwrap()
     }
@@ -51,7 +60,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.process().kill();
         // Nothing lies there if it ended well.
-        let _ = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::DETACH);
+        let _ = unmount(self.path(), UnmountFlags::DETACH);
     }
 }
 
