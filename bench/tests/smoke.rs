@@ -30,7 +30,8 @@ fn figures() -> BTreeSet<String> {
         |section: &str, name: &str| assert!(names.insert(format!("{section}: {name}")), "{name} is twice here");
     for name in [
         "background install",
-        "demand fault, 4 KiB",
+        "demand fault, 4 KiB, one processor",
+        "demand fault, 4 KiB, two processors",
         "sequential read after pull",
         "tracking a write, per page",
         "a flush with nothing written",

@@ -4,4 +4,5 @@
 pub(crate) mod fuse;
 pub(crate) mod memory;
 pub(crate) mod pages;
+pub(crate) mod processors;
 pub(crate) mod tcp;

@@ -16,6 +16,7 @@ use r3map_testkit::{fill, random::Random};
 use crate::figure::{Spec, Target, Unit, median_of};
 use crate::limits::memory::{PAGE, huge_pages, small_pages, sum, touch_pages};
 use crate::limits::pages::{self, Handler};
+use crate::limits::processors::{on_processor, processors};
 use crate::run::{Bench, Settings, micros, millis, throughput, timed};
 use crate::sections::filled;
 
@@ -109,26 +110,39 @@ fn install(bench: &mut Bench, source: &Source) {
     );
 }
 
+/// With the reader and the fault threads on one processor, and on two: which of the two the kernel chooses by itself changes
+/// from moment to moment, for each side apart, and decides more than what either does to answer.
 fn fault(bench: &mut Bench, source: &Source) {
-    let spec = Spec::new(NAME, "demand fault, 4 KiB", Unit::Microseconds)
-        .limit("a thread that polls, reads and copies one page")
-        .note("median of the faults of a run; chunks of 4 KiB, one reader, both in turns of 50")
-        .target(Target::RatioAtMost(1.3));
-    let settings = bench.settings.clone();
-    bench.both(spec, || {
-        let mut direct = undisturbed();
-        direct.region.chunk_size = ChunkSize::new(PAGE as u64)?;
-        direct.region.pull.workers = Workers::Off;
-        let (slice, bare) = (source.slice(direct)?, source.bare()?);
-        let handler = Handler::start(&bare, source.bytes.clone())?;
-        let medians = touch(&settings, &slice, bare.as_slice());
-        handler.stop()?;
-        Ok(medians)
-    });
+    let processors = match processors() {
+        Ok(processors) => processors,
+        Err(error) => return bench.finish(Spec::new(NAME, "demand fault, 4 KiB", Unit::Microseconds), Err(error)),
+    };
+    for (place, threads) in [("one processor", processors.first()), ("two processors", processors.get(1))] {
+        let (Some(&reader), Some(&threads)) = (processors.first(), threads) else { continue };
+        let spec = Spec::new(NAME, format!("demand fault, 4 KiB, {place}"), Unit::Microseconds)
+            .limit("a thread that polls, reads and copies one page")
+            .note("median of the faults of a run; chunks of 4 KiB, one reader, both in turns of 50")
+            .target(Target::RatioAtMost(1.3));
+        let settings = bench.settings.clone();
+        bench.both(spec, || {
+            let mut direct = undisturbed();
+            direct.region.chunk_size = ChunkSize::new(PAGE as u64)?;
+            direct.region.pull.workers = Workers::Off;
+            // Threads stay on the processors of the thread that has started them.
+            let (slice, bare, handler) = on_processor(threads, || {
+                let (slice, bare) = (source.slice(direct)?, source.bare()?);
+                let handler = Handler::start(&bare, source.bytes.clone())?;
+                Ok((slice, bare, handler))
+            })?;
+            let medians = on_processor(reader, || Ok(touch(&settings, &slice, bare.as_slice())))?;
+            handler.stop()?;
+            Ok(medians)
+        });
+    }
 }
 
 /// Reads one byte of each of so many random pages, each page once; the median times in microseconds. Both in turns of a
-/// few: how long the kernel takes to wake a thread changes from moment to moment, by more than either takes to answer.
+/// few, so that what disturbs the machine disturbs both.
 fn touch(settings: &Settings, ours: &[u8], limit: &[u8]) -> (f64, f64) {
     let order = pages_in_any_order(ours.len() / PAGE, settings.count(4000, 100), settings.seed);
     let mut times = [Vec::new(), Vec::new()];
