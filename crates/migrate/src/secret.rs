@@ -21,10 +21,10 @@ impl Secret {
         &self.0
     }
 
-    /// Whether `shown` is this secret.
+    /// Whether `shown` is this secret. Nobody knows an empty one: it is what is shown by who shows nothing.
     #[must_use]
     pub fn is(&self, shown: &[u8]) -> bool {
-        self.0.ct_eq(shown).into()
+        !self.0.is_empty() && bool::from(self.0.ct_eq(shown))
     }
 }
 
@@ -45,6 +45,7 @@ mod tests {
         for other in [&b"abd"[..], b"ab", b"abcd", b""] {
             assert!(!secret.is(other));
         }
+        assert!(!Secret::new("").is(b""));
         assert_eq!(format!("{secret:?}"), "Secret");
     }
 }

@@ -266,11 +266,13 @@ impl Attached {
     fn leave_ublk(self: &Arc<Self>, device: &Ublk, service: &Arc<Service>, drain: &Drain, anyway: bool) -> Result<()> {
         let is_served = || service.backend().is_some();
         let (claimed, synced) = self.claim_and_sync(anyway, is_served(), || service.close())?;
+        // As the kernel ends the device, a file system on it writes what it holds: forced, it is served until then.
+        let forced = (anyway && is_served()).then(|| device.stop(self.limit));
         let drained = self.drain(drain, anyway, is_served(), || service.close());
         if drained.is_err() && !anyway {
             return drained;
         }
-        let stopped = device.stop(self.limit);
+        let stopped = forced.unwrap_or_else(|| device.stop(self.limit));
         drop(claimed);
         let given_up = service.clone();
         let ended = within(self.limit, "the end of what was given up", move || {

@@ -107,7 +107,8 @@ impl Migration {
     }
 
     /// As a seeder with a [secret](Self::secret), lets programs in Go in all the same: whoever can connect can then read the
-    /// (first) region, and take it away, through their service. Without a secret they are let in anyway.
+    /// region, and take it away, through their service. Without a secret they are let in anyway. They never are where
+    /// several regions move as one, which their protocol cannot do.
     #[must_use]
     pub fn open_to_go(mut self, open: bool) -> Self {
         self.open_to_go = open;

@@ -27,8 +27,8 @@ use crate::wire::{Command, CommandFlags, Framing, Request};
 
 /// How long saying farewell may take.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How long a connection that was given up holds the ranges of changes that may still land, or as long as TCP may still
-/// try to deliver them if that is longer. A server that lives closes its end as soon as it has done them.
+/// How long a connection that was given up holds the ranges of changes that may still land, beyond the time for which TCP
+/// may still try to deliver them. A server that lives closes its end as soon as it has done them.
 const LINGER: Duration = Duration::from_secs(60);
 
 /// An open connection. Dropping it ends what is under way (requests whose callers have gone), then the connection.
@@ -265,7 +265,7 @@ async fn run(shared: Arc<Shared>, silence: Duration, framing: Framing) {
             let closed = matches!(failure, Failure::Closed(_));
             let guards = lock(&shared.calls).fail(failure);
             if !closed && !guards.is_empty() {
-                let _ = timeout(LINGER.max(silence.saturating_mul(2)), gone(&shared)).await;
+                let _ = timeout(LINGER.saturating_add(silence.saturating_mul(2)), gone(&shared)).await;
             }
         }
     }

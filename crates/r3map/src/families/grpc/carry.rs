@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, Result};
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_grpc::{
     ClientSettings, GoRegion, GoRequests, Handed, Leeching, Seeded, SeededRegion, SeederClient, Seeding, Server,
     ServerSettings, Service,
@@ -60,6 +60,11 @@ impl Seeding for GrpcSeeder {
 
     fn admit(&self, secret: &[u8], service: Service) -> Result<Arc<dyn Leeching>> {
         let admitted = match service {
+            // Its protocol knows of one: it would take the others away and never fetch them.
+            Service::Go if self.seeder.regions() > 1 => {
+                let message = "several regions move as one here, which programs in Go cannot do";
+                return Err(Error::new(ErrorKind::Denied, Operation::Open, message));
+            }
             Service::Go if self.open_to_go => self.seeder.admit_unasked(),
             Service::Go | Service::Own => self.seeder.admit(secret)?,
         };
@@ -149,7 +154,7 @@ impl Peer for GrpcPeer {
 
 #[cfg(test)]
 mod tests {
-    use r3map_core::{ChunkSize, ErrorKind};
+    use r3map_core::ChunkSize;
     use r3map_local::Memory;
     use r3map_migrate::{Guarded, Secret, SeederParts};
 
@@ -175,5 +180,15 @@ mod tests {
                 assert!(seeding.admit(b"sesame", Service::Own).is_ok());
             }
         }
+    }
+
+    #[tokio::test]
+    async fn programs_in_go_are_kept_from_what_moves_as_one() {
+        let region = || Arc::new(Guarded::new(Arc::new(Memory::new(8192).unwrap()), ChunkSize::MIN).unwrap()) as _;
+        let regions = vec![("a".into(), region()), ("b".into(), region())];
+        let seeder = Seeder::new(regions, SeederParts::default()).await.unwrap();
+        let seeding = GrpcSeeder { seeder, open_to_go: true };
+        assert_eq!(seeding.admit(b"", Service::Go).err().map(|error| error.kind()), Some(ErrorKind::Denied));
+        assert!(seeding.admit(b"", Service::Own).is_ok());
     }
 }
