@@ -62,7 +62,9 @@ impl NullFile {
 
 impl Drop for NullFile {
     fn drop(&mut self) {
-        // Unmounts, before the directory is removed.
+        // A process that is just being started has this one's files for a moment: by then the path must be free. Where
+        // only the helper may unmount, the session has it do the same.
+        let _ = rustix::mount::unmount(self.directory.path(), rustix::mount::UnmountFlags::DETACH);
         drop(self.session.take());
     }
 }
