@@ -66,7 +66,8 @@ fn figures() -> BTreeSet<String> {
     for peer in ["nbdkit", "qemu-nbd"] {
         for what in [
             "nbdcopy to null:",
-            "fio random read of 4 KiB, depth 1",
+            "fio random read of 4 KiB, depth 1, one processor",
+            "fio random read of 4 KiB, depth 1, two processors",
             "fio random read of 4 KiB, depth 32",
             "fio sequential read of 1 MiB, depth 8",
         ] {

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::figure::{Spec, Target, Unit};
+use crate::limits::processors::{on_processor, processors};
 use crate::peer::{Peer, Role};
 use crate::run::{Bench, Settings, mebibytes, throughput};
 
@@ -22,42 +23,60 @@ const SECONDS: usize = 2;
 /// Where files are in memory.
 const MEMORY: &str = "/dev/shm";
 
-/// What fio does: its name, arguments, and what is read from its report.
-const JOBS: [(&str, &[&str], &str, Unit); 3] = [
-    ("fio random read of 4 KiB, depth 1", &["--rw=randread", "--bs=4k", "--iodepth=1"], "iops", Unit::PerSecond),
-    ("fio random read of 4 KiB, depth 32", &["--rw=randread", "--bs=4k", "--iodepth=32"], "iops", Unit::PerSecond),
-    (
-        "fio sequential read of 1 MiB, depth 8",
-        &["--rw=read", "--bs=1m", "--iodepth=8"],
-        "bw_bytes",
-        Unit::MebibytesPerSecond,
-    ),
-];
+/// Something that a client does with each server.
+struct Work {
+    name: String,
+    unit: Unit,
+    measure: Box<dyn Fn(&Path) -> Result<f64>>,
+}
 
 pub(crate) fn run(bench: &mut Bench) {
-    let servers = Servers::start(&bench.settings);
+    let settings = bench.settings.clone();
+    let total = mebibytes(settings.size * TIMES);
+    let copy = Work {
+        name: "nbdcopy to null:".into(),
+        unit: Unit::MebibytesPerSecond,
+        measure: Box::new(move |socket| throughput(total, || copy_out(socket))),
+    };
+    let random = ["--rw=randread", "--bs=4k", "--iodepth=32"];
+    let random = fio("random read of 4 KiB, depth 32", Unit::PerSecond, random, &settings);
+    let sequential = ["--rw=read", "--bs=1m", "--iodepth=8"];
+    let sequential = fio("sequential read of 1 MiB, depth 8", Unit::MebibytesPerSecond, sequential, &settings);
+    compare(bench, &Servers::start(&settings), [copy, random, sequential]);
+    one_at_a_time(bench);
+}
+
+/// With the client and the server on one processor, and on two: which of the two the kernel chooses by itself changes from
+/// moment to moment, for each server apart, and decides more than what a server does to answer.
+fn one_at_a_time(bench: &mut Bench) {
+    let settings = bench.settings.clone();
+    let processors = match processors() {
+        Ok(processors) => processors,
+        Err(error) => return bench.finish(Spec::new(NAME, "server: depth 1", Unit::PerSecond), Err(error)),
+    };
+    let mut clients = processors.iter().rev().copied();
+    let Some(server) = clients.clone().next() else { return };
+    // Processes stay on the processors of the thread that has started them.
+    let servers = on_processor(server, || Servers::start(&settings));
+    for (place, client) in ["one processor", "two processors"].into_iter().zip(&mut clients) {
+        let name = format!("random read of 4 KiB, depth 1, {place}");
+        let fio = fio(&name, Unit::PerSecond, ["--rw=randread", "--bs=4k", "--iodepth=1"], &settings);
+        let measure = Box::new(move |socket: &Path| on_processor(client, || (fio.measure)(socket)));
+        compare(bench, &servers, [Work { measure, ..fio }]);
+    }
+}
+
+/// Measures each work with each of the others, in turns with ours.
+fn compare<const N: usize>(bench: &mut Bench, servers: &Result<Servers>, works: [Work; N]) {
     for (peer, name) in [(Which::Nbdkit, "nbdkit memory"), (Which::Qemu, "qemu-nbd of a file in memory")] {
-        let spec = |what: &str, unit| {
-            let spec = Spec::new(NAME, format!("server: {what}, to {}", peer.short()), unit);
-            spec.limit(format!("{name}, same data, same client")).target(Target::RatioAtLeast(1.0))
-        };
-        let copy = spec("nbdcopy to null:", Unit::MebibytesPerSecond);
-        let jobs = JOBS.map(|(what, arguments, field, unit)| (spec(what, unit), arguments, field));
-        let servers = match &servers {
-            Ok(servers) => servers,
-            Err(error) => {
-                let specs = std::iter::once(copy).chain(jobs.map(|(spec, ..)| spec));
-                specs.for_each(|spec| bench.finish(spec, Err(anyhow::anyhow!("{error:#}"))));
-                continue;
+        for Work { name: what, unit, measure } in &works {
+            let spec = Spec::new(NAME, format!("server: {what}, to {}", peer.short()), *unit)
+                .limit(format!("{name}, same data, same client"))
+                .target(Target::RatioAtLeast(1.0));
+            match servers {
+                Ok(servers) => bench.pair(spec, || measure(&servers.ours), || measure(servers.socket(peer))),
+                Err(error) => bench.finish(spec, Err(anyhow::anyhow!("{error:#}"))),
             }
-        };
-        let total = mebibytes(servers.size);
-        let copied = |socket: &Path| throughput(total, || copy_out(socket));
-        bench.pair(copy, || copied(&servers.ours), || copied(servers.socket(peer)));
-        let seconds = bench.settings.count(SECONDS, 1);
-        for (spec, arguments, field) in jobs {
-            let ask = |socket: &Path| fio(socket, arguments, field, seconds);
-            bench.pair(spec, || ask(&servers.ours), || ask(servers.socket(peer)));
         }
     }
 }
@@ -82,7 +101,6 @@ struct Servers {
     ours: PathBuf,
     nbdkit: PathBuf,
     qemu: PathBuf,
-    size: u64,
     _peer: Peer<()>,
     _others: [Other; 2],
     _directory: TempDir,
@@ -108,7 +126,7 @@ impl Servers {
                 .arg(&data),
         )?;
         await_socket(&qemu)?;
-        Ok(Self { ours, nbdkit, qemu, size, _peer: peer, _others: [kit, nbd], _directory: directory })
+        Ok(Self { ours, nbdkit, qemu, _peer: peer, _others: [kit, nbd], _directory: directory })
     }
 
     fn socket(&self, which: Which) -> &Path {
@@ -175,14 +193,19 @@ fn succeed(command: &mut Command) -> Result<()> {
     if status.success() { Ok(()) } else { bail!("{command:?}: {status}") }
 }
 
-fn fio(socket: &Path, arguments: &[&str], field: &str, seconds: usize) -> Result<f64> {
-    let mut command = Command::new("fio");
-    command.args(["--name=read", "--ioengine=nbd", "--time_based", "--output-format=json", "--randrepeat=1"]);
-    command.args(arguments).arg(format!("--uri={}", uri(socket))).arg(format!("--runtime={seconds}"));
-    let output = command.stdin(Stdio::null()).output().context("fio")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let report: Value = serde_json::from_str(text.get(text.find('{').unwrap_or(0)..).unwrap_or_default())
-        .with_context(|| format!("what fio says: {text} {}", String::from_utf8_lossy(&output.stderr)))?;
-    let figure = report["jobs"][0]["read"][field].as_f64().context("what fio reports")?;
-    Ok(if field == "bw_bytes" { figure / f64::from(1 << 20) } else { figure })
+/// What fio is to do: a name for it, what is measured, and the arguments.
+fn fio(name: &str, unit: Unit, arguments: [&'static str; 3], settings: &Settings) -> Work {
+    let seconds = settings.count(SECONDS, 1);
+    let measure = move |socket: &Path| {
+        let mut command = Command::new("fio");
+        command.args(["--name=read", "--ioengine=nbd", "--time_based", "--output-format=json", "--randrepeat=1"]);
+        command.args(arguments).arg(format!("--uri={}", uri(socket))).arg(format!("--runtime={seconds}"));
+        let output = command.stdin(Stdio::null()).output().context("fio")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let report: Value = serde_json::from_str(text.get(text.find('{').unwrap_or(0)..).unwrap_or_default())
+            .with_context(|| format!("what fio says: {text} {}", String::from_utf8_lossy(&output.stderr)))?;
+        let read = |field: &str| report["jobs"][0]["read"][field].as_f64().context("what fio reports");
+        if unit == Unit::MebibytesPerSecond { Ok(read("bw_bytes")? / f64::from(1 << 20)) } else { read("iops") }
+    };
+    Work { name: format!("fio {name}"), unit, measure: Box::new(measure) }
 }

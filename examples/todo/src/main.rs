@@ -191,7 +191,10 @@ async fn serve(registry: &Registry, desk: &Shared, offered: &mut mpsc::Receiver<
             () = gone(seeding.as_ref()) => {
                 // The memory goes before what offers it.
                 *desk.lock().await = Desk::Gone;
-                seeding = None;
+                if let Some(seeding) = seeding.take() {
+                    // The other side waits for the answer.
+                    seeding.close().await.unwrap_or_else(|error| complain(&error.into()));
+                }
                 say("moved away");
             }
         }

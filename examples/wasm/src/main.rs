@@ -83,13 +83,13 @@ async fn run(listen: Option<Uri>, rest: Duration) -> Result<()> {
     let seeding = Migration::new().hooks(hooks(&machine, may)).seed(&registry, &[uri], regions).await?;
     say(&format!("to be taken from {}", seeding.uris().join(" ")));
     tokio::select! {
-        done = work(machine.clone(), working, rest) => done,
-        _ = seeding.seeder().gone() => {
-            let done = machine.lock().await.work()?;
-            say(&format!("moved away after {done} pieces of work"));
-            Ok(())
-        }
+        done = work(machine.clone(), working, rest) => return done,
+        _ = seeding.seeder().gone() => {}
     }
+    let done = machine.lock().await.work()?;
+    say(&format!("moved away after {done} pieces of work"));
+    // The other side waits for the answer.
+    Ok(seeding.close().await?)
 }
 
 /// What being moved does to the work: it stops between two calls of the program, and goes on if nothing comes of the move.
