@@ -6,6 +6,7 @@ mod block_set;
 mod cached;
 mod chunked;
 mod gate;
+mod hooked;
 mod local;
 mod mindful;
 mod record;
@@ -20,6 +21,7 @@ pub use cached::{
 };
 pub use chunked::Chunked;
 pub use gate::{Closed, Gate, WhenClosed};
+pub use hooked::Hooked;
 pub use local::{InstallNow, Local, Written};
 pub use mindful::Mindful;
 pub use r3map_core::pull::{Priority, Workers};

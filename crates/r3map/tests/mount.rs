@@ -3,11 +3,11 @@
 use std::num::NonZeroU32;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use r3map::{
-    Cache, ChunkSize, Error, ErrorKind, ListenOptions, Mount, OpenOptions, Operation, Priority, PullSettings,
+    Backend, Cache, ChunkSize, Error, ErrorKind, ListenOptions, Mount, OpenOptions, Operation, Priority, PullSettings,
     PushSettings, Registry, RetrySettings, Settings, Workers,
 };
 use r3map_testkit::faults::{Faults, Rule};
@@ -136,6 +136,73 @@ async fn hooks_are_called() {
     let refuse = || std::future::ready(Err(Error::new(ErrorKind::Conflict, Operation::Flush, "not now")));
     let slice = Mount::managed(remote()).on_before_flush(refuse).slice().await.unwrap();
     assert_eq!(slice.flush().await.unwrap_err().kind(), ErrorKind::Conflict);
+}
+
+/// A direct mount has no local copy that would call them, and calls them all the same.
+#[tokio::test]
+async fn hooks_are_called_for_files_and_what_they_write_is_stored() {
+    if !std::path::Path::new("/dev/fuse").exists() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for mode in 0..2 {
+        for on_a_path in [true, false] {
+            let remote = remote();
+            let [direct, managed] = both(&remote);
+            let cell: Arc<OnceLock<Arc<dyn Backend>>> = Arc::default();
+            let told: Arc<Mutex<Vec<&str>>> = Arc::default();
+            let hook = |name: &'static str, offset: u64| {
+                let (cell, told) = (cell.clone(), told.clone());
+                move || {
+                    told.lock().unwrap().push(name);
+                    let region = cell.get().unwrap().clone();
+                    async move { region.write_at(offset, name.as_bytes()).await }
+                }
+            };
+            let mount = if mode == 0 { direct } else { managed };
+            let mount = mount.on_before_flush(hook("flush", 100)).on_before_close(hook("close", 70_000));
+            let sync = |file: std::fs::File| app(move || file.sync_all().unwrap());
+            if on_a_path {
+                let mount = mount.path(folder.path().join("region")).await.unwrap();
+                assert!(cell.set(mount.region().backend()).is_ok());
+                sync(std::fs::File::open(mount.path()).unwrap()).await;
+                assert_eq!(*told.lock().unwrap(), ["flush"]);
+                mount.close().await.unwrap();
+            } else {
+                let mount = mount.file().await.unwrap();
+                assert!(cell.set(mount.region().backend()).is_ok());
+                sync(mount.file().try_clone().unwrap()).await;
+                assert_eq!(*told.lock().unwrap(), ["flush"]);
+                mount.close().await.unwrap();
+            }
+            let told = told.lock().unwrap();
+            assert_eq!(told.iter().filter(|name| **name == "close").count(), 1, "{told:?}");
+            assert_eq!(told.last(), Some(&"flush"), "{told:?}");
+            let mut bytes = expected();
+            apply(&mut bytes, &[(100, b"flush".to_vec()), (70_000, b"close".to_vec())]);
+            assert!(remote.snapshot() == bytes, "mode {mode}, on a path: {on_a_path}");
+        }
+    }
+    let refuse = || std::future::ready(Err(Error::new(ErrorKind::Conflict, Operation::Flush, "not now")));
+    let mount = Mount::direct(remote()).on_before_flush(refuse).path(folder.path().join("region")).await.unwrap();
+    assert_eq!(mount.flush().await.unwrap_err().kind(), ErrorKind::Conflict);
+    mount.abandon().await;
+}
+
+/// What a function finds worth most comes first.
+#[tokio::test]
+async fn a_function_says_what_is_pulled_first() {
+    let order: Arc<Mutex<Vec<u64>>> = Arc::default();
+    let seen = order.clone();
+    let one = Workers::Fixed(NonZeroU32::MIN.try_into().unwrap());
+    let max_request = ChunkSize::DEFAULT.bytes().try_into().unwrap();
+    let settings =
+        Settings { pull: PullSettings { workers: one, max_request, ..PullSettings::default() }, ..Settings::default() };
+    let value = Priority::Function(Arc::new(|chunk| if chunk == 7 { 100 } else { i64::try_from(chunk).unwrap() }));
+    let mount = Mount::managed(Arc::new(Store::new(SIZE).filled(1).plain())).settings(settings).priority(value);
+    let slice = mount.on_chunk_local(move |chunk| seen.lock().unwrap().push(chunk)).slice().await.unwrap();
+    deadline(LIMIT, "pulling", slice.region().pulled()).await.unwrap();
+    assert_eq!(order.lock().unwrap()[..3], [7, 16, 15]);
 }
 
 #[tokio::test]

@@ -125,13 +125,17 @@ impl Mount {
         self
     }
 
-    /// Calls `hook` with each chunk that has become local. It must be short.
+    /// Calls `hook` with each chunk that has become local: never for a direct mount of a file, which has no local copy. It
+    /// must be short.
     pub fn on_chunk_local(mut self, hook: impl Fn(u64) + Send + Sync + 'static) -> Self {
         self.hooks.on_chunk_local = Some(Arc::new(hook));
         self
     }
 
-    /// Calls `hook` before each flush, and waits for it. It may write to the region. An error makes the flush fail.
+    /// Calls `hook` before each flush that somebody asks for, `fsync` among them, and before the last one of a close, and
+    /// waits for it. It may write to the region: through a slice's memory, or by [`Region::backend`], of which a file's
+    /// kernel has to be told ([`PathMount::invalidate`]). It must not use the file itself, which waits for the flush. An
+    /// error makes the flush fail.
     pub fn on_before_flush<F>(mut self, hook: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<()>> + Send + 'static,
@@ -140,7 +144,8 @@ impl Mount {
         self
     }
 
-    /// Calls `hook` when closing begins, and waits for it. It may write to the region. An error makes the close fail.
+    /// Calls `hook` when closing begins, and waits for it. It may write to the region as before a flush; a file is
+    /// unmounted by then. An error makes the close fail, and the next close calls it again.
     pub fn on_before_close<F>(mut self, hook: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<()>> + Send + 'static,

@@ -7,8 +7,8 @@ use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Geometry, Operati
 use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::Guarded;
 use r3map_pipeline::{
-    Aligned, Cached, CachedParts, CachedSettings, Durability, Local, Mindful, Outage, Progress, Retry, StateRecord,
-    Writes,
+    Aligned, Cached, CachedParts, CachedSettings, Durability, Hooked, Local, Mindful, Outage, Progress, Retry,
+    StateRecord, Writes,
 };
 use tokio::sync::watch;
 
@@ -28,8 +28,8 @@ pub struct Region {
 /// The local copy, whose progress is the mount's.
 #[derive(Clone)]
 pub(super) enum Copy {
-    /// None: what the kernel has not cached goes to the remote.
-    None,
+    /// None: what the kernel has not cached goes to the remote. With what calls the mount's hooks.
+    None(Arc<Hooked>),
     /// Under a file, or under a slice that has a cache file.
     Below(Arc<Cached>),
     /// The slice itself, which ends its own.
@@ -103,7 +103,7 @@ impl Region {
     #[must_use]
     pub fn progress(&self) -> Option<watch::Receiver<Progress>> {
         match &self.copy {
-            Copy::None => None,
+            Copy::None(_) => None,
             Copy::Below(cached) => Some(cached.progress()),
             #[cfg(feature = "slice")]
             Copy::Slice(slice) => Some(slice.progress()),
@@ -116,7 +116,7 @@ impl Region {
     /// When the mount is closed or given up first.
     pub async fn pulled(&self) -> Result<()> {
         match &self.copy {
-            Copy::None => Ok(()),
+            Copy::None(_) => Ok(()),
             Copy::Below(cached) => cached.pulled().await,
             #[cfg(feature = "slice")]
             Copy::Slice(slice) => slice.pulled().await,
@@ -138,9 +138,13 @@ impl Region {
     /// Stores everything and ends the region.
     pub(super) async fn close(&self) -> Result<()> {
         match self.copy.clone() {
-            Copy::None => {
+            Copy::None(hooked) => {
                 let backend = self.backend.clone();
-                crate::engine::run(async move { backend.flush().await }).await
+                crate::engine::run(async move {
+                    hooked.before_close().await?;
+                    backend.flush().await
+                })
+                .await
             }
             Copy::Below(cached) => crate::engine::run(async move { cached.close().await }).await,
             #[cfg(feature = "slice")]
@@ -181,7 +185,9 @@ pub(super) async fn build(mount: Mount) -> Result<Region> {
     // Nobody but the application can write again what the remote loses. On top, to see what it writes: making whole chunks
     // of that is not writing the rest of them again.
     let backend = Arc::new(Mindful::new(backend));
-    Region::new(backend, Copy::None, retry, mount.settings.read_only).guard(mount.migratable, chunk_size)
+    let hooked = Arc::new(Hooked::new(backend, mount.hooks));
+    let region = Region::new(hooked.clone(), Copy::None(hooked), retry, mount.settings.read_only);
+    region.guard(mount.migratable, chunk_size)
 }
 
 /// A local copy in memory or in a file, in front of `remote`.
