@@ -233,7 +233,8 @@ impl Seeder {
         self.shared.progress.subscribe()
     }
 
-    /// Waits until a leecher has everything, and answers how it went.
+    /// Waits until a leecher has everything, and answers how it went. The leecher's call is not answered yet: let whatever
+    /// serves this finish its calls before the process ends, or the leecher asks for as long as it is told to try.
     pub async fn gone(&self) -> SeederProgress {
         let mut progress = self.progress();
         let gone = progress.wait_for(|progress| progress.phase == SeederPhase::Gone).await;

@@ -69,6 +69,7 @@ pub async fn copy(
     let copy = Copy { source: patient(source)?, destination: patient(destination)?, settings };
     let mut done = CopyProgress { size: copy.source.size(), ..CopyProgress::default() };
     let mut running = FuturesUnordered::new();
+    let mut idle = Vec::new();
     let mut at = 0;
     while at < done.size {
         let extent = copy.extent(at).await?;
@@ -78,15 +79,16 @@ pub async fn copy(
             let range = start..copy.step_end(start, &extent);
             start = range.end;
             if running.len() >= copy.settings.in_flight.get()
-                && let Some(step) = running.next().await
+                && let Some((step, buffers)) = running.next().await
             {
+                idle.push(buffers);
                 done.add(step?);
                 progress(done);
             }
-            running.push(copy.step(range, extent.kind));
+            running.push(copy.step(range, extent.kind, idle.pop().unwrap_or_default()));
         }
     }
-    while let Some(step) = running.next().await {
+    while let Some((step, _)) = running.next().await {
         done.add(step?);
         progress(done);
     }
@@ -158,19 +160,35 @@ impl Copy {
         extent.range.end.min((start / step + 1) * step)
     }
 
-    async fn step(&self, range: Range<u64>, kind: ExtentKind) -> Result<Step> {
+    /// Copies a range, and gives the buffers back.
+    async fn step(&self, range: Range<u64>, kind: ExtentKind, mut buffers: Buffers) -> (Result<Step>, Buffers) {
+        let step = match kind {
+            ExtentKind::Hole => self.hole(range, &mut buffers).await,
+            ExtentKind::Data => self.data(range, &mut buffers).await,
+        };
+        (step, buffers)
+    }
+
+    async fn hole(&self, range: Range<u64>, buffers: &mut Buffers) -> Result<Step> {
         let len = range.end - range.start;
-        if kind == ExtentKind::Hole && self.is_hole(&range).await? {
+        if self.is_hole(&range).await? {
             return Ok(Step::Zeroes(len));
         }
-        if kind == ExtentKind::Hole
-            && !self.settings.skip_same // then it is only known to be different once it was read
+        if !self.settings.skip_same // then it is only known to be different once it was read
             && let Some(zeroes) = self.destination.capabilities().write_zeroes
         {
             zeroes.write_zeroes(range.start, len).await?;
             return Ok(Step::Zeroes(len));
         }
-        self.bytes(range, kind).await
+        let bytes = part(&mut buffers.bytes, len)?;
+        bytes.fill(0);
+        self.put(range.start, bytes, &mut buffers.there).await
+    }
+
+    async fn data(&self, range: Range<u64>, buffers: &mut Buffers) -> Result<Step> {
+        let bytes = part(&mut buffers.bytes, range.end - range.start)?;
+        self.source.read_at(range.start, bytes).await?;
+        self.put(range.start, bytes, &mut buffers.there).await
     }
 
     /// Whether the destination already has nothing in all of `range`.
@@ -180,33 +198,42 @@ impl Copy {
         Ok(matches!(&found[..], [one] if one.kind == ExtentKind::Hole && one.range == *range))
     }
 
-    async fn bytes(&self, range: Range<u64>, kind: ExtentKind) -> Result<Step> {
-        let len = range.end - range.start;
-        let mut bytes = vec![0; buffer_len(len)?];
-        if kind == ExtentKind::Data {
-            self.source.read_at(range.start, &mut bytes).await?;
-        }
+    async fn put(&self, offset: u64, bytes: &[u8], there: &mut Vec<u8>) -> Result<Step> {
+        let len = bytes.len() as u64;
         if self.settings.skip_same {
-            let mut there = vec![0; bytes.len()];
-            self.destination.read_at(range.start, &mut there).await?;
+            let there = part(there, len)?;
+            self.destination.read_at(offset, there).await?;
             if there == bytes {
                 return Ok(Step::Same(len));
             }
         }
         match self.destination.capabilities().write_zeroes {
-            Some(zeroes) if is_zero(&bytes) => {
-                zeroes.write_zeroes(range.start, len).await?;
+            Some(zeroes) if is_zero(bytes) => {
+                zeroes.write_zeroes(offset, len).await?;
                 Ok(Step::Zeroes(len))
             }
             _ => {
-                self.destination.write_at(range.start, &bytes).await?;
+                self.destination.write_at(offset, bytes).await?;
                 Ok(Step::Written(len))
             }
         }
     }
 }
 
-fn buffer_len(len: u64) -> Result<usize> {
-    usize::try_from(len)
-        .map_err(|error| Error::new(ErrorKind::InvalidInput, Operation::Read, "too long").with_source(error))
+/// What a step reads into. Memory that is new each time costs more than what is done with it.
+#[derive(Default)]
+struct Buffers {
+    bytes: Vec<u8>,
+    /// Of the destination.
+    there: Vec<u8>,
+}
+
+/// The first `len` bytes of a buffer, which grows as it must.
+fn part(buffer: &mut Vec<u8>, len: u64) -> Result<&mut [u8]> {
+    let len = usize::try_from(len)
+        .map_err(|error| Error::new(ErrorKind::InvalidInput, Operation::Read, "too long").with_source(error))?;
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    Ok(&mut buffer[..len])
 }
