@@ -34,6 +34,13 @@ pub(crate) fn touch_pages(bytes: &mut [u8], value: u8) -> Result<()> {
     Ok(())
 }
 
+/// Takes so much memory of a kind, and gives it back: whoever takes as much of that kind at once does not wait until a
+/// hypervisor has fetched it. It may have lent to others what was free for a second (free page reporting), and huge pages
+/// that it must fetch take ten times as long as others.
+pub(crate) fn fetch(len: u64, pages: Pages) -> Result<()> {
+    touch_pages(Zeroed::new(usize::try_from(len)?, pages).context("memory")?.as_mut_slice(), 1)
+}
+
 /// A copy of `bytes` in anonymous memory that is made of small pages, as mapped regions are: with huge ones, reading
 /// would need fewer entries of the processor's page cache.
 pub(crate) fn small_pages(bytes: &[u8]) -> Result<Vec<u8>> {

@@ -9,10 +9,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use r3map::migration::{Arrived, Hooks, Leecher, Migration, Place, PullProgress, Report, Running, Verdict};
 use r3map::{CopySettings, Mount, OpenOptions, Registry, SliceMount};
+use r3map_sys::Pages;
 use r3map_testkit::fill;
 use tempfile::TempDir;
 
 use crate::figure::{Spec, Target, Unit};
+use crate::limits::memory;
 use crate::peer::{Leaving, Left, Offered, PIECE, Peer, Role, Shown, Writing, now};
 use crate::run::{self, Bench, millis, throughput, timed};
 use crate::sections::filled;
@@ -179,6 +181,8 @@ fn move_once(settings: &run::Settings, case: Case) -> Result<Moved> {
     let mut peer: Peer<Offered> = Peer::start(&Role::Leave(leaving.clone()))?;
     let offered = *peer.ready();
     let copy = if writing == Writing::Once { copy(offered.copy, size)? } else { Duration::ZERO };
+    // What is mapped is in small pages, what a file has behind it in huge ones.
+    memory::fetch(size, if shown == Shown::Slice { Pages::Small } else { Pages::Huge })?;
     // So that all is written while it is being moved.
     peer.tell(&copy.mul_f64(0.5))?;
     let (arrival, total) = timed(|| Arrival::of(offered.leaving, shown))?;
@@ -197,6 +201,7 @@ fn move_once(settings: &run::Settings, case: Case) -> Result<Moved> {
 
 /// What `r3map copy` does, from connecting to its end.
 fn copy(server: SocketAddr, size: u64) -> Result<Duration> {
+    memory::fetch(size, Pages::Huge)?;
     let (_copied, time) = timed(|| {
         let source = connect(server)?;
         let options = OpenOptions { size: Some(size), ..OpenOptions::default() };
