@@ -66,7 +66,7 @@ Examples:
   r3map serve file:/data/disk.img --listen 'nbds://0.0.0.0/disk?tls-certificates=/etc/pki/nbd'
 
 A directory of certificates holds server-cert.pem and server-key.pem. With nbds every client must use TLS, with nbd and
-tls-certificates it may; with tls-verify-peer=1 it must show a certificate that ca-cert.pem there vouches for.")]
+tls-certificates it may; with nbds and tls-verify-peer=1 it must show a certificate that ca-cert.pem there vouches for.")]
 pub(crate) struct Serve {
     /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337,
     /// nbd://host/disk.

@@ -76,7 +76,7 @@ pub async fn nbd_attach(uri: &Uri, attach: NbdAttach) -> Result<PathBuf> {
         };
         blocking(move || {
             let device = if attach.take_over {
-                kernel::take_over(to_take_over(&settings)?, &sockets, disk, &settings)?
+                kernel::take_over(to_take_over(&settings)?, sockets, disk, &settings)?
             } else {
                 kernel::attach(sockets, disk, &settings)?
             };
@@ -144,7 +144,7 @@ impl Open for Nbd {
 ///
 /// With `nbds` every client must speak TLS, with `nbd` and `tls-certificates` it may. The directory holds
 /// `server-cert.pem` and `server-key.pem`; with `tls-verify-peer=1` clients must show a certificate that `ca-cert.pem`
-/// there vouches for.
+/// there vouches for, which `nbd` refuses: it would let others in without.
 #[async_trait]
 impl Listen for Nbd {
     async fn listen(&self, uri: &Uri, backend: Arc<dyn Backend>, options: &ListenOptions) -> Result<Box<dyn Listener>> {
@@ -171,6 +171,11 @@ fn tls(uri: &Uri, named: &NbdUri) -> Result<Tls> {
         Some("1") => ClientCertificates::Required,
         _ => ClientCertificates::None,
     };
+    if options.optional && clients == ClientCertificates::Required {
+        return Err(uri.invalid(
+            "with nbd who speaks no TLS is let in without a certificate: tls-verify-peer=1 needs nbds or nbds+unix",
+        ));
+    }
     let config = server_config(directory, clients)?;
     Ok(if options.optional { Tls::Optional(config) } else { Tls::Required(config) })
 }
@@ -194,6 +199,20 @@ impl Listener for Listening {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn certificates_of_clients_are_not_demanded_where_none_are_needed() {
+        let says = |text: &str| {
+            let error = tls(&text.parse().unwrap(), &text.parse().unwrap()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput);
+            error.to_string()
+        };
+        let options = "tls-certificates=/nowhere&tls-verify-peer=1";
+        for plain in [format!("nbd://h/x?{options}"), format!("nbd+unix:///x?socket=/s&{options}")] {
+            assert!(says(&plain).contains("needs nbds"), "{}", says(&plain));
+        }
+        assert!(says("nbds://h/x?tls-verify-peer=1").contains("tls-certificates=DIR"));
+    }
 
     #[test]
     fn an_identity_is_the_server_and_the_export() {

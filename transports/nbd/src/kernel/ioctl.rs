@@ -107,7 +107,11 @@ fn claim(wanted: Option<u32>, sockets: &[OwnedFd]) -> io::Result<(u32, Arc<NbdDe
             continue;
         }
         match give(index, sockets) {
-            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => last = error,
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => last = error,
+            // So the kernel says that netlink was faster.
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::INVAL) && sysfs::is_attached(index) => {
+                last = Errno::BUSY.into();
+            }
             other => return Ok((index, Arc::new(other?))),
         }
     }

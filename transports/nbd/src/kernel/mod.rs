@@ -38,7 +38,7 @@ use std::time::Duration;
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::sockopt;
+use rustix::net::{Shutdown, shutdown, sockopt};
 
 use crate::stream::milliseconds;
 use crate::wire::TransmissionFlags;
@@ -177,13 +177,14 @@ pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<
 
 /// Gives an attached device new connections to the same export in place of dead ones, so that its requests go on: how a
 /// restarted server takes its device over. The settings that are used are the identifier and the two time-outs; where
-/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own. Where it is refused, nothing has changed.
+/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own. Where it is refused, the connections are shut
+/// down and the device is as it was.
 ///
 /// # Errors
 /// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live, or if that
 /// cannot be told because another program attached it without a time-out; otherwise as [`attach`].
-pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<Device> {
-    check(sockets, disk, settings)?;
+pub fn take_over(index: u32, sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
+    check(&sockets, disk, settings)?;
     if !sysfs::is_attached(index) {
         return Err(error(ErrorKind::NotFound, format!("{} is not attached", sysfs::node(index).display())));
     }
@@ -192,8 +193,20 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
         let what = format!("{} has another size ({size:?} bytes)", sysfs::node(index).display());
         return Err(error(ErrorKind::InvalidInput, what));
     }
-    limit_delivery(sockets, settings);
-    let mut control = open()?;
+    limit_delivery(&sockets, settings);
+    let given = give(&mut open()?, index, &sockets, settings);
+    if given.is_err() {
+        // The kernel may have taken some all the same: without a word, or before something else went wrong. Nobody would
+        // know that it serves the device over them.
+        for socket in &sockets {
+            let _ = shutdown(socket, Shutdown::Both);
+        }
+    }
+    given.map(|()| Device { index, serving: None, ours: true })
+}
+
+/// Has the kernel take new connections in place of dead ones.
+fn give(control: &mut Control, index: u32, sockets: &[OwnedFd], settings: &Settings) -> Result<()> {
     // The size is left as it is: setting it, even to the same, would have the kernel forget what it knows of the device.
     // The connections come first, and alone: the kernel would set time-outs whether or not it takes a connection.
     let identifier = settings.identifier.as_deref();
@@ -201,7 +214,12 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
     control.reconfigure(index, &connections).map_err(|io| explain_take_over(index, io))?;
     let taken: Vec<_> = sockets.iter().filter(|socket| is_taken(socket)).collect();
     if taken.is_empty() {
-        let what = format!("{} is served: its connections live", sysfs::node(index).display());
+        let node = sysfs::node(index);
+        let what = format!(
+            "{0} is served: its connections live; or it was attached without a time-out, and whether they do cannot be \
+             told: then detach it (r3map nbd detach {0}) and attach it again",
+            node.display()
+        );
         return Err(error(ErrorKind::Conflict, what));
     }
     let mut limits = timeouts(settings);
@@ -213,7 +231,7 @@ pub fn take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Setting
         let limit = Duration::from_secs(request_seconds(settings));
         let _ = sockopt::set_socket_timeout(socket, sockopt::Timeout::Send, Some(limit));
     }
-    Ok(Device { index, serving: None, ours: true })
+    Ok(())
 }
 
 /// Has TCP give up what it could not deliver when the request's time is over and it is made elsewhere: once the way to

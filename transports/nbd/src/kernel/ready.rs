@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::netlink::{self, SocketAddrNetlink};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 
@@ -58,9 +59,19 @@ impl Waiter {
     fn pause(&self, index: u32, end: Instant) -> io::Result<()> {
         match self {
             Self::Polling => std::thread::sleep(POLL),
-            Self::Events(socket) => while receive(socket, end)?.is_some_and(|event| !is_about(&event, index)) {},
+            Self::Events(socket) => while is_of_others(receive(socket, end), index)? {},
         }
         Ok(())
+    }
+}
+
+/// Whether what was received is an event about something else than a device.
+fn is_of_others(received: io::Result<Option<Vec<u8>>>, index: u32) -> io::Result<bool> {
+    match received {
+        Ok(event) => Ok(event.is_some_and(|event| !is_about(&event, index))),
+        // There were more events than the socket holds, and it may have been among those that are lost.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -84,6 +95,15 @@ mod tests {
         assert!(is_about(event, 1));
         assert!(!is_about(event, 2) && !is_about(event, 11) && !is_about(b"", 1));
         assert!(!is_about(b"add@/devices/virtual/block/nbd1/nbd1p1\0", 1));
+    }
+
+    #[test]
+    fn events_that_were_lost_are_a_reason_to_look() {
+        assert!(is_of_others(Ok(Some(b"change@/devices/virtual/block/nbd2\0".to_vec())), 1).unwrap());
+        assert!(!is_of_others(Ok(Some(b"change@/devices/virtual/block/nbd1\0".to_vec())), 1).unwrap());
+        assert!(!is_of_others(Ok(None), 1).unwrap(), "its time is over");
+        assert!(!is_of_others(Err(Errno::NOBUFS.into()), 1).unwrap());
+        assert!(is_of_others(Err(Errno::NOMEM.into()), 1).is_err());
     }
 
     #[test]

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use r3map_core::ErrorKind;
 use r3map_local::File;
-use r3map_nbd::kernel::{self, Device, Interface, Settings, index_of};
+use r3map_nbd::kernel::{self, Device, Disk, Interface, Settings, index_of};
 use r3map_nbd::{Address, Server, ServerExport, ServerSettings};
 use r3map_testkit::crash;
 use r3map_testkit::in_vm;
 use r3map_testkit::process::Process;
 
 use crate::support::{
-    LONG, Mounted, Netem, SIZE, attach, check, connect, connect_to, io_timeout, node, read_direct, run, runtime, until,
+    LONG, Mounted, Netem, SIZE, attach, by_either_interface, check, connect, connect_to, io_timeout, node, read_direct,
+    run, runtime, until,
 };
 
 /// How long a request may take, and how long one waits for another server.
@@ -90,7 +91,7 @@ fn a_killed_server_fails_its_readers_in_time_and_leaves_a_usable_device() {
         return;
     }
     let test = "a_killed_server_fails_its_readers_in_time_and_leaves_a_usable_device";
-    for interface in [Interface::Netlink, Interface::Ioctl] {
+    by_either_interface(|interface| {
         let place = Place::new();
         let mut server = place.serve(test);
         let device = place.attach(&Settings { interface, ..short() });
@@ -110,14 +111,14 @@ fn a_killed_server_fails_its_readers_in_time_and_leaves_a_usable_device() {
         let device = place.attach(&Settings { interface, device: Some(index), ..short() });
         read_direct(&device.path(), 0).unwrap();
         device.detach().unwrap();
-    }
+    });
 }
 
 #[test]
 fn a_process_that_is_killed_leaves_no_wedged_device() {
-    if let Some(folder) = crash::role("everything") {
+    if let Some(name) = crash::role("everything") {
         // Server, client and the device's owner are one process, as in a mount.
-        let interface = if folder.ends_with("ioctl") { Interface::Ioctl } else { Interface::Netlink };
+        let interface = if name == "Ioctl" { Interface::Ioctl } else { Interface::Netlink };
         let runtime = runtime();
         let server = Server::new(
             vec![ServerExport::new("", Arc::new(r3map_testkit::store::Store::new(SIZE)))],
@@ -135,8 +136,8 @@ fn a_process_that_is_killed_leaves_no_wedged_device() {
         return;
     }
     let test = "failures::a_process_that_is_killed_leaves_no_wedged_device";
-    for interface in ["netlink", "ioctl"] {
-        let mut child = crash::child(test, "everything", interface);
+    by_either_interface(|interface| {
+        let mut child = crash::child(test, "everything", &format!("{interface:?}"));
         let line = child.wait_for_line(LONG, "attached ");
         let path = Path::new(line.rsplit(' ').next().unwrap()).to_owned();
         let reader = reader(&path);
@@ -145,13 +146,13 @@ fn a_process_that_is_killed_leaves_no_wedged_device() {
         child.kill();
         let killed = Instant::now();
         let took = reader.join().unwrap().duration_since(killed);
-        assert!(took < REQUEST + SLACK, "{interface}: an error only after {took:?}");
+        assert!(took < REQUEST + SLACK, "{interface:?}: an error only after {took:?}");
         let index = index_of(&path).unwrap();
         if kernel::is_attached(index).unwrap() {
             let _ = kernel::detach(index, true);
         }
         until("it is free", || !kernel::is_attached(index).unwrap());
-    }
+    });
 }
 
 #[test]
@@ -182,7 +183,7 @@ fn a_restarted_server_takes_its_device_over_under_load() {
     assert_eq!(kernel::find(&identifier), Some(index));
     let (sockets, disk) = connect(&place.socket(), 2);
     let longer = Settings { request_timeout: Some(REQUEST * 3), ..patient };
-    let device = kernel::take_over(index, &sockets, disk, &longer).unwrap();
+    let device = kernel::take_over(index, sockets, disk, &longer).unwrap();
     assert_eq!(io_timeout(index), 9000);
     let status = fio.wait(LONG);
     assert!(status.success(), "{:?}", fio.stdout());
@@ -217,7 +218,7 @@ fn a_server_that_vanishes_fails_its_readers_in_time_or_is_waited_for() {
         let taken_over = (!wait.is_zero()).then(|| {
             drop(lost);
             let (sockets, disk) = connect_to(&uri, 2);
-            kernel::take_over(index, &sockets, disk, &settings).unwrap()
+            kernel::take_over(index, sockets, disk, &settings).unwrap()
         });
         let read = reader.join().unwrap();
         match taken_over {
@@ -248,20 +249,21 @@ fn only_who_knows_a_device_takes_it_over() {
     let _server = place.serve("only_who_knows_a_device_takes_it_over");
     let named = Settings { identifier: Some("mine".into()), ..short() };
     let device = place.attach(&named);
-    let (sockets, disk) = connect(&place.socket(), 2);
-    let kind = |settings: &Settings| kernel::take_over(device.index(), &sockets, disk, settings).unwrap_err().kind();
+    let refused = |size: u64, settings: &Settings| {
+        let (sockets, disk) = connect(&place.socket(), 2);
+        let error = kernel::take_over(device.index(), sockets, Disk { size, ..disk }, settings).unwrap_err();
+        error.kind()
+    };
     let longer = Settings { request_timeout: Some(REQUEST * 3), ..named.clone() };
-    assert_eq!(kind(&longer), ErrorKind::Conflict, "its connections live");
+    assert_eq!(refused(SIZE, &longer), ErrorKind::Conflict, "its connections live");
     assert_eq!(io_timeout(device.index()), 3000, "who is refused has changed nothing");
-    assert_eq!(kind(&Settings { identifier: Some("yours".into()), ..short() }), ErrorKind::NotFound);
+    assert_eq!(refused(SIZE, &Settings { identifier: Some("yours".into()), ..short() }), ErrorKind::NotFound);
     assert_eq!(kernel::find("yours"), None);
-    let other = r3map_nbd::kernel::Disk { size: disk.size * 2, ..disk };
-    let error = kernel::take_over(device.index(), &sockets, other, &named).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert_eq!(refused(SIZE * 2, &named), ErrorKind::InvalidInput);
     let index = device.index();
     device.detach().unwrap();
     let (sockets, disk) = connect(&place.socket(), 1);
-    let error = kernel::take_over(index, &sockets, disk, &named).unwrap_err();
+    let error = kernel::take_over(index, sockets, disk, &named).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use r3map_core::{Backend, Operation};
+use r3map_core::{Backend, ErrorKind, Operation};
 use r3map_nbd::kernel::{self, Device, Disk, Interface, Settings, block_size};
 use r3map_nbd::{Address, Server, ServerExport, ServerSettings};
 use r3map_testkit::faults::{Faults, Pause, Rule};
@@ -16,7 +16,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use crate::support::{
-    Aligned, Netem, SIZE, attach, connect_to, exercise, io_timeout, node, open_direct, read_direct, run, runtime, until,
+    Aligned, LONG, Netem, SIZE, attach, connect_to, exercise, io_timeout, node, open_direct, read_direct, run, runtime,
+    until,
 };
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -139,7 +140,7 @@ fn a_request_is_tried_elsewhere_after_its_time_and_never_where_it_has_none() {
         return;
     }
     let own = Own::new(Store::new(SIZE).plain());
-    let hasty = Settings { request_timeout: Some(Duration::from_secs(5)), ..Settings::default() };
+    let hasty = Settings { request_timeout: Some(Duration::from_secs(3)), ..Settings::default() };
     let device = attach(own.pairs(), &hasty);
     drop(own.calls.take_calls());
     own.calls.add(Rule::on(Operation::Read).touching(0..4096).hold(&Pause::new()));
@@ -237,6 +238,36 @@ fn nbd_client_attaches_our_exports() {
             fill::check(&page, 8192, 1).unwrap();
         }
     }
+}
+
+/// For such a device the kernel does not say whether it has taken connections: they must not be left to it.
+#[test]
+fn a_device_that_others_attached_without_a_time_out_is_refused_and_left_as_it_was() {
+    if !in_vm() {
+        return;
+    }
+    let Own { runtime, server, calls } = Own::new(Store::new(SIZE).filled(1));
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, index) = (folder.path().join("socket"), 14);
+    runtime.block_on(server.listen(&Address::Unix(socket.clone()))).unwrap();
+    let dead_links = kernel::dead_links().unwrap();
+    run("nbd-client", &["-unix", socket.to_str().unwrap(), node(index).to_str().unwrap(), "-name", ""]);
+    until("it is attached", || kernel::is_attached(index).unwrap() && read_direct(&node(index), 0).is_ok());
+    let before = io_timeout(index);
+    runtime.block_on(server.close(LONG)).unwrap();
+    assert_eq!(dead_links.next(LONG).unwrap(), Some(index));
+
+    let server = Server::new(vec![ServerExport::new("", calls)], ServerSettings::default()).unwrap();
+    runtime.block_on(server.listen(&Address::Unix(socket.clone()))).unwrap();
+    let (sockets, disk) = connect_to(&format!("nbd+unix:///?socket={}", socket.display()), 1);
+    let error = kernel::take_over(index, sockets, disk, &Settings::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert!(error.message().contains("without a time-out"), "{error}");
+    until("nobody is connected", || server.connections() == 0);
+    assert_eq!(io_timeout(index), before);
+    read_direct(&node(index), 8192).expect_err("nobody serves it");
+    let _ = kernel::detach(index, true);
+    until("it is free", || !kernel::is_attached(index).unwrap());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use r3map_nbd::NbdUri;
-use r3map_nbd::kernel::{self, Device, Disk, Settings};
+use r3map_nbd::kernel::{self, Device, Disk, Interface, Settings};
 use rustix::fs::OFlags;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -31,6 +31,16 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success(), "{program} {arguments:?}: {}: {text}", output.status);
     text
+}
+
+/// Does the same by netlink and by ioctl, at once: for what mostly waits.
+pub(crate) fn by_either_interface(work: impl Fn(Interface) + Sync) {
+    std::thread::scope(|scope| {
+        for interface in [Interface::Netlink, Interface::Ioctl] {
+            let work = &work;
+            scope.spawn(move || work(interface));
+        }
+    });
 }
 
 /// Connections to a server on a Unix socket, ready for the kernel.
