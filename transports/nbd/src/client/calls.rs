@@ -123,8 +123,11 @@ impl Calls {
     /// A request is about to be sent; its cookie.
     ///
     /// # Errors
-    /// Why the connection is broken, if it is.
+    /// Why the connection is broken, if it is, or over.
     pub(crate) fn begin(&mut self, asked: Asked, guard: Option<Arc<RangeGuard>>) -> Result<u64, Failure> {
+        if self.refusing {
+            return Err(Failure::Closed("the server is being shut down".to_owned()));
+        }
         if let Some(failure) = &self.broken {
             return Err(failure.clone());
         }
@@ -155,6 +158,11 @@ impl Calls {
     /// Whether requests are to be made.
     pub(crate) fn is_open(&self) -> bool {
         self.broken.is_none() && !self.refusing
+    }
+
+    /// Whether the connection is to be ended: the server wants that, and has nothing more to say.
+    pub(crate) fn is_over(&self) -> bool {
+        self.refusing && self.unanswered == 0
     }
 
     pub(crate) fn broken(&self) -> Option<&Failure> {
@@ -503,12 +511,15 @@ mod tests {
         calls.error(read, Errno::Shutdown, Text::default()).unwrap();
         assert!(calls.is_open());
         calls.finish(read).unwrap();
-        assert!(!calls.is_open(), "no new requests");
+        assert!(!calls.is_open() && !calls.is_over(), "no new requests");
+        let asked = Asked { command: Command::Read, offset: 0, length: 10 };
+        assert!(matches!(calls.begin(asked, None), Err(Failure::Closed(_))), "it can be made elsewhere");
         let failure = take(&mut calls, read).unwrap().unwrap_err();
         assert_eq!(failure.into_error(Operation::Read, &"x").kind(), ErrorKind::Unavailable);
         calls.hole(other, 20, 10).unwrap();
         calls.finish(other).unwrap();
         assert_eq!(take(&mut calls, other), Some(Ok(Reply::default())), "others end as they would");
+        assert!(calls.is_over());
     }
 
     #[test]

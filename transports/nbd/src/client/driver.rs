@@ -1,6 +1,7 @@
 //! The one task of a connection: waits for what arrives when no call does, sends what calls left over, and watches.
 //!
-//! It ends when the connection is broken, or when nobody needs it any more; what happens then is the link's matter.
+//! It ends when the connection is broken, when nobody needs it any more, or when the server is being shut down; what happens
+//! then is the link's matter.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::client::link::{Shared, lock};
 /// its caller waits for another one first) holds up the rest of the connection for so long at most twice.
 const TICK: Duration = Duration::from_millis(5);
 
-/// A future that ends with the reason why the connection is broken, or with nothing when it is not needed any more.
+/// A future that ends with the reason why the connection is broken, or with nothing when it is to be ended in good order.
 pub(crate) struct Driver {
     shared: Arc<Shared>,
     silence: Duration,
@@ -115,7 +116,8 @@ impl Future for Driver {
                 Ok(false) => break,
             }
         }
-        let leaving = this.shared.leaving.load(Ordering::Acquire) && lock(&this.shared.calls).unanswered() == 0;
-        if leaving { Poll::Ready(None) } else { Poll::Pending }
+        let calls = lock(&this.shared.calls);
+        let unneeded = this.shared.leaving.load(Ordering::Acquire) && calls.unanswered() == 0;
+        if unneeded || calls.is_over() { Poll::Ready(None) } else { Poll::Pending }
     }
 }

@@ -17,8 +17,9 @@ use crate::client::facts::Facts;
 use crate::stream::Stream;
 use crate::tls;
 use crate::wire::{
-    BASE_ALLOCATION, BlockSizes, ClientFlags, ClientOption, ExportReply, Framing, Greeting, HandshakeFlags, Info,
-    InfoRequest, InfoType, Malformed, MetaRequest, OptionReply, OptionReplyHeader, ReplyError, Text, TransmissionFlags,
+    BASE_ALLOCATION, BlockSizes, ClientFlags, ClientOption, Command, CommandFlags, ExportReply, Framing, Greeting,
+    HandshakeFlags, Info, InfoRequest, InfoType, Malformed, MetaRequest, OptionReply, OptionReplyHeader, ReplyError,
+    Request, Text, TransmissionFlags,
 };
 
 /// The most replies to one option: nobody has more exports, and nobody waits for more.
@@ -135,7 +136,8 @@ impl<'a> Handshake<'a> {
             Err(_) if tls.optional => return Ok(self),
             Err((error, message)) => {
                 let what = format!("TLS is demanded, and the server has none ({})", said(error, &message));
-                return Err(self.error(ErrorKind::Denied, &what));
+                let why = self.error(ErrorKind::Denied, &what);
+                return Err(self.part(why).await);
             }
         }
         let name = tls.name.to_str().into_owned();
@@ -150,8 +152,10 @@ impl<'a> Handshake<'a> {
     /// # Errors
     /// `NotFound` for an export that is not there, `Denied` where the server says so; otherwise as [`Self::begin`].
     pub(crate) async fn go(mut self, export: &str) -> Result<(Stream, Facts)> {
-        self.negotiate_framing().await?;
-        self.go_plainly(export).await
+        match self.negotiate_framing().await {
+            Ok(()) => self.go_plainly(export).await,
+            Err(why) => Err(self.part(why).await),
+        }
     }
 
     /// As [`Self::go`], but with simple replies if no other framing was negotiated: what the kernel's client speaks.
@@ -159,22 +163,56 @@ impl<'a> Handshake<'a> {
     /// # Errors
     /// As [`Self::go`].
     pub(crate) async fn go_plainly(mut self, export: &str) -> Result<(Stream, Facts)> {
+        match self.choose(export).await {
+            Ok(facts) => match facts.check(self.peer) {
+                Ok(facts) => Ok((self.stream, facts)),
+                Err(why) => Err(self.disconnect(why).await),
+            },
+            Err(why) => Err(self.part(why).await),
+        }
+    }
+
+    async fn choose(&mut self, export: &str) -> Result<Facts> {
         let name = self.text(export)?;
         let allocation = self.select_allocation(&name).await?;
         let request = InfoRequest { name: name.clone(), wanted: vec![InfoType::BlockSize] };
         let mut told = Told::default();
-        let facts = match self.ask(&ClientOption::Go(request), |reply| told.take(reply)).await? {
+        match self.ask(&ClientOption::Go(request), |reply| told.take(reply)).await? {
             Ok(()) => {
                 let (size, flags) = told.export.ok_or_else(|| self.malformed("an export without a size"))?;
-                Facts { size, flags, framing: self.framing, allocation, blocks: told.blocks }
+                Ok(Facts { size, flags, framing: self.framing, allocation, blocks: told.blocks })
             }
             Err((ReplyError::Unsupported, _)) if self.framing != Framing::Extended => {
                 let (size, flags) = self.export_name(name).await?;
-                Facts { size, flags, framing: self.framing, allocation, blocks: None }
+                Ok(Facts { size, flags, framing: self.framing, allocation, blocks: None })
             }
-            Err((error, message)) => return Err(self.refused(export, error, &message)),
-        };
-        Ok((self.stream, facts.check(self.peer)?))
+            Err((error, message)) => Err(self.refused(export, error, &message)),
+        }
+    }
+
+    /// Ends a session that comes to nothing, as a client must (proto.md, "Termination of the session during option
+    /// haggling"), and gives `why` back.
+    async fn part(&mut self, why: Error) -> Error {
+        let mut bytes = Vec::new();
+        ClientOption::Abort.encode(&mut bytes);
+        self.end(&bytes, why).await
+    }
+
+    /// The same when transmission has begun.
+    async fn disconnect(&mut self, why: Error) -> Error {
+        let (flags, command) = (CommandFlags::empty(), Command::Disconnect);
+        let request = Request { flags, command, cookie: 0, offset: 0, length: 0 };
+        let mut bytes = Vec::new();
+        request.encode(self.framing, &mut bytes).expect("nothing is short enough for any framing");
+        self.end(&bytes, why).await
+    }
+
+    async fn end(&mut self, last_words: &[u8], why: Error) -> Error {
+        // Where that fails the server has gone itself. What it answers does not matter.
+        if self.write(last_words).await.is_ok() {
+            let _ = self.stream.shutdown().await;
+        }
+        why
     }
 
     /// The way in that old servers have: they close the connection if they do not like it.
@@ -202,6 +240,16 @@ impl<'a> Handshake<'a> {
     /// # Errors
     /// `Denied` if the server does not tell; otherwise as [`Self::begin`].
     pub(crate) async fn list(mut self) -> Result<Vec<Listed>> {
+        match self.list_all().await {
+            Ok(listed) => {
+                let _ = self.ask(&ClientOption::Abort, |_| Ok(())).await;
+                Ok(listed)
+            }
+            Err(why) => Err(self.part(why).await),
+        }
+    }
+
+    async fn list_all(&mut self) -> Result<Vec<Listed>> {
         let mut listed = Vec::new();
         let verdict = self.ask(&ClientOption::List, |reply| {
             if let OptionReply::Server { name, description } = reply {
@@ -221,7 +269,6 @@ impl<'a> Handshake<'a> {
         for listed in &mut listed {
             listed.export = self.info(&listed.name).await?;
         }
-        let _ = self.ask(&ClientOption::Abort, |_| Ok(())).await;
         Ok(listed)
     }
 

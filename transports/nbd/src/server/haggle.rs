@@ -120,9 +120,15 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggling<'a, S> {
             let mut head = [0; OptionHeader::LEN];
             self.stream.read_exact(&mut head).await?;
             let header = OptionHeader::decode(&head)?;
-            let outcome = match self.option(header).await? {
-                Ok(option) => self.answer(option)?,
-                Err(refusal) => self.refuse(header.code, refusal)?,
+            if header.code == OptionCode::SetMetaContext {
+                // What was selected before is replaced, also by a selection that fails.
+                self.allocation = None;
+            }
+            let option = self.option(header).await?;
+            // What may not be asked now is refused as that, whatever its data says.
+            let outcome = match (self.refusal(header.code), option) {
+                (None, Ok(option)) => self.answer(option)?,
+                (Some(refusal), _) | (None, Err(refusal)) => self.refuse(header.code, refusal)?,
             };
             self.stream.write_all(&self.out).await?;
             self.stream.flush().await?;
@@ -160,9 +166,6 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggling<'a, S> {
 
     fn answer(&mut self, option: ClientOption) -> Result<Option<Outcome>, Failure> {
         let code = option.code();
-        if let Some(refusal) = self.refusal(&option) {
-            return self.refuse(code, refusal);
-        }
         match option {
             ClientOption::ExportName(name) => return self.begin_without_words(&name).map(Some),
             ClientOption::Go(request) => return Ok(self.describe(code, &request)),
@@ -187,25 +190,23 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggling<'a, S> {
     }
 
     /// What speaks against an option, whatever its data says.
-    fn refusal(&self, option: &ClientOption) -> Option<OptionReply> {
+    fn refusal(&self, code: OptionCode) -> Option<OptionReply> {
         let refuse = |error, message: &str| Some(OptionReply::error(error, message));
-        match (option, self.security) {
-            (ClientOption::Abort, _) => None,
+        match (code, self.security) {
+            (OptionCode::Abort, _) => None,
             _ if (self.closing)() => refuse(ReplyError::Shutdown, "the server is being shut down"),
-            (ClientOption::StartTls, Security::Off) => refuse(ReplyError::Policy, "the server has no TLS"),
-            (ClientOption::StartTls, Security::On) => refuse(ReplyError::Invalid, "TLS is spoken already"),
-            (ClientOption::StartTls, _) => None,
+            (OptionCode::StartTls, Security::Off) => refuse(ReplyError::Policy, "the server has no TLS"),
+            (OptionCode::StartTls, Security::On) => refuse(ReplyError::Invalid, "TLS is spoken already"),
+            (OptionCode::StartTls, _) => None,
             (_, Security::Demanded) => refuse(ReplyError::TlsRequired, "the server speaks only TLS"),
-            (ClientOption::Unknown(_), _) => refuse(ReplyError::Unsupported, "unknown option"),
-            (ClientOption::StructuredReply, _) if self.framing == Framing::Extended => {
+            (OptionCode::Unknown(_), _) => refuse(ReplyError::Unsupported, "unknown option"),
+            (OptionCode::StructuredReply, _) if self.framing == Framing::Extended => {
                 refuse(ReplyError::ExtendedHeadersRequired, "extended headers were agreed on")
             }
-            (ClientOption::SetMetaContext(_) | ClientOption::ListMetaContext(_), _)
-                if self.framing == Framing::Simple =>
-            {
+            (OptionCode::SetMetaContext | OptionCode::ListMetaContext, _) if self.framing == Framing::Simple => {
                 refuse(ReplyError::Invalid, "structured replies must be agreed on first")
             }
-            (ClientOption::ExportName(_), _) if self.framing == Framing::Extended => {
+            (OptionCode::ExportName, _) if self.framing == Framing::Extended => {
                 refuse(ReplyError::Invalid, "with extended headers, GO must be used")
             }
             _ => None,
@@ -264,9 +265,6 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggling<'a, S> {
     /// Answers `LIST_META_CONTEXT` and `SET_META_CONTEXT`.
     fn contexts(&mut self, code: OptionCode, request: &MetaRequest) {
         let sets = code == OptionCode::SetMetaContext;
-        if sets {
-            self.allocation = None;
-        }
         let Some(export) = self.exports.find(&request.name).cloned() else {
             return self.unknown_export(code, &request.name);
         };
@@ -279,7 +277,9 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggling<'a, S> {
             let name = Text::cut(BASE_ALLOCATION);
             self.say(code, &OptionReply::MetaContext { id: if sets { ALLOCATION } else { 0 }, name });
         }
-        self.allocation = if sets { found.then_some(export) } else { self.allocation.take() };
+        if sets {
+            self.allocation = found.then_some(export);
+        }
         self.say(code, &OptionReply::Ack);
     }
 }

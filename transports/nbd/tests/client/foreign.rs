@@ -252,7 +252,7 @@ fn connections(socket: &std::path::Path) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn qemu_storage_daemon() {
-    let server = Foreign::qemu_storage_daemon(8 << 20);
+    let server = Foreign::qemu_storage_daemon(8 << 20, None);
     let client = Client::connect(server.uri("disk"), ClientSettings::default()).await.unwrap();
     assert_eq!(client.size(), 8 << 20);
     let bytes = fill::bytes(12_345, 3_000_000, 1);

@@ -1,11 +1,18 @@
 //! What a server sends wrong is an error, never other bytes than it has: cuts at every byte, bits that flip, chunks that
 //! contradict what was asked for.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use r3map_core::{Backend, ErrorKind, Extents};
-use r3map_nbd::wire::{Chunk, Command, Descriptor, Errno, Framing, ReplyFlags, Request, SimpleReply, Text};
+use r3map_nbd::wire::{
+    Chunk, ClientFlags, Command, Descriptor, Errno, Framing, Greeting, HandshakeFlags, Info, OptionCode, OptionHeader,
+    OptionReply, ReplyError, ReplyFlags, Request, SimpleReply, Text, TransmissionFlags,
+};
 use r3map_nbd::{Client, ClientSettings};
 use r3map_testkit::random::Random;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::Notify;
 
 use crate::liar::{CONTEXT, Liar, bytes, chunk, holey, honest};
 use crate::support::LONG;
@@ -182,6 +189,79 @@ async fn an_error_of_the_server_leaves_the_connection_alone() {
     assert_eq!(error.message(), "the server: out of memory: two lines");
     client.read_at(1, &mut buf).await.unwrap();
     assert!(buf == holey(1, 1000));
+}
+
+/// It is told goodbye, although the client is still there, and is asked for nothing more.
+#[tokio::test]
+async fn a_server_that_is_being_shut_down_is_left() {
+    let (left, asked) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+    let (tell, count) = (left.clone(), asked.clone());
+    let liar = Liar::new(Framing::Structured, move |request| {
+        if request.command == Command::Disconnect {
+            tell.notify_one();
+            return Vec::new();
+        }
+        count.fetch_add(1, Relaxed);
+        let message = Text::default();
+        chunk(Framing::Structured, request, true, &Chunk::Error { error: Errno::Shutdown, message, offset: None })
+    });
+    let client = liar.client().await.unwrap();
+    let error = client.read_at(0, &mut [0; 10]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    tokio::time::timeout(LONG, left.notified()).await.expect("it is told goodbye");
+    assert_eq!(client.read_at(0, &mut [0; 10]).await.unwrap_err().kind(), ErrorKind::Unavailable);
+    assert_eq!(asked.load(Relaxed), 1);
+}
+
+/// A server that knows no option but `GO`, to which it says `to_go`; gives back the last thing that the client said.
+async fn last_words(mut stream: DuplexStream, to_go: OptionReply) -> Last {
+    let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
+    stream.write_all(&Greeting { flags }.encode()).await.unwrap();
+    stream.read_exact(&mut [0; ClientFlags::LEN]).await.unwrap();
+    loop {
+        let mut header = [0; OptionHeader::LEN];
+        stream.read_exact(&mut header).await.unwrap();
+        let header = OptionHeader::decode(&header).unwrap();
+        stream.read_exact(&mut vec![0; header.length as usize]).await.unwrap();
+        let mut out = Vec::new();
+        match header.code {
+            OptionCode::Abort => return Last::Abort,
+            OptionCode::Go => to_go.encode(header.code, &mut out),
+            code => OptionReply::error(ReplyError::Unsupported, "").encode(code, &mut out),
+        }
+        if matches!(to_go, OptionReply::Info(_)) && header.code == OptionCode::Go {
+            OptionReply::Ack.encode(header.code, &mut out);
+            stream.write_all(&out).await.unwrap();
+            let mut request = [0; Request::len(Framing::Simple)];
+            stream.read_exact(&mut request).await.unwrap();
+            return Last::Command(Request::decode(Framing::Simple, &request).unwrap().unwrap().command);
+        }
+        stream.write_all(&out).await.unwrap();
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Last {
+    Abort,
+    Command(Command),
+}
+
+/// Only a side that is betrayed may simply hang up (proto.md, "Termination of the session during option haggling").
+#[tokio::test]
+async fn a_session_that_comes_to_nothing_is_ended_with_a_word() {
+    let empty = OptionReply::Info(Info::Export { size: 0, flags: TransmissionFlags::HAS_FLAGS });
+    for (reply, kind, last) in [
+        (OptionReply::error(ReplyError::UnknownExport, ""), ErrorKind::NotFound, Last::Abort),
+        (OptionReply::error(ReplyError::TlsRequired, ""), ErrorKind::Denied, Last::Abort),
+        (OptionReply::error(ReplyError::Shutdown, ""), ErrorKind::Unavailable, Last::Abort),
+        (empty, ErrorKind::InvalidInput, Last::Command(Command::Disconnect)),
+    ] {
+        let (here, there) = tokio::io::duplex(1 << 16);
+        let server = tokio::spawn(last_words(there, reply));
+        let error = Client::over(here, "x", ClientSettings::default()).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert_eq!(tokio::time::timeout(LONG, server).await.expect("stuck").unwrap(), last);
+    }
 }
 
 #[tokio::test]

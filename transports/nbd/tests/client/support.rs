@@ -42,14 +42,19 @@ impl Foreign {
         Self { _process: process, directory }.ready()
     }
 
-    /// Starts qemu-storage-daemon with an export `disk` of `size` bytes.
-    pub(crate) fn qemu_storage_daemon(size: u64) -> Self {
+    /// Starts qemu-storage-daemon with an export `disk` of `size` bytes; with TLS on both sides, if it has certificates.
+    pub(crate) fn qemu_storage_daemon(size: u64, certificates: Option<&Path>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (disk, socket) = (directory.path().join("disk"), socket_in(directory.path()));
         std::fs::File::create(&disk).unwrap().set_len(size).unwrap();
         let mut command = Command::new("qemu-storage-daemon");
         command.arg(format!("--blockdev=driver=file,filename={},node-name=disk,discard=unmap", disk.display()));
-        command.arg(format!("--nbd-server=addr.type=unix,addr.path={},max-connections=0", socket.display()));
+        let mut listen = format!("--nbd-server=addr.type=unix,addr.path={},max-connections=0", socket.display());
+        if let Some(directory) = certificates {
+            command.arg(server_credentials(directory));
+            listen += ",tls-creds=tls0";
+        }
+        command.arg(listen);
         command.arg("--export=type=nbd,id=export,node-name=disk,name=disk,writable=on");
         Self { _process: Process::start(&mut command), directory }.ready()
     }
@@ -70,6 +75,11 @@ impl Foreign {
     pub(crate) async fn client(&self) -> Client {
         connect(&self.uri("")).await
     }
+}
+
+/// What tells qemu's servers to speak TLS as `tls0`, with clients that have certificates.
+pub(crate) fn server_credentials(directory: &Path) -> String {
+    format!("--object=tls-creds-x509,id=tls0,endpoint=server,dir={},verify-peer=yes", directory.display())
 }
 
 pub(crate) fn socket_in(directory: &Path) -> PathBuf {

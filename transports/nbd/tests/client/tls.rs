@@ -1,4 +1,4 @@
-//! TLS with nbdkit (GnuTLS) and qemu-nbd: who trusts whom, and what is said otherwise.
+//! TLS with nbdkit and qemu's servers (GnuTLS): who trusts whom, and what is said otherwise.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use rcgen::{
 };
 use tempfile::TempDir;
 
-use crate::support::{Foreign, read, refused};
+use crate::support::{Foreign, read, refused, server_credentials};
 
 /// Somebody who vouches for others.
 struct Authority {
@@ -167,21 +167,41 @@ async fn tls_and_plain_do_not_mix() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn qemu_nbd_with_certificates_on_both_sides() {
-    let pki = Pki::new();
-    let directory = pki.server("server", "localhost", false);
-    let object = format!("--object=tls-creds-x509,id=tls0,endpoint=server,dir={},verify-peer=yes", directory.display());
-    let server = Foreign::qemu_nbd(&[&object, "--tls-creds=tls0", "--shared=0"], 1 << 20);
-    let uri = secure(&server, &pki.client("client", &pki.good, Some(&pki.good)), "");
-    let client = Client::connect(uri, ClientSettings::default()).await.unwrap();
+/// One of qemu's servers that demands TLS, and certificates of its clients.
+async fn certificates_on_both_sides(pki: &Pki, server: Foreign, export: &str) {
+    let secure = |client: &Path| NbdUri { export: export.to_owned(), ..secure(&server, client, "") };
+    let uri = secure(&pki.client("client", &pki.good, Some(&pki.good)));
+    let client = Client::connect(uri.clone(), ClientSettings::default()).await.unwrap();
     client.write_at(4096, &[7; 8192]).await.unwrap();
     client.flush().await.unwrap();
     assert_eq!(read(&client, 4096, 8192).await, [7; 8192]);
-    let (_, text) = refused(&secure(&server, &pki.client("none", &pki.good, None), "")).await;
-    assert!(text.contains("client certificate") || text.contains("connection"), "{text}");
-    let (kind, text) = refused(&server.uri("")).await;
+    assert_eq!(Client::list(uri, &ClientSettings::default()).await.unwrap()[0].name, export);
+    for (name, own) in [("none", None), ("stranger", Some(&pki.other))] {
+        let (_, text) = refused(&secure(&pki.client(name, &pki.good, own))).await;
+        assert!(text.contains("certificate") || text.contains("connection"), "{name}: {text}");
+    }
+    let (kind, text) = refused(&secure(&pki.client("wary", &pki.other, Some(&pki.good)))).await;
     assert_eq!(kind, ErrorKind::Denied, "{text}");
+    assert!(text.contains("nobody trusted vouches"), "{text}");
+    let (kind, text) = refused(&server.uri(export)).await;
+    assert_eq!(kind, ErrorKind::Denied, "{text}");
+    assert!(text.contains("use nbds://"), "{text}");
+    assert_eq!(read(&client, 4096, 8192).await, [7; 8192], "who is let in is not disturbed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn qemu_nbd_with_certificates_on_both_sides() {
+    let pki = Pki::new();
+    let credentials = server_credentials(&pki.server("server", "localhost", false));
+    let server = Foreign::qemu_nbd(&[&credentials, "--tls-creds=tls0", "--shared=0"], 1 << 20);
+    certificates_on_both_sides(&pki, server, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn qemu_storage_daemon_with_certificates_on_both_sides() {
+    let pki = Pki::new();
+    let server = Foreign::qemu_storage_daemon(1 << 20, Some(&pki.server("server", "localhost", false)));
+    certificates_on_both_sides(&pki, server, "disk").await;
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use r3map_nbd::wire::{
     ClientFlags, ClientOption, Command, CommandFlags, Framing, InfoRequest, MetaRequest, Request, StatusPayload, Text,
 };
+use r3map_nbd::{ServerExport, ServerSettings};
 use r3map_testkit::random::Random;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -57,7 +58,10 @@ pub(crate) fn conversation(framing: Framing) -> Vec<u8> {
 #[tokio::test]
 async fn a_conversation_can_end_after_every_byte() {
     let memory = memory(SIZE, 1);
-    let running = Running::one(memory.clone()).await;
+    // So little room that the first few who kept some of it would hold up everybody.
+    let (max_payload, room) = (128 << 10, 256 << 10);
+    let settings = ServerSettings { max_payload, connection_in_flight: room, in_flight: room, ..Default::default() };
+    let running = Running::start(vec![ServerExport::new("disk", memory.clone())], settings).await;
     let mut other = running.transmit(Framing::Structured).await;
     for framing in FRAMINGS {
         let said = conversation(framing);
@@ -73,7 +77,8 @@ async fn a_conversation_can_end_after_every_byte() {
                 }
             }
         }
-        let read = other.ask(request(Command::Read, 1, 0, SIZE), &[]).await.unwrap();
+        let reading = other.ask(request(Command::Read, 1, 0, SIZE), &[]);
+        let read = tokio::time::timeout(LONG, reading).await.expect("stuck").unwrap();
         assert!(read == filled(SIZE, 1), "{framing:?}");
     }
     drop(other);

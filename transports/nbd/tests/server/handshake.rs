@@ -4,12 +4,11 @@
 use std::sync::Arc;
 
 use r3map_nbd::wire::{
-    ClientOption, Command, Errno, Framing, Info, InfoRequest, InfoType, MetaRequest, OptionCode, OptionHeader,
-    OptionReply, ReplyError, Text, TransmissionFlags,
+    ClientOption, Command, Errno, Framing, Info, InfoRequest, InfoType, MetaRequest, OptionCode, OptionReply,
+    ReplyError, Text, TransmissionFlags,
 };
 use r3map_nbd::{ServerExport, ServerSettings};
 use r3map_testkit::store::Store;
-use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 
 use crate::support::{Raw, Running, filled, memory, request};
@@ -61,13 +60,10 @@ async fn refused_options_are_answered_and_the_haggling_goes_on() {
         (OptionCode::List, &b"data"[..], ReplyError::Invalid),
         (OptionCode::Go, &[0, 0, 0, 99, 0, 0], ReplyError::Invalid),
         (OptionCode::StructuredReply, &[0], ReplyError::Invalid),
-        (OptionCode::Unknown(77), &[0; 70_000], ReplyError::TooBig),
+        (OptionCode::Unknown(77), &[0; 70_000], ReplyError::Unsupported),
         (OptionCode::Go, &[0; 1_000_000], ReplyError::TooBig),
     ] {
-        let header = OptionHeader { code, length: u32::try_from(data.len()).unwrap() };
-        raw.stream.write_all(&header.encode()).await.unwrap();
-        raw.stream.write_all(data).await.unwrap();
-        assert_eq!(error_of(&raw.option_replies(code).await), error, "{code:?}");
+        assert_eq!(error_of(&raw.option_with(code, data).await), error, "{code:?}");
     }
     raw.go().await;
     assert_eq!(raw.ask(request(Command::Read, 1, 10, 20), &[]).await.unwrap(), filled(5000, 1)[10..30]);
@@ -133,6 +129,22 @@ async fn contexts_are_for_the_export_that_they_were_selected_for() {
         raw.option(&ClientOption::Go(info(goes))).await;
         let expected = if allowed { Ok(8192_u64.to_be_bytes().to_vec()) } else { Err(Errno::Inval) };
         assert_eq!(raw.ask(status, &[]).await, expected, "{selects:?} {goes}");
+    }
+}
+
+/// Whatever the reason: the export is not there, the data makes no sense, or is too long.
+#[tokio::test]
+async fn a_selection_that_fails_leaves_none_of_before() {
+    let running = Running::one(memory(8192, 1)).await;
+    for data in [&b"nonsense"[..], &[0; 70_000]] {
+        let mut raw = greeted(&running).await;
+        raw.framing = Framing::Structured;
+        assert_eq!(raw.option(&ClientOption::StructuredReply).await, [OptionReply::Ack]);
+        assert_eq!(raw.option(&ClientOption::SetMetaContext(allocation("disk"))).await.len(), 2);
+        let replies = raw.option_with(OptionCode::SetMetaContext, data).await;
+        assert!(matches!(error_of(&replies), ReplyError::Invalid | ReplyError::TooBig));
+        raw.option(&ClientOption::Go(info("disk"))).await;
+        assert_eq!(raw.ask(request(Command::BlockStatus, 1, 0, 8192), &[]).await, Err(Errno::Inval));
     }
 }
 

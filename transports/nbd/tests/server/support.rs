@@ -9,7 +9,7 @@ use r3map_core::Backend;
 use r3map_local::Memory;
 use r3map_nbd::wire::{
     Chunk, ClientFlags, ClientOption, Command, CommandFlags, Errno, ExportReply, Framing, Greeting, InfoRequest,
-    MetaRequest, OptionCode, OptionReply, OptionReplyHeader, ReplyHeader, Request, SimpleReply, Text,
+    MetaRequest, OptionCode, OptionHeader, OptionReply, OptionReplyHeader, ReplyHeader, Request, SimpleReply, Text,
 };
 use r3map_nbd::{Address, Server, ServerExport, ServerSettings};
 use r3map_testkit::process::Process;
@@ -64,11 +64,22 @@ impl Running {
         raw
     }
 
-    /// Waits until nobody is connected.
+    /// How many connections the system has open at the server's socket.
+    fn open_sockets(&self) -> usize {
+        let table = std::fs::read_to_string("/proc/net/unix").unwrap();
+        let path = self.socket();
+        // State 3 is connected; the listener has 1.
+        let is_one =
+            |line: &&str| line.ends_with(path.to_str().unwrap()) && line.split_whitespace().nth(5) == Some("03");
+        table.lines().filter(is_one).count()
+    }
+
+    /// Waits until nobody is connected, and no socket is left of who was.
     pub(crate) async fn is_left(&self) {
         let end = Instant::now() + LONG;
-        while self.server.connections() > 0 {
-            assert!(Instant::now() < end, "{} connections are left", self.server.connections());
+        while self.server.connections() > 0 || self.open_sockets() > 0 {
+            let (connections, sockets) = (self.server.connections(), self.open_sockets());
+            assert!(Instant::now() < end, "{connections} connections and {sockets} sockets are left");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
@@ -136,7 +147,15 @@ impl Raw {
         self.option_replies(option.code()).await
     }
 
-    pub(crate) async fn option_replies(&mut self, code: OptionCode) -> Vec<OptionReply> {
+    /// The same with any data, which need not make sense.
+    pub(crate) async fn option_with(&mut self, code: OptionCode, data: &[u8]) -> Vec<OptionReply> {
+        let header = OptionHeader { code, length: u32::try_from(data.len()).unwrap() };
+        self.stream.write_all(&header.encode()).await.unwrap();
+        self.stream.write_all(data).await.unwrap();
+        self.option_replies(code).await
+    }
+
+    async fn option_replies(&mut self, code: OptionCode) -> Vec<OptionReply> {
         let mut replies = Vec::new();
         loop {
             let mut head = [0; OptionReplyHeader::LEN];

@@ -1,15 +1,15 @@
-//! TLS with libnbd (GnuTLS): offered, demanded, and with certificates of clients.
+//! TLS with libnbd and qemu (GnuTLS): offered, demanded, and with certificates of clients.
 
 use std::path::Path;
 
 use r3map_nbd::tls::{ClientCertificates, server_config};
-use r3map_nbd::wire::{ClientOption, Framing, InfoRequest, OptionReply, ReplyError, Text};
+use r3map_nbd::wire::{ClientOption, Framing, InfoRequest, OptionCode, OptionReply, ReplyError, Text};
 use r3map_nbd::{ServerExport, ServerSettings, Tls};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
-use crate::support::{Raw, Running, filled, memory, run, try_run};
+use crate::support::{Raw, Running, contents, filled, memory, run, try_run};
 
 const SIZE: u64 = 3_000_001;
 
@@ -26,7 +26,8 @@ fn certificates(roles: &[&str]) -> TempDir {
     for role in roles {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // qemu insists on the second, although no key of this kind enciphers.
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         file(format!("{role}-cert.pem"), params.signed_by(&key, &issuer).unwrap().pem());
         file(format!("{role}-key.pem"), key.serialize_pem());
     }
@@ -116,6 +117,52 @@ async fn a_certificate_that_is_optional_is_still_checked() {
     running.is_left().await;
 }
 
+/// Runs one of qemu's programs on the export with TLS; `directory` has its certificates.
+fn qemu(program: &str, running: &Running, directory: &Path, arguments: &[&str]) -> (bool, String) {
+    let credentials = format!("tls-creds-x509,id=tls0,endpoint=client,dir={}", directory.display());
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},export=disk,tls-creds=tls0,tls-hostname=localhost",
+        running.socket().display()
+    );
+    let (command, rest) = arguments.split_at(usize::from(program == "qemu-img"));
+    let common = ["--object", &credentials, "--image-opts"];
+    try_run(program, &[command, &common[..], rest, &[&image]].concat())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn qemu_reads_and_writes_over_tls_with_certificates_on_both_sides() {
+    let (pki, stranger) = (certificates(&["server", "client"]), certificates(&["client"]));
+    let settings =
+        ServerSettings { tls: required(pki.path(), ClientCertificates::Required), ..ServerSettings::default() };
+    let region = memory(SIZE, 1);
+    let running = Running::start(vec![ServerExport::new("disk", region.clone())], settings).await;
+    let commands = ["-c", "write -P 7 12345 100001", "-c", "read -P 7 12345 100001", "-c", "write -z 2000001 5000"];
+    let (success, output) = qemu("qemu-io", &running, pki.path(), &commands);
+    assert!(success && !output.contains("failed"), "{output}");
+    let mut expected = filled(SIZE, 1);
+    expected[12_345..112_346].fill(7);
+    expected[2_000_001..2_005_001].fill(0);
+    assert!(contents(&region) == expected);
+    let (success, output) = qemu("qemu-img", &running, pki.path(), &["map", "--output=json"]);
+    assert!(success && output.contains("\"data\": true"), "{output}");
+    // Whom nobody vouches for, who shows nothing, and who does not trust this server.
+    let nobody = certificates(&[]);
+    std::fs::copy(pki.path().join("ca-cert.pem"), nobody.path().join("ca-cert.pem")).unwrap();
+    let impostor = tempfile::tempdir().unwrap();
+    for (from, name) in [(&stranger, "client-cert.pem"), (&stranger, "client-key.pem"), (&pki, "ca-cert.pem")] {
+        std::fs::copy(from.path().join(name), impostor.path().join(name)).unwrap();
+    }
+    for other in [impostor.path(), nobody.path(), stranger.path()] {
+        let (success, output) = qemu("qemu-img", &running, other, &["info"]);
+        assert!(!success && !output.is_empty(), "{output}");
+    }
+    let (success, output) = try_run("qemu-img", &["info", &running.uri("disk")]);
+    assert!(!success && output.contains("TLS"), "{output}");
+    running.is_left().await;
+    let (success, output) = qemu("qemu-img", &running, pki.path(), &["info"]);
+    assert!(success, "who is known is still let in: {output}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn before_tls_everything_is_refused_where_tls_is_demanded() {
     let pki = certificates(&["server"]);
@@ -136,6 +183,11 @@ async fn before_tls_everything_is_refused_where_tls_is_demanded() {
         let replies = raw.option(&option).await;
         let [OptionReply::Error { error, .. }] = &replies[..] else { panic!("{replies:?}") };
         assert_eq!(*error, ReplyError::TlsRequired, "{option:?}");
+    }
+    // Also what makes no sense is not looked into.
+    for (code, data) in [(OptionCode::List, &b"data"[..]), (OptionCode::Go, &[0; 70_000]), (OptionCode::Info, b"?")] {
+        let replies = raw.option_with(code, data).await;
+        assert!(matches!(&replies[..], [OptionReply::Error { error: ReplyError::TlsRequired, .. }]), "{replies:?}");
     }
     assert_eq!(raw.option(&ClientOption::Abort).await, [OptionReply::Ack]);
     assert!(raw.is_closed().await);
