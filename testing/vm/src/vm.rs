@@ -61,7 +61,9 @@ impl Vm {
         image::write(&image, &kernel, plan, &self.settings.guest)?;
         let mut machine = self.boot(&kernel, &image, folder.path(), show)?;
         show(&format!("Linux {} is up after {:.1} s", machine.kernel, start.elapsed().as_secs_f64()));
-        Ok(follow(&mut machine, plan, start + self.settings.limit, show))
+        let report = follow(&mut machine, plan, start + self.settings.limit, show);
+        show(&format!("the virtual machine has ended after {:.0} s", start.elapsed().as_secs_f64()));
+        Ok(report)
     }
 
     fn boot(&self, kernel: &Kernel, image: &Path, folder: &Path, show: &mut dyn FnMut(&str)) -> Result<Machine> {

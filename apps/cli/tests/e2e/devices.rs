@@ -44,6 +44,8 @@ fn the_best_device_is_chosen_and_the_others_are_explained() {
         let kind = ready["as"].as_str().expect("it says what it is").to_owned();
         if !Path::new("/dev/ublk-control").exists() && !Path::new("/sys/module/nbd").exists() {
             assert_eq!(kind, "loop");
+            let direct = Path::new("/sys/block").join(device.file_name().expect("a name")).join("loop/dio");
+            assert_eq!(std::fs::read_to_string(direct).expect("a loop device").trim(), "1", "not cached twice");
             let said = program.stdout().join("\n");
             assert!(said.contains("modprobe ublk_drv") && said.contains("modprobe nbd"), "{said}");
         }

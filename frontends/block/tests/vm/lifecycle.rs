@@ -14,7 +14,7 @@ use r3map_testkit::{deadline, in_vm};
 use rustix::fs::OFlags;
 
 use crate::support::{
-    KINDS, Mounted, SOON, aligned, app, device, name, open_direct, run, try_device, unmount, wait_until,
+    KINDS, Mounted, SOON, aligned, app, device, each_kind, name, open_direct, run, try_device, unmount, wait_until,
 };
 
 const SIZE: u64 = 16 << 20;
@@ -78,7 +78,7 @@ async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
+    each_kind(async |kind| {
         let faults = Faults::new(Arc::new(Store::new(SIZE).plain()));
         let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
         let device = try_device(kind, faults.clone(), settings).await.unwrap();
@@ -97,7 +97,8 @@ async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {
         assert!(start.elapsed() < Duration::from_secs(30), "{kind}");
         app(move || user.join().unwrap()).await;
         drop(device);
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,7 +106,7 @@ async fn an_unmount_that_takes_too_long_leaves_the_device_as_it_was() {
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
+    each_kind(async |kind| {
         let store = Arc::new(Store::new(SIZE).plain());
         let faults = Faults::new(store.clone());
         let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
@@ -138,7 +139,8 @@ async fn an_unmount_that_takes_too_long_leaves_the_device_as_it_was() {
         assert!(device.is_there(), "{kind}");
         unmount(device).await;
         assert!(store.snapshot()[..4096] == [3; 4096], "{kind}");
-    }
+    })
+    .await;
 }
 
 /// A device over a remote on which a read hangs and a write was acknowledged, and what the read gives in the end.
@@ -182,7 +184,7 @@ async fn an_unmount_does_not_take_a_device_from_others_whose_requests_hang() {
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
+    each_kind(async |kind| {
         let Hanging { store, device, pause, reader } = Hanging::new(kind).await;
         let error = deadline(SOON, "unmounting in vain", device.unmount()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
@@ -195,7 +197,8 @@ async fn an_unmount_does_not_take_a_device_from_others_whose_requests_hang() {
         unmount(device).await;
         store.lose_unflushed();
         assert!(store.snapshot()[8192..12_288] == [8; 4096], "{kind}");
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,7 +206,7 @@ async fn a_detach_ends_what_hangs_with_errors_and_stores_what_was_acknowledged()
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
+    each_kind(async |kind| {
         let Hanging { store, device, pause: _held, reader } = Hanging::new(kind).await;
         let error = deadline(SOON, "detaching", device.detach()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
@@ -211,7 +214,8 @@ async fn a_detach_ends_what_hangs_with_errors_and_stores_what_was_acknowledged()
         assert!(app(move || reader.join().unwrap()).await.is_err(), "{kind}");
         store.lose_unflushed();
         assert!(store.snapshot()[8192..12_288] == [7; 4096], "{kind}");
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

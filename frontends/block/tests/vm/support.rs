@@ -18,6 +18,12 @@ pub(crate) const SOON: Duration = Duration::from_secs(60);
 /// What serves backends by itself.
 pub(crate) const KINDS: [Kind; 2] = [Kind::Ublk, Kind::Nbd];
 
+/// Does the same with a device of each kind, at once: for what mostly waits.
+pub(crate) async fn each_kind(work: impl AsyncFn(Kind)) {
+    let [one, other] = KINDS;
+    tokio::join!(work(one), work(other));
+}
+
 /// A device over `backend`, or why not.
 pub(crate) async fn try_device(kind: Kind, backend: Arc<dyn Backend>, settings: BlockSettings) -> Result<BlockDevice> {
     r3map_testkit::deadline(SOON, "making a device", BlockDevice::open(kind, backend, settings)).await
