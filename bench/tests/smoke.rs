@@ -99,6 +99,43 @@ fn figures() -> BTreeSet<String> {
     names
 }
 
+/// What is aimed at with the main job, each with its figure.
+fn targets() -> BTreeSet<String> {
+    let mut targets = BTreeSet::new();
+    let mut add = |figure: &str, least_or_most: &str, value: f64| {
+        assert!(targets.insert(format!("{figure} {least_or_most} {value}")), "{figure} is twice here");
+    };
+    let (least, most) = ("ratio_at_least", "ratio_at_most");
+    add("slice: background install", least, 0.8);
+    add("slice: sequential read after pull", least, 0.95);
+    for place in ["one processor", "two processors"] {
+        add(&format!("slice: demand fault, 4 KiB, {place}"), most, 1.3);
+    }
+    for name in ["buffered sequential read", "direct sequential read, 1 MiB", "sequential write, 1 MiB"] {
+        add(&format!("file: {name}"), least, 0.8);
+    }
+    // A time, of which 0.8 of the speed is 1.25.
+    add("file: direct random read of 4 KiB", most, 1.25);
+    add("grpc: read 1 MiB × 8", least, 0.5);
+    for shown in ["slice", "file"] {
+        add(&format!("rtt: managed {shown}, 40 ms: read"), least, 0.7);
+        add(&format!("rtt: managed {shown}, 40 ms: write"), least, 0.9);
+        for mode in ["managed", "direct"] {
+            add(&format!("rtt: {mode} {shown}, 40 ms: first chunk"), most, 1.2);
+        }
+        add(&format!("open: 1 TiB as {shown}: time"), "at_most", 100.0);
+        add(&format!("open: 1 TiB as {shown}: memory"), "at_most", 100.0);
+    }
+    targets
+}
+
+/// The target of a figure, if it has one.
+fn target(figure: &Value) -> Option<String> {
+    let (kind, value) = figure["target"].as_object()?.iter().next()?;
+    let (section, name) = (figure["section"].as_str()?, figure["name"].as_str()?);
+    Some(format!("{section}: {name} {kind} {}", value.as_f64()?))
+}
+
 #[test]
 fn every_figure_is_measured() {
     if !Path::new("/dev/fuse").exists() {
@@ -114,6 +151,9 @@ fn every_figure_is_measured() {
     assert_eq!(lines[lines.len() - 1]["kind"], "summary");
     let measured: BTreeSet<String> = lines[1..lines.len() - 1].iter().map(check).collect();
     assert_eq!(measured, figures());
+    let main_job = |line: &&Value| ["slice", "file", "grpc", "rtt", "open"].map(Value::from).contains(&line["section"]);
+    let aimed_at: BTreeSet<String> = lines.iter().filter(main_job).filter_map(target).collect();
+    assert_eq!(aimed_at, targets());
 }
 
 /// The name of a figure, if it is complete.

@@ -10,6 +10,7 @@ use crate::{cargo, newer, step};
 /// A package, and a file that is there once it is installed.
 const PACKAGES: &[(&str, &str)] = &[
     ("binutils", "/usr/bin/strip"),
+    ("bsdutils", "/usr/bin/script"),
     ("busybox-static", "/usr/bin/busybox"),
     ("e2fsprogs", "/usr/sbin/e2fsck"),
     ("fio", "/usr/bin/fio"),

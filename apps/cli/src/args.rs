@@ -82,6 +82,9 @@ pub(crate) struct Serve {
     /// Who cuts requests into whole chunks, for a region that is kept in them.
     #[arg(long, value_enum, default_value_t = Chunking::Server)]
     pub(crate) chunking: Chunking,
+    /// End at once when the thread that has started this ends, which is one of this process: as the demo's server does.
+    #[arg(long, hide = true)]
+    pub(crate) end_with: Option<i32>,
     #[command(flatten)]
     pub(crate) open: Open,
 }

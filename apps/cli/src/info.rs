@@ -52,7 +52,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
     for extent in map.iter().flatten() {
         line(kind(extent), &format!("{}-{}", extent.range.start, extent.range.end));
     }
-    output.event(
+    output.answer(
         "info",
         human.trim_end(),
         json!({
@@ -66,8 +66,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
             "abilities": abilities,
             "extents": map.map(|extents| extents.iter().map(json_of).collect::<Vec<_>>()),
         }),
-    );
-    Ok(())
+    )
 }
 
 /// Which parts of the region hold data, where it knows; neighbours differ.

@@ -80,8 +80,10 @@ async fn run(command: Command, output: Output) -> Result<()> {
         Command::Nbd(args) => nbd::run(args, output).await,
         Command::Demo(args) => demo::run(args, output).await,
         Command::Completions(args) => {
-            clap_complete::generate(args.shell, &mut Cli::command(), "r3map", &mut std::io::stdout());
-            Ok(())
+            // Into memory first: it would panic where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "r3map", &mut script);
+            output::write_out(&script)
         }
         Command::Man(args) => clap_mangen::generate_to(Cli::command(), &args.folder)
             .with_context(|| format!("cannot write man pages into {}", args.folder.display())),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use r3map::{
-    BlockOptions, Durability, ErrorKind, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings,
+    BlockOptions, Durability, ErrorKind, FileOptions, Kept, OpenOptions, Operation, Priority, Progress, PullSettings,
     PushSettings, Region, Registry, RetrySettings, Settings, Workers, size,
 };
 use serde_json::json;
@@ -49,12 +49,13 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
             "read_only": region.is_read_only(),
         }),
     );
+    let mut told = Told::default();
     tokio::select! {
-        () = watch(region, args.pull_workers != Some(args::Workers::Off), output) => {}
+        () = watch(region, args.pull_workers != Some(args::Workers::Off), &mut told, output) => {}
         () = mount.gone() => output.note("unmounted", "somebody else unmounted it; storing what is left"),
         () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
     }
-    drain(mount, &mut signals, output).await
+    drain(mount, &mut signals, told, output).await
 }
 
 async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result<Shown> {
@@ -190,21 +191,21 @@ fn check_modes(args: &args::Mount) -> Result<()> {
     Ok(())
 }
 
-/// Shows how pulling goes, if anything is pulled that nobody asks for, and whether the remote answers, for as long as the
-/// region is used.
-async fn watch(region: &Region, pulls: bool, output: Output) {
+/// Shows how pulling goes, if anything is pulled that nobody asks for, and what goes wrong, for as long as the region is
+/// used.
+async fn watch(region: &Region, pulls: bool, told: &mut Told, output: Output) {
     let mut bar = region.progress().filter(|_| pulls).map(|_| output.bar("pulling", region.size()));
-    let (mut silent, mut told) = (false, false);
+    let mut pulled = false;
     loop {
         tokio::time::sleep(TICK).await;
-        tell_waiting(region, &mut silent, output);
+        told.tell(region, bar.as_ref(), output);
         let Some(progress) = region.progress().map(|progress| progress.borrow().clone()) else { continue };
         if progress.pulled {
-            if !told {
+            if !pulled {
                 bar.take().into_iter().for_each(Bar::finish);
                 let human = format!("pulled: all {} are local", size::format(progress.size));
                 output.event("pulled", &human, json!({ "size": progress.size }));
-                told = true;
+                pulled = true;
             }
         } else if let Some(bar) = &bar {
             bar.set(progress.valid_bytes, &changes(&progress));
@@ -219,37 +220,60 @@ fn changes(progress: &Progress) -> String {
     }
 }
 
-/// Says once that the remote does not answer, and once that it does again.
-fn tell_waiting(region: &Region, silent: &mut bool, output: Output) {
-    match &*region.outage().borrow() {
-        Some(outage) if !*silent => {
-            output.note("waiting", &format!("the remote does not answer; trying again: {}", outage.error));
-            *silent = true;
+/// What was said of things that go wrong in the background.
+#[derive(Default)]
+struct Told {
+    /// The remote does not answer.
+    silent: bool,
+    /// Something else, which is said once for all the places where it happens.
+    trouble: Option<(ErrorKind, Operation)>,
+}
+
+impl Told {
+    /// Says what is new.
+    fn tell(&mut self, region: &Region, bar: Option<&Bar>, output: Output) {
+        match &*region.outage().borrow() {
+            Some(outage) if !self.silent => {
+                let human = format!("the remote does not answer; trying again: {}", outage.error);
+                note(bar, output, "waiting", &human);
+                self.silent = true;
+            }
+            None if self.silent => {
+                note(bar, output, "resumed", "the remote answers again");
+                self.silent = false;
+            }
+            _ => {}
         }
-        None if *silent => {
-            output.note("resumed", "the remote answers again");
-            *silent = false;
+        let trouble = region.progress().and_then(|progress| progress.borrow().last_error.clone());
+        // Of a remote that does not answer enough is said.
+        let trouble = trouble.filter(|error| !error.kind().is_retryable());
+        if let Some(error) = trouble.filter(|error| self.trouble != Some((error.kind(), error.operation()))) {
+            self.trouble = Some((error.kind(), error.operation()));
+            note(bar, output, "trouble", &error.to_string());
         }
-        _ => {}
+    }
+}
+
+/// Says something beside a bar.
+fn note(bar: Option<&Bar>, output: Output, event: &str, human: &str) {
+    match bar {
+        Some(bar) => bar.aside(|| output.note(event, human)),
+        None => output.note(event, human),
     }
 }
 
 /// Unmounts and stores what is left; a second signal gives up.
-async fn drain(mount: View<'_>, signals: &mut Signals, output: Output) -> Result<()> {
+async fn drain(mount: View<'_>, signals: &mut Signals, mut told: Told, output: Output) -> Result<()> {
     let bar = mount.region().progress().map(|progress| {
         let dirty = progress.borrow().dirty_bytes;
         (output.bar("storing", dirty), dirty)
     });
-    let mut busy = false;
-    loop {
-        tokio::select! {
-            closed = close(mount, &mut busy, output) => match closed {
-                Ok(()) => break,
-                Err(error) => return give_up(mount, &format!(": {error}")).await,
-            },
-            () = show_left(mount, bar.as_ref()) => {}
-            () = signals.next() => return give_up(mount, "").await,
-        }
+    tokio::select! {
+        closed = close(mount, bar.as_ref(), output) => if let Err(error) = closed {
+            return give_up(mount, &format!(": {error}")).await;
+        },
+        () = show_left(mount, bar.as_ref(), &mut told, output) => {}
+        () = signals.next() => return give_up(mount, "").await,
     }
     if let Some((bar, _)) = bar {
         bar.finish();
@@ -258,14 +282,19 @@ async fn drain(mount: View<'_>, signals: &mut Signals, output: Output) -> Result
     Ok(())
 }
 
+/// What is being stored: its bar, and how much it was.
+type Storing = (Bar, u64);
+
 /// Closes, and waits for those who still use the file.
-async fn close(mount: View<'_>, busy: &mut bool, output: Output) -> r3map::Result<()> {
+async fn close(mount: View<'_>, storing: Option<&Storing>, output: Output) -> r3map::Result<()> {
+    let mut busy = false;
     loop {
         match mount.close().await {
             Err(error) if mount.is_busy(&error) => {
-                if !*busy {
-                    output.note("busy", &format!("{error}; waiting until it is closed, Ctrl-C gives up"));
-                    *busy = true;
+                if !busy {
+                    let human = format!("{error}; waiting until it is closed, Ctrl-C gives up");
+                    note(storing.map(|(bar, _)| bar), output, "busy", &human);
+                    busy = true;
                 }
                 tokio::time::sleep(TICK).await;
             }
@@ -274,10 +303,12 @@ async fn close(mount: View<'_>, busy: &mut bool, output: Output) -> r3map::Resul
     }
 }
 
-async fn show_left(mount: View<'_>, bar: Option<&(Bar, u64)>) {
+/// Shows how storing goes, and what goes wrong. Never returns.
+async fn show_left(mount: View<'_>, storing: Option<&Storing>, told: &mut Told, output: Output) {
     loop {
         tokio::time::sleep(TICK).await;
-        if let (Some((bar, dirty)), Some(progress)) = (bar, mount.region().progress()) {
+        told.tell(mount.region(), storing.map(|(bar, _)| bar), output);
+        if let (Some((bar, dirty)), Some(progress)) = (storing, mount.region().progress()) {
             let left = progress.borrow().dirty_bytes;
             bar.set(dirty.saturating_sub(left), &format!("({} left)", size::format(left)));
         }

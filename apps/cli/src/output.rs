@@ -3,11 +3,12 @@
 //! Results go to standard output, everything else to standard error, so that a script can read the one and a person
 //! the other.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use anyhow::{Context, Result};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -33,6 +34,12 @@ impl Output {
         } else {
             let _ = writeln!(std::io::stdout(), "{human}");
         }
+    }
+
+    /// What a command is there to say, as [`Self::event`] says it: that it cannot be written is an error.
+    pub(crate) fn answer(self, event: &str, human: &str, value: impl Serialize) -> Result<()> {
+        let text = if self.json { json_of(event, &value) } else { human.to_owned() };
+        write_out(text.as_bytes())
     }
 
     /// Something that a person should know, but no result.
@@ -67,11 +74,25 @@ impl Output {
 }
 
 fn print_json(event: &str, value: &impl Serialize) {
+    let _ = writeln!(std::io::stdout(), "{}", json_of(event, value));
+}
+
+fn json_of(event: &str, value: &impl Serialize) -> String {
     let mut object = json!({ "event": event });
     if let (Some(object), Ok(Value::Object(fields))) = (object.as_object_mut(), serde_json::to_value(value)) {
         object.extend(fields);
     }
-    let _ = writeln!(std::io::stdout(), "{object}");
+    object.to_string()
+}
+
+/// Writes a text to standard output, and ends it with a line feed. Whoever reads no further has had enough.
+pub(crate) fn write_out(text: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(text.trim_ascii_end()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot write to standard output"),
+    }
 }
 
 /// How often progress is said where no bar can be drawn.
@@ -91,10 +112,11 @@ pub(crate) struct Bar {
 impl Bar {
     fn new(output: Output, what: &'static str, size: u64) -> Self {
         let drawn = !output.json && std::io::stderr().is_terminal();
-        let style = "{prefix:>8} [{bar:30}] {binary_bytes:>10} of {binary_total_bytes} {binary_bytes_per_sec:>12} {eta:>4} left {msg}";
+        let style = "{prefix:>8} [{bar:30}] {binary_bytes:>10} of {binary_total_bytes} {binary_bytes_per_sec:>12} {left:>9} {msg}";
         let bar = drawn.then(|| {
             let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
-            ProgressBar::new(size).with_style(style.progress_chars("=> ")).with_prefix(what)
+            let style = style.with_key("left", say_left).progress_chars("=> ");
+            ProgressBar::new(size).with_style(style).with_prefix(what)
         });
         let now = Instant::now();
         Self { output, what, size, start: now, first: Mutex::new(None), said: Mutex::new(now), bar }
@@ -152,6 +174,13 @@ impl Bar {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// How long it takes still. While nothing moves nobody knows.
+fn say_left(state: &ProgressState, out: &mut dyn std::fmt::Write) {
+    if state.per_sec() > 0.0 {
+        let _ = write!(out, "{:#} left", HumanDuration(state.eta()));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use r3map::{Chunking, ListenOptions, OpenOptions, Registry};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use serde_json::json;
 
 use crate::args;
@@ -10,6 +11,13 @@ use crate::signals::Signals;
 
 pub(crate) async fn run(registry: &Registry, args: args::Serve, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
+    if let Some(parent) = args.end_with {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have ended before.
+        if getppid().map(Pid::as_raw_pid) != Some(parent) {
+            anyhow::bail!("process {parent}, which this was to end with, has ended");
+        }
+    }
     let options = OpenOptions {
         size: args.open.size,
         chunk_size: args.open.chunk_size,

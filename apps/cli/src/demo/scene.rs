@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,6 @@ use r3map_testkit::fill;
 use r3map_testkit::proxy::DelayProxy;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tempfile::TempDir;
 
 use crate::output::Output;
 
@@ -30,11 +30,11 @@ pub(super) struct Written {
 }
 
 pub(super) struct Scene {
-    // Dropped in this order: the server before its file.
     server: Server,
     proxy: DelayProxy,
     original: Option<PathBuf>,
-    folder: TempDir,
+    /// What is served. It has no name, so that nothing is left of it, however this process ends.
+    served: File,
     size: u64,
     rtt: Duration,
 }
@@ -50,17 +50,18 @@ impl Drop for Server {
 
 impl Scene {
     pub(super) async fn set_up(original: Option<&Path>, rtt: Duration, output: Output) -> Result<Self> {
-        let folder = TempDir::with_prefix("r3map-demo-").context("cannot create a temporary folder")?;
-        let served = folder.path().join("region.img");
+        let mut served = tempfile::tempfile().context("cannot create a temporary file")?;
         let size = match original {
-            Some(file) => copy_file(file, &served)?,
-            None => generate(&served, output)?,
+            Some(file) => copy_file(file, &mut served)?,
+            None => generate(&mut served, output)?,
         };
-        let serve = tokio::task::spawn_blocking(move || serve(&served));
-        let (server, address) =
-            tokio::time::timeout(START_LIMIT, serve).await.context("the server did not start in time")???;
+        // From this thread, whose end is the end of the server.
+        let (server, stdout) = serve(&served)?;
+        let address = tokio::task::spawn_blocking(move || address(stdout));
+        let address =
+            tokio::time::timeout(START_LIMIT, address).await.context("the server did not start in time")???;
         let proxy = DelayProxy::tcp(address, rtt).context("cannot start the delay proxy")?;
-        Ok(Self { server, proxy, original: original.map(Path::to_owned), folder, size, rtt })
+        Ok(Self { server, proxy, original: original.map(Path::to_owned), served, size, rtt })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -122,11 +123,12 @@ impl Scene {
 
     /// Stops the server and compares its file with what it should be.
     pub(super) async fn tear_down(self, written: &[Written], output: Output) -> Result<()> {
-        let Self { server, proxy, original, folder, size, .. } = self;
+        let Self { server, proxy, original, mut served, size, .. } = self;
         drop(server);
         drop(proxy);
         let bar = output.bar("checking", size);
-        let stored = hash(&mut File::open(folder.path().join("region.img"))?, size, |at, _| bar.set(at, ""))?;
+        served.rewind()?;
+        let stored = hash(&mut served, size, |at, _| bar.set(at, ""))?;
         let overlay = |at: u64, buf: &mut [u8]| written.iter().for_each(|write| write.lay_over(at, buf));
         let expected = match &original {
             Some(file) => hash(&mut File::open(file)?, size, overlay)?,
@@ -134,7 +136,6 @@ impl Scene {
         };
         bar.finish();
         let bytes: usize = written.iter().map(|write| write.bytes.len()).sum();
-        folder.close().context("cannot remove the temporary folder")?;
         if stored != expected {
             bail!("the source is not what was written: its SHA-256 is {stored}, it should be {expected}");
         }
@@ -192,9 +193,8 @@ impl Read for Generated {
     }
 }
 
-fn generate(path: &Path, output: Output) -> Result<u64> {
+fn generate(file: &mut File, output: Output) -> Result<u64> {
     let bar = output.bar("making", GENERATED);
-    let mut file = File::create(path)?;
     let mut source = Generated { at: 0 };
     let mut buf = vec![0; STEP];
     while source.at < GENERATED {
@@ -206,7 +206,7 @@ fn generate(path: &Path, output: Output) -> Result<u64> {
     Ok(GENERATED)
 }
 
-fn copy_file(from: &Path, to: &Path) -> Result<u64> {
+fn copy_file(from: &Path, to: &mut File) -> Result<u64> {
     let name = from.display();
     let mut file = File::open(from).with_context(|| format!("cannot open {name}"))?;
     if file.metadata()?.is_dir() {
@@ -216,27 +216,40 @@ fn copy_file(from: &Path, to: &Path) -> Result<u64> {
     if size == 0 {
         bail!("{name} is empty; a region has at least one byte");
     }
-    std::fs::copy(from, to).with_context(|| format!("cannot copy {name}"))?;
+    file.rewind()?;
+    // Some report a size before there is anything, or another one than they have.
+    let copied = std::io::copy(&mut file, to).with_context(|| format!("cannot copy {name}"))?;
+    if copied != size {
+        bail!("{name} was changed while it was copied; let it rest, or take another file");
+    }
     Ok(size)
 }
 
-/// Starts this program once more, as a server, and returns where it listens.
-fn serve(file: &Path) -> Result<(Server, std::net::SocketAddr)> {
-    let name = format!("file:{}", file.display());
+/// Starts this program once more, as a server, which says on its standard output where it listens. It ends with the thread
+/// that calls this, at the latest.
+fn serve(file: &File) -> Result<(Server, ChildStdout)> {
+    let own = std::process::id().to_string();
+    let name = format!("file:/proc/{own}/fd/{}", file.as_raw_fd());
     let mut child = Command::new(std::env::current_exe()?)
-        .args(["--json", "serve", &name, "--listen", "grpc://127.0.0.1:0"])
+        .args(["--json", "serve", &name, "--listen", "grpc://127.0.0.1:0", "--end-with", &own])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start the server")?;
     let stdout = child.stdout.take();
     let server = Server(child);
+    Ok((server, stdout.context("the server has no output")?))
+}
+
+/// Where a server listens, once it does.
+fn address(stdout: ChildStdout) -> Result<std::net::SocketAddr> {
     let mut line = String::new();
-    BufReader::new(stdout.context("the server has no output")?).read_line(&mut line)?;
-    let ready: Value = serde_json::from_str(&line).context("the server did not start")?;
-    let uri = ready["uri"].as_str().context("the server did not say where it listens")?;
-    let address = uri.trim_start_matches("grpc://").parse()?;
-    Ok((server, address))
+    BufReader::new(stdout).read_line(&mut line)?;
+    let said: Value = serde_json::from_str(&line).context("the server did not start")?;
+    match (said["uri"].as_str(), said["message"].as_str()) {
+        (Some(uri), _) => Ok(uri.trim_start_matches("grpc://").parse()?),
+        (None, message) => bail!("the server did not start: {}", message.unwrap_or("it did not say why")),
+    }
 }
 
 /// The SHA-256 of `size` bytes, each piece first changed by `overlay`.

@@ -212,16 +212,25 @@ fn the_demo_cleans_up_when_it_is_interrupted() {
     Scene::with_fuse(LONG, |scene| {
         make_file(&scene.path("file"), 32 * MIB, 7);
         std::fs::create_dir(scene.path("tmp")).expect("it is not there");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_r3map"));
-        command.args(["demo", "--rtt", "100ms", "--file", &scene.name("file")]).env("TMPDIR", scene.path("tmp"));
-        let mut process = scene.start(&mut command);
-        crate::support::wait_until(SOON, "it is under way", || {
-            std::fs::read_dir(scene.path("tmp")).expect("it is there").count() > 0
-        });
-        process.interrupt();
-        let status = process.wait(SOON);
-        assert!(!status.success(), "it was interrupted: {}", process.stdout().join("\n"));
-        assert_eq!(std::fs::read_dir(scene.path("tmp")).expect("it is there").count(), 0, "nothing in TMPDIR");
+        for kill in [false, true] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_r3map"));
+            command.args(["demo", "--rtt", "100ms", "--file", &scene.name("file")]).env("TMPDIR", scene.path("tmp"));
+            let mut process = scene.start(&mut command);
+            process.wait_for_line(SOON, "slice direct");
+            if kill {
+                process.kill();
+            } else {
+                process.interrupt();
+                let status = process.wait(SOON);
+                assert!(!status.success(), "it was interrupted: {}", process.stdout().join("\n"));
+                assert_eq!(std::fs::read_dir(scene.path("tmp")).expect("it is there").count(), 0, "nothing in TMPDIR");
+            }
+            let own = process.id();
+            crate::support::wait_until(SOON, "its server ends with it", || processes_in_group(own) == 0);
+            // Killed in the very moment in which it mounts, it leaves a folder; but never a file.
+            let left = std::fs::read_dir(scene.path("tmp")).expect("it is there").flatten();
+            assert_eq!(left.filter(|entry| entry.path().is_file()).count(), 0, "no file in TMPDIR");
+        }
     });
 }
 
@@ -236,6 +245,27 @@ fn completions_for_every_shell() {
                 std::fs::write(scene.path("r3map.bash"), outcome.out.join("\n")).expect("there is room");
                 scene.run(SOON, "bash", &["-n", &scene.name("r3map.bash")]);
             }
+        }
+    });
+}
+
+/// What a command is there to say and cannot write is an error, and no panic; whoever reads no further has had enough.
+#[test]
+fn a_full_standard_output_is_an_error_and_a_closed_one_is_not() {
+    Scene::play(LONG, |scene| {
+        for (line, code) in [
+            ("completions bash > /dev/full", 1),
+            ("info null:?size=1MiB > /dev/full", 1),
+            ("--json info null:?size=1MiB > /dev/full", 1),
+            ("completions bash | head -n 1 > /dev/null", 0),
+        ] {
+            let line = format!("{} {line}", env!("CARGO_BIN_EXE_r3map"));
+            let mut shell = scene.start(Command::new("bash").args(["-o", "pipefail", "-c", &line]));
+            let (status, said) = (shell.wait(SOON), shell.stderr());
+            assert_eq!(status.code(), Some(code), "{line}: {said:?}");
+            // With --json its errors would be there too.
+            assert_eq!(said.len(), usize::from(code == 1 && !line.contains("--json")), "{line}: {said:?}");
+            assert!(said.iter().all(|line| line.starts_with("error: cannot write to standard output")), "{said:?}");
         }
     });
 }

@@ -22,7 +22,7 @@ fn make_empty(path: &Path, size: u64) {
     File::create(path).and_then(|file| file.set_len(size)).expect("a sparse file can be made");
 }
 
-/// A source tree in a tar file: some thousand small files in folders of folders, and a few larger ones.
+/// A source tree in a tar file: some thousand small files in folders of folders, a few larger ones, and r3map's own.
 fn make_tree(scene: &Scene) -> String {
     let mut random = Random::new(1);
     for number in 0..FILES {
@@ -32,6 +32,11 @@ fn make_tree(scene: &Scene) -> String {
         let bytes = fill::bytes(0, usize::try_from(len).expect("it is short"), random.next_u64());
         std::fs::write(folder.join(format!("file{number}.rs")), bytes).expect("there is room");
     }
+    let (root, own) = (concat!(env!("CARGO_MANIFEST_DIR"), "/../.."), scene.name("own.tar"));
+    scene.run(SOON, "tar", &["-C", root, "--exclude=./target", "--exclude=./.git", "-cf", &own, "."]);
+    std::fs::create_dir(scene.path("tree/r3map")).expect("there is room");
+    scene.run(SOON, "tar", &["-C", &scene.name("tree/r3map"), "-xf", &own]);
+    assert!(scene.path("tree/r3map/Cargo.lock").exists(), "that is a source tree");
     scene.run(SOON, "tar", &["-C", &scene.name("."), "-cf", &scene.name("tree.tar"), "tree"]);
     scene.name("tree.tar")
 }

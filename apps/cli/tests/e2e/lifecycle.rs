@@ -1,9 +1,12 @@
 //! How the command ends: asked once, asked twice, unmounted from outside, with a full disk; and what it says meanwhile.
 
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::time::Duration;
 
 use r3map_testkit::fill;
+use r3map_testkit::proxy::DelayProxy;
 use rustix::mount::{MountFlags, mount_remount};
 
 use crate::support::{
@@ -113,6 +116,45 @@ fn asked_twice_it_gives_up() {
     });
 }
 
+/// On a terminal: bars while it pulls and stores, Ctrl-C as a key, and the second one gives up.
+#[test]
+fn on_a_terminal() {
+    Scene::with_fuse(LONG, |scene| {
+        make_file(&scene.path("source"), SIZE, 1);
+        let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
+        let (region, screen) = (scene.path("region"), scene.path("screen"));
+        // A line so slow that the bar is seen while it is pulled.
+        let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(1)).expect("it can listen");
+        proxy.set_rate(NonZeroU64::new(16 << 20));
+        let uri = format!("grpc://{}", proxy.socket_addr());
+        let line = format!("{} mount {uri} {} --push-interval 1h", env!("CARGO_BIN_EXE_r3map"), region.display());
+        let script = ["--quiet", "--return", "--flush", "--command", &line];
+        let mut terminal = scene.start(Command::new("script").args(script).arg(&screen).env("TERM", "xterm"));
+        let shows = |text: &str| {
+            wait_until(SOON, text, || {
+                String::from_utf8_lossy(&std::fs::read(&screen).unwrap_or_default()).contains(text)
+            });
+        };
+        shows("ready: ");
+        shows("pulling [");
+        shows("pulled: all ");
+        server.program.freeze();
+        let file = std::fs::File::options().write(true).open(&region).expect("it is there");
+        file.write_all_at(&fill::bytes(0, 1 << 20, 3), 0).expect("it can be written");
+        drop(file);
+        terminal.send("\x03");
+        shows("stopping: storing what is left; Ctrl-C again gives up");
+        shows("storing [");
+        shows("(1.0 MiB left)");
+        terminal.send("\x03");
+        let status = terminal.wait(SOON);
+        assert_eq!(status.code(), Some(1), "{status}");
+        shows("error: gave up with 1.0 MiB (1048576 bytes) of changes not pushed");
+        assert!(!is_mounted(&region), "nothing is left mounted");
+        server.program.thaw();
+    });
+}
+
 /// A remote that stays away: after the limit that the user set it ends by itself, and says what is lost.
 #[test]
 fn asked_once_with_nobody_to_store_it() {
@@ -123,6 +165,8 @@ fn asked_once_with_nobody_to_store_it() {
         let path = mounted.path.clone();
         let outcome = mounted.program.end(SOON);
         assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        let waiting = outcome.event("waiting")["message"].as_str().expect("a message").to_owned();
+        assert!(waiting.starts_with("the remote does not answer"), "it says why it takes so long: {waiting}");
         let message = outcome.event("error")["message"].as_str().expect("a message").to_owned();
         assert!(message.contains("bytes) of changes not pushed"), "{message}");
         assert!(!is_mounted(&path) && !path.exists(), "nothing is left");
@@ -262,12 +306,14 @@ fn the_disk_of_the_source_is_full() {
         let source = disk.join("source");
         std::fs::File::create(&source).and_then(|file| file.set_len(SIZE)).expect("a sparse file takes no room");
         let server = scene.serve(&format!("file:{}", source.display()), &[]);
-        let mounted = scene.mount(&server.uri, "region", &["--retry", "2s", "--push-interval", "100ms"]);
+        let mut mounted = scene.mount(&server.uri, "region", &["--retry", "2s", "--push-interval", "100ms"]);
         let file = mounted.open();
         let bytes = fill::bytes(0, 16 << 20, 5);
         file.write_all_at(&bytes, 0).expect("there is room here");
         let error = file.sync_all().expect_err("but not there");
         assert_eq!(error.raw_os_error(), Some(28), "ENOSPC: {error}");
+        let trouble = mounted.program.wait_for_event(SOON, "trouble");
+        assert!(trouble["message"].as_str().is_some_and(|why| why.contains("No space left")), "{trouble}");
         let mut again = vec![0; bytes.len()];
         file.read_exact_at(&mut again, 0).expect("it is still here");
         assert!(again == bytes, "and whole");

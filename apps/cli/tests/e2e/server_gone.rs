@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use r3map::{Backend, Result};
+use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::fill;
 use r3map_testkit::proxy::DelayProxy;
 use r3map_testkit::random::Random;
 
-use crate::support::{Lent, MIB, SOON, Scene, block_on, make_file, open, wait_until};
+use crate::support::{Expected, Lent, MIB, Mounted, SOON, Scene, block_on, make_file, open, wait_until};
 use crate::whole_region::{GIB_AND_A_BYTE, through_mmap, through_read};
 
 const LONG: Duration = Duration::from_secs(180);
@@ -38,11 +39,16 @@ fn killed_in_the_middle_of_pulling() {
             let (path, expected) = (mounted.path.clone(), expected.clone());
             std::thread::spawn(move || expected.check_file(&path))
         };
+        let mapped = {
+            let (mapping, expected) = (map(&mounted), expected.clone());
+            std::thread::spawn(move || expected.check_all(|offset, buf| mapping.read(index(offset), buf)))
+        };
         mounted.program.wait_for_event(SOON, "waiting");
-        assert!(!reader.is_finished(), "the reader waits");
+        assert!(!reader.is_finished() && !mapped.is_finished(), "the readers wait");
         let server = scene.serve_again(&source, address);
         mounted.program.wait_for_event(SOON, "resumed");
         reader.join().expect("it reads on as if nothing had happened");
+        mapped.join().expect("so does the mapping");
         mounted.wait_pulled();
         through_mmap(&mounted, &mut expected, scene);
         mounted.unmount();
@@ -139,6 +145,70 @@ fn after_the_limit_fsync_says_so_and_works_later() {
         mounted.unmount();
         server.stop();
     });
+}
+
+/// What was acknowledged before, and what was written meanwhile and could not be stored: all of it is there in the end,
+/// whichever way it is looked at.
+#[test]
+fn after_the_limit_nothing_acknowledged_is_lost() {
+    Scene::with_fuse(LONG, |scene| {
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 6);
+        // Else the first flush would have to store all of it, and take longer than the limit.
+        File::open(scene.path("source")).and_then(|file| file.sync_all()).expect("it can be synced");
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&source, &[]);
+        let arguments = ["--retry", "3s", "--pull-workers", "0", "--push-interval", "1h"];
+        let mounted = scene.mount(&server.uri, "region", &arguments);
+        let (file, mapping) = (mounted.open(), map(&mounted));
+        let mut random = Random::new(6);
+        expected.write_randomly(40, &mut random, |offset, bytes| file.write_all_at(bytes, offset));
+        expected.write_randomly(40, &mut random, |offset, bytes| mapping.write(index(offset), bytes));
+        file.sync_all().expect("it can be synced");
+        expected.keep();
+
+        let address = server.kill();
+        let untouched = untouched(&expected);
+        let error = file.read_exact_at(&mut [0; 4096], untouched).expect_err("the server is gone");
+        assert_eq!(error.raw_os_error(), Some(IO_ERROR), "{error}");
+        mapping.read(index(untouched), &mut [0; 100]).expect_err("nor through a mapping");
+        // Whole blocks need nothing from the remote.
+        for _ in 0..40 {
+            let offset = random.below(GIB_AND_A_BYTE / 4096 - 16) * 4096;
+            let bytes = expected.write(offset..offset + 65_536, random.next_u64());
+            file.write_all_at(&bytes, offset).expect("writing whole blocks needs no server");
+        }
+        let error = file.sync_all().expect_err("nothing can be stored");
+        assert_eq!(error.raw_os_error(), Some(IO_ERROR), "{error}");
+        expected.check_file(&scene.path("source"));
+
+        let server = scene.serve_again(&source, address);
+        wait_until(SOON, "syncing again", || file.sync_all().is_ok());
+        expected.keep();
+        expected.check_file(&scene.path("source"));
+        expected.check_all(|offset, buf| mapping.read(index(offset), buf));
+        drop((file, mapping));
+        through_read(&mounted, &mut expected, scene);
+        mounted.unmount();
+        server.stop();
+    });
+}
+
+/// All of the mounted file, as memory.
+fn map(mounted: &Mounted) -> FileMapping {
+    let file = mounted.open();
+    let len = file.metadata().expect("it is open").len();
+    FileMapping::new(&file, index(len), Sharing::Shared, true).expect("it can be mapped")
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("it can be mapped")
+}
+
+/// A place whose chunk, and those around it, nothing was written to.
+fn untouched(expected: &Expected) -> u64 {
+    let written = expected.written();
+    let far = |place: &u64| written.iter().all(|range| range.end + 4 * MIB < *place || *place + 4 * MIB < range.start);
+    (8 * MIB..expected.size()).step_by(1 << 20).find(far).expect("most of it is untouched")
 }
 
 /// A region that keeps in memory what was not flushed: it is lost with the server.

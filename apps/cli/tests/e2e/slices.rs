@@ -5,7 +5,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use r3map::{Backend, Cache, Mount, PullSettings, PushSettings, RetrySettings, Settings, SliceMount, Workers};
+use r3map::{
+    Backend, Cache, ErrorKind, Mount, PullSettings, PushSettings, RetrySettings, Settings, SliceMount, Workers,
+};
 use r3map_testkit::crash;
 use r3map_testkit::process::Process;
 use r3map_testkit::proxy::DelayProxy;
@@ -155,16 +157,60 @@ fn the_server_dies_and_comes_back() {
     });
 }
 
+/// The server stays away for longer than the limit: what is missing is an error, and in the end all is there.
+#[test]
+fn after_the_limit_nothing_acknowledged_is_lost() {
+    const LIMIT: Duration = Duration::from_secs(3);
+    play(|scene| {
+        let mut expected = make_file(&scene.path("source"), GIB_AND_A_BYTE, 6);
+        on_disk(scene);
+        let source = format!("file:{}", scene.name("source"));
+        let server = scene.serve(&source, &[]);
+        let mount = Mount::managed(open(&server.uri)).settings(impatient(LIMIT));
+        let mut slice = block_on(mount.slice()).expect("it can be mapped");
+        let bytes = expected.write(MIB..3 * MIB, 7);
+        slice.write_at(MIB, &bytes).expect("it can be written");
+        block_on(slice.flush()).expect("it can be flushed");
+        expected.keep();
+
+        let address = server.kill();
+        let error = slice.read_at(GIB_AND_A_BYTE - 1, &mut [0]).expect_err("the server is gone");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        let bytes = expected.write(2 * MIB + 5..3 * MIB - 5, 8);
+        slice.write_at(2 * MIB + 5, &bytes).expect("what is there can be written");
+        block_on(slice.flush()).expect_err("nothing can be stored");
+        expected.check_file(&scene.path("source"));
+
+        let server = scene.serve_again(&source, address);
+        wait_until(SOON, "flushing again", || block_on(slice.flush()).is_ok());
+        expected.keep();
+        expected.check_file(&scene.path("source"));
+        wait_until(SOON, "reading again", || slice.read_at(GIB_AND_A_BYTE - 1, &mut [0]).is_ok());
+        through_memory(slice, &mut expected, scene);
+        server.stop();
+    });
+}
+
+/// Has the source stored, so that flushing it takes no longer than the little that is written to it.
+fn on_disk(scene: &Scene) {
+    std::fs::File::open(scene.path("source")).and_then(|file| file.sync_all()).expect("it can be synced");
+}
+
+/// Settings that pull and push nothing unasked, and give up soon.
+fn impatient(limit: Duration) -> Settings {
+    Settings {
+        retry: RetrySettings { limit: Some(limit), ..RetrySettings::default() },
+        pull: PullSettings { workers: Workers::Off, ..PullSettings::default() },
+        push: PushSettings { interval: Duration::from_secs(3600), ..PushSettings::default() },
+        ..Settings::default()
+    }
+}
+
 /// What a child process does with a slice; its argument is the server's name.
 fn in_child(role: &str, work: fn(&mut SliceMount)) {
     if let Some(uri) = crash::role(role) {
-        let settings = Settings {
-            retry: RetrySettings { limit: Some(Duration::from_secs(1)), ..RetrySettings::default() },
-            pull: PullSettings { workers: Workers::Off, ..PullSettings::default() },
-            push: PushSettings { interval: Duration::from_secs(3600), ..PushSettings::default() },
-            ..Settings::default()
-        };
-        let mut slice = block_on(Mount::managed(open(&uri)).settings(settings).slice()).expect("it can be mapped");
+        let mut slice = block_on(Mount::managed(open(&uri)).settings(impatient(Duration::from_secs(1))).slice())
+            .expect("it can be mapped");
         work(&mut slice);
         crash::reached("done");
         std::process::exit(0);

@@ -188,7 +188,8 @@ pub(crate) fn is_mounted(path: &Path) -> bool {
 impl Scene {
     /// Starts the command.
     pub(crate) fn r3map(&self, arguments: &[&str]) -> Program {
-        Program(self.start(Command::new(R3MAP).args(arguments)))
+        // What it makes for itself goes with the scene, also where it is killed.
+        Program(self.start(Command::new(R3MAP).args(arguments).env("TMPDIR", self.path("."))))
     }
 
     /// Starts the command as a user who may do nothing special.
