@@ -23,11 +23,14 @@ const SECONDS: usize = 2;
 /// Where files are in memory.
 const MEMORY: &str = "/dev/shm";
 
+/// What is measured of the server on a socket.
+type Measure = Box<dyn Fn(&Path) -> Result<f64>>;
+
 /// Something that a client does with each server.
 struct Work {
     name: String,
     unit: Unit,
-    measure: Box<dyn Fn(&Path) -> Result<f64>>,
+    measure: Measure,
 }
 
 pub(crate) fn run(bench: &mut Bench) {
