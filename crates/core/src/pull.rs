@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::state::{Pull, Table};
-use crate::window::{Flight, Window};
+use crate::window::{Flight, Others, Window};
 
 /// How many requests may be under way at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -52,6 +52,9 @@ impl fmt::Debug for Priority {
 /// How many chunks of a priority function are sorted at a time: bounds the memory to a few MiB for any region.
 const SORTED: usize = 1 << 16;
 
+/// How long after a demand the next one is counted on: one who reads from chunk to chunk works for a while in between.
+const MANNERS: Duration = Duration::from_secs(1);
+
 /// The smallest request while the window is small, as a part of it: several requests overlap from the start on.
 const REQUESTS_IN_WINDOW: u64 = 8;
 
@@ -88,6 +91,9 @@ pub struct PullPlan {
     paused_until: Duration,
     /// The remote did not answer the last time: one request finds out whether it is back.
     away: bool,
+    /// Whether demands wait, as of the last look, and until when more are counted on.
+    others: Others,
+    counted_on: Duration,
 }
 
 /// Chunks in a given order.
@@ -140,6 +146,8 @@ impl PullPlan {
             postponed: VecDeque::new(),
             paused_until: Duration::ZERO,
             away: false,
+            others: Others::Quiet,
+            counted_on: Duration::ZERO,
         }
     }
 
@@ -172,12 +180,20 @@ impl PullPlan {
         }
     }
 
-    /// What to do at `now`. `polite` while a demand is waiting for the remote: the link is not filled to the brim then.
-    pub fn next(&mut self, now: Duration, polite: bool) -> Next {
+    /// What to do at `now`. `demand` while one is waiting for the remote: the link is not filled to the brim then.
+    pub fn next(&mut self, now: Duration, demand: bool) -> Next {
+        self.others = match demand {
+            true => Others::Waiting,
+            false if now < self.counted_on => Others::Lately,
+            false => Others::Quiet,
+        };
+        if demand {
+            self.counted_on = now + MANNERS;
+        }
         if now < self.paused_until {
             return Next::Later(self.paused_until);
         }
-        let Some(max) = self.room(polite) else { return Next::Full };
+        let Some(max) = self.room() else { return Next::Full };
         if let Some(pull) = self.choose(max, now) {
             let range = pull.bytes();
             return Next::Pull(pull, self.window.start(range.end - range.start, now));
@@ -192,19 +208,19 @@ impl PullPlan {
     }
 
     /// How many chunks the next request may have; nothing if there must be none.
-    fn room(&self, polite: bool) -> Option<u64> {
+    fn room(&self) -> Option<u64> {
         let chunks = self.request_bytes() / self.table.geometry().chunk_size().bytes();
         match self.workers {
             _ if self.away && self.window.requests() > 0 => None,
             Workers::Off => None,
             Workers::Fixed(limit) => (self.window.requests() < limit.get()).then_some(chunks),
-            Workers::Adaptive if self.window.requests() > 0 && self.window.room(polite) == 0 => None,
+            Workers::Adaptive if self.window.requests() > 0 && self.window.room(self.others) == 0 => None,
             Workers::Adaptive => Some(chunks),
         }
     }
 
     fn sized(&self, chunk: u64) -> u64 {
-        (self.window.target() / REQUESTS_IN_WINDOW / chunk).clamp(1, self.max_chunks)
+        (self.window.wanted(self.others) / REQUESTS_IN_WINDOW / chunk).clamp(1, self.max_chunks)
     }
 
     fn choose(&mut self, max: u64, now: Duration) -> Option<Pull> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::pull::Workers;
-use crate::window::{Flight, Window};
+use crate::window::{Flight, Others, Window};
 
 /// When dirty blocks go to the remote.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl PushPlan {
         match self.workers {
             Workers::Off => self.window.requests() == 0,
             Workers::Fixed(limit) => self.window.requests() < limit.get(),
-            Workers::Adaptive => self.window.requests() == 0 || self.window.room(false) > 0,
+            Workers::Adaptive => self.window.requests() == 0 || self.window.room(Others::Quiet) > 0,
         }
     }
 

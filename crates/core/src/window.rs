@@ -3,7 +3,8 @@
 //! The link's bandwidth and its round trip are estimated from what completes (the delivery-rate sample of BBR,
 //! draft-cardwell-iccrg-bbr-congestion-control §4.1): the window grows fourfold each round while the delivered rate
 //! grows with it, and stays a little above bandwidth × shortest latency once it does not. A longer latency alone never
-//! makes it grow. No I/O and no clock here.
+//! makes it grow: what is a queue of our own making is found out by letting it drain now and then (ProbeRTT there, §5.3.4).
+//! No I/O and no clock here.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -20,6 +21,20 @@ const FLAT_ROUNDS: u32 = 2;
 const RATE_ROUNDS: u64 = 10;
 /// How long the shortest latency is remembered for.
 const LATENCY_MEMORY: Duration = Duration::from_secs(10);
+/// How much of what the link carries is in flight at least while nobody waits for something else, however short the latency:
+/// where both sides would otherwise go to sleep and be woken for each request. As long as [`FLOOR`] takes on gigabit Ethernet.
+const BULK: Duration = Duration::from_millis(8);
+
+/// Who else wants something of the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// Somebody waits: three quarters of the target leave room, so that what comes next need not queue.
+    Waiting,
+    /// Somebody did a moment ago, and may again.
+    Lately,
+    /// Nobody: the target, or more where that is little for the link.
+    Quiet,
+}
 
 /// What is known of a request that is in flight. Give it back to [`Window::finish`].
 #[derive(Debug)]
@@ -30,6 +45,8 @@ pub struct Flight {
     delivered: u64,
     round: u64,
     full: bool,
+    /// Hardly anything was in flight when it was sent.
+    alone: bool,
 }
 
 /// Bytes in flight, and how many there should be.
@@ -47,6 +64,8 @@ pub struct Window {
     /// Rates of late by round, in bytes per second, falling.
     rates: VecDeque<(u64, u64)>,
     latency: Option<(Duration, Duration)>,
+    /// What is in flight is let drain, to see how long a request takes by itself.
+    probing: bool,
 }
 
 impl Default for Window {
@@ -62,12 +81,13 @@ impl Default for Window {
             best_at_start: 0,
             rates: VecDeque::new(),
             latency: None,
+            probing: false,
         }
     }
 }
 
 impl Window {
-    /// The bytes that should be in flight.
+    /// The bytes that fill the link.
     #[must_use]
     pub fn target(&self) -> u64 {
         self.target
@@ -85,20 +105,30 @@ impl Window {
         self.requests
     }
 
-    /// Bytes that may be started now without filling the link so far that what comes next has to queue: three quarters
-    /// of the target where `polite`, all of it otherwise.
+    /// The bytes that should be in flight now.
     #[must_use]
-    pub fn room(&self, polite: bool) -> u64 {
-        let target = if polite { self.target / 4 * 3 } else { self.target };
-        target.saturating_sub(self.in_flight)
+    pub fn wanted(&self, others: Others) -> u64 {
+        match others {
+            _ if self.probing => self.half(),
+            Others::Waiting => self.target / 4 * 3,
+            Others::Lately => self.target,
+            Others::Quiet => self.target.max(carried(self.rate(), BULK)).min(CEILING),
+        }
+    }
+
+    /// Bytes that may be started now.
+    #[must_use]
+    pub fn room(&self, others: Others) -> u64 {
+        self.wanted(others).saturating_sub(self.in_flight)
     }
 
     /// A request of `bytes` begins at `now`.
     pub fn start(&mut self, bytes: u64, now: Duration) -> Flight {
+        let alone = self.in_flight == 0 || self.in_flight + bytes <= self.half();
         self.in_flight += bytes;
         self.requests += 1;
         let full = self.in_flight * 8 >= self.target * 7;
-        Flight { bytes, sent: now, delivered: self.delivered, round: self.round, full }
+        Flight { bytes, sent: now, delivered: self.delivered, round: self.round, full, alone }
     }
 
     /// It has ended at `now`, and `delivered` says whether the bytes came through.
@@ -110,7 +140,7 @@ impl Window {
         }
         self.delivered += flight.bytes;
         let took = now.saturating_sub(flight.sent).max(Duration::from_micros(1));
-        self.note_latency(took, now);
+        self.note_latency(took, flight.alone, now);
         // What was started while there was little to do says nothing about what the link could carry.
         if flight.full || self.starting {
             self.note_rate(per_second(self.delivered - flight.delivered, took));
@@ -121,11 +151,21 @@ impl Window {
         self.retarget(flight.bytes);
     }
 
-    fn note_latency(&mut self, took: Duration, now: Duration) {
-        match self.latency {
-            Some((shortest, at)) if took > shortest && now.saturating_sub(at) < LATENCY_MEMORY => {}
-            _ => self.latency = Some((took, now)),
+    /// What was not alone has waited for others too: it may have been faster than ever before, but not slower.
+    fn note_latency(&mut self, took: Duration, alone: bool, now: Duration) {
+        let known = self.latency;
+        let old = known.is_some_and(|(_, at)| now.saturating_sub(at) >= LATENCY_MEMORY);
+        if known.is_none_or(|(shortest, _)| took <= shortest) || (old && alone) {
+            self.latency = Some((took, now));
+            self.probing = false;
+        } else {
+            self.probing = old;
         }
+    }
+
+    /// Half of what the link holds, so that nothing queues.
+    fn half(&self) -> u64 {
+        self.latency.map_or(0, |(shortest, _)| carried(self.rate(), shortest)) / 2
     }
 
     fn note_rate(&mut self, rate: u64) {

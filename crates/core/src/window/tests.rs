@@ -25,8 +25,8 @@ impl Link {
     fn transfer(&mut self, window: &mut Window, total: u64, from: Duration) -> Duration {
         let (mut now, mut sent, mut come) = (from, 0, 0);
         while come < total {
-            while sent < total && (window.requests() == 0 || window.room(false) > 0) {
-                let bytes = (window.target() / 8).clamp(64 << 10, 1 << 20).min(total - sent);
+            while sent < total && (window.requests() == 0 || window.room(Others::Quiet) > 0) {
+                let bytes = (window.wanted(Others::Quiet) / 8).clamp(64 << 10, 1 << 20).min(total - sent);
                 self.send(window, bytes, now);
                 sent += bytes;
             }
@@ -105,5 +105,36 @@ fn what_fails_leaves_nothing_in_flight_and_teaches_nothing() {
 #[test]
 fn politeness_leaves_room() {
     let window = Window::default();
-    assert_eq!((window.room(false), window.room(true)), (INITIAL, INITIAL / 4 * 3));
+    assert_eq!((window.room(Others::Quiet), window.room(Others::Waiting)), (INITIAL, INITIAL / 4 * 3));
+}
+
+#[test]
+fn what_queues_does_not_grow_with_time() {
+    for (rate, ms) in [(100 << 20, 40), (1 << 30, 10), (20 << 20, 200)] {
+        let (mut link, mut window) = (Link::new(rate, ms * MS), Window::default());
+        let warm = link.transfer(&mut window, 20 * link.holds(), Duration::ZERO);
+        let took = link.transfer(&mut window, 100 * rate, warm);
+        assert!(window.target() < 3 * link.holds(), "{} at {rate} and {ms} ms", window.target());
+        let rate_got = per_second(100 * rate, took);
+        assert!(rate_got > rate / 100 * 95, "{rate_got} of {rate} at {ms} ms");
+    }
+}
+
+#[test]
+fn a_longer_way_is_found_out() {
+    let mut window = Window::default();
+    let mut now = Link::new(100 << 20, 5 * MS).transfer(&mut window, 100 << 20, Duration::ZERO);
+    let mut longer = Link::new(100 << 20, 80 * MS);
+    now += longer.transfer(&mut window, 3 << 30, now);
+    let took = longer.transfer(&mut window, 100 << 20, now);
+    assert!(took < Duration::from_millis(1250), "{took:?}");
+}
+
+#[test]
+fn a_short_link_has_enough_to_do_unless_somebody_waits() {
+    let (mut link, mut window) = (Link::new(1 << 30, MS / 10), Window::default());
+    link.transfer(&mut window, 1 << 30, Duration::ZERO);
+    let bulk = carried(1 << 30, BULK);
+    assert!((bulk / 2..bulk * 2).contains(&window.wanted(Others::Quiet)), "{}", window.wanted(Others::Quiet));
+    assert!(window.wanted(Others::Lately) <= 3 << 20, "{}", window.wanted(Others::Lately));
 }
