@@ -6,7 +6,6 @@ mod queue;
 mod requests;
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -75,7 +74,7 @@ impl Ublk {
         let service = Arc::new(Service::new(backend, runtime, settings.max_request, keep_buffers(settings)));
         let plan = Plan { control: &control, settings, limits };
         let (info, queues) = match &settings.keep {
-            None => plan.make(None, NEEDED, Mark::default(), &service)?,
+            None => plan.make(None, NEEDED, Mark::of_this_process(), &service)?,
             Some(keep) => plan.keep(keep, able, &service)?,
         };
         let node = Node::wait(name(info.id), limits.sectors * SECTOR, limits.read_only, settings.start_limit)?;
@@ -327,8 +326,11 @@ fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
 }
 
+/// Whether a process runs. One that is dead and that nobody has asked for its end does not.
 fn is_alive(process: i32) -> bool {
-    process > 0 && Path::new("/proc").join(process.to_string()).exists()
+    let state = std::fs::read_to_string(format!("/proc/{process}/stat"));
+    // After the name, which may hold anything (`proc_pid_stat(5)`).
+    state.is_ok_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X'])))
 }
 
 /// Removes what killed daemons left behind: devices of ours that were stopped by the kernel, and that nobody serves.
@@ -343,13 +345,27 @@ fn sweep(control: &Control) {
     }
 }
 
+/// Whether it is the device of a daemon that is gone. What a living one is about to start or to remove looks the same but for
+/// its maker: the kernel names no server of it.
 fn is_left_over(info: &DeviceInfo) -> bool {
-    Mark::of(info) == Some(Mark::default()) && info.state() == DeviceState::Dead && !is_alive(info.server)
+    let maker = Mark::of(info).and_then(Mark::process);
+    info.state() == DeviceState::Dead && maker.is_some_and(|maker| !is_alive(maker))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_lives_until_it_is_dead_even_if_nobody_has_asked() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(is_alive(own) && is_alive(1));
+        assert!(!is_alive(0) && !is_alive(-1) && !is_alive(i32::MAX));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let dead = i32::try_from(child.id()).unwrap();
+        assert!(crate::node::until(Duration::from_secs(60), || !is_alive(dead)));
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_kept_device_must_be_the_same_in_everything() {

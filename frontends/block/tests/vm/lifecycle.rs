@@ -271,6 +271,30 @@ async fn a_device_that_somebody_removes_is_noticed() {
     unmount(device).await;
 }
 
+/// Each clears away what killed processes left behind; what another one is just making is none of that.
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_that_are_made_at_the_same_time_do_not_disturb_each_other() {
+    if !in_vm() {
+        return;
+    }
+    for _ in 0..3 {
+        let made = (0..4u64).map(|seed| {
+            let store = Arc::new(Store::new(SIZE).filled(seed));
+            tokio::spawn(async move { (seed, device(Kind::Ublk, store).await) })
+        });
+        for made in made.collect::<Vec<_>>() {
+            let (seed, device) = made.await.unwrap();
+            let path = device.path().to_owned();
+            let mut seen = [0; 512];
+            app(move || std::fs::File::open(path).unwrap().read_exact_at(&mut seen, 0).map(|()| seen))
+                .await
+                .map(|seen| assert!(seen[..] == r3map_testkit::fill::bytes(0, 512, seed)))
+                .unwrap();
+            unmount(device).await;
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn many_devices_at_once() {
     if !in_vm() {
