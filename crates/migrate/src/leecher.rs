@@ -40,7 +40,47 @@ impl LeecherParts {
     }
 }
 
-/// A leecher; its state says what can be done with it.
+/// A leecher; its state says what can be done with it. A wrong order of calls does not compile: what has not arrived can be
+/// neither used nor passed on,
+///
+/// ```compile_fail,E0599
+/// # use r3map_migrate::{Leecher, Pulling, SeederParts, Target};
+/// async fn too_early<T: Target>(leecher: Leecher<Pulling<T>>) {
+///     leecher.release(Vec::new(), SeederParts::default()).await.unwrap();
+/// }
+/// ```
+///
+/// it is asked for once,
+///
+/// ```compile_fail,E0382
+/// # use r3map_migrate::{Leecher, Pulling, Target};
+/// async fn twice<T: Target>(leecher: Leecher<Pulling<T>>) {
+///     let _ = leecher.finalize().await;
+///     let _ = leecher.finalize().await;
+/// }
+/// ```
+///
+/// and what was passed on is the seeder's:
+///
+/// ```compile_fail,E0382
+/// # use r3map_migrate::{Leecher, Running, SeederParts, Shown};
+/// async fn passed_on<M: Shown>(leecher: Leecher<Running<M>>) {
+///     let _ = leecher.release(Vec::new(), SeederParts::default()).await;
+///     leecher.report();
+/// }
+/// ```
+///
+/// The right one does:
+///
+/// ```
+/// # use r3map_migrate::{FinalizeError, Leecher, Pulling, Seeder, SeederParts, Target};
+/// async fn through<T: Target>(leecher: Leecher<Pulling<T>>) -> Result<Seeder, FinalizeError<T>> {
+///     let running = leecher.finalize().await?;
+///     running.report();
+///     let (_regions, seeder, _former) = running.release(vec!["a".into()], SeederParts::default()).await.unwrap();
+///     Ok(seeder)
+/// }
+/// ```
 pub struct Leecher<S> {
     pub(crate) state: S,
 }
@@ -289,33 +329,41 @@ impl<T: Target> Leecher<Pulling<T>> {
             Err(error) => return Err(FinalizeError { error, then: Unsettled::Refused(Self::copy(copying, parts)) }),
         };
         let answered = Instant::now();
-        let (suspend, flush) = (handover.suspend, handover.flush);
+        let (suspend, flush, begun) = (handover.suspend, handover.flush, copying.begun);
         let round_trip = (answered - asked).saturating_sub(suspend + flush);
         let Arrived { shown, owed, mut report } = arrive(copying, &parts, &handover).await?;
         let resumed = parts.resume().await;
         report.downtime = Downtime { suspend, flush, round_trip, resume: answered.elapsed() };
+        report.total = begun.elapsed();
         let arrival = Settled { peer: owed.peer, id: owed.id, settings: owed.settings, ledger: parts.ledger, report };
         Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
     }
 
     /// Goes on where a leecher was that was killed after it had asked for the regions: as the ledger says, from which
-    /// `standing` comes. `targets` have what survived of it.
+    /// `standing` comes. `targets` have what survived of it. Nothing if the regions were not handed over, so that they are
+    /// still over there: the ledger says then that they were being copied, from which one can [go on](Self::go_on).
     ///
     /// # Errors
-    /// `Conflict` if the regions were not handed over, so that they are still over there: the ledger says then that they
-    /// were being copied, from which one can [go on](Self::go_on). `InvalidInput` for a standing from which there is
-    /// nothing to go on. Others leave it as it was: call it again.
+    /// `Conflict` if somebody has taken the regions back over there since, so that they must not run here, and as
+    /// `targets`; `InvalidInput` for a standing from which there is nothing to go on. Others leave it as it was: call it
+    /// again.
     pub async fn resume(
         peer: Arc<dyn Peer>,
         standing: &Standing,
         targets: impl AsyncFnOnce(&Description) -> Result<Vec<T>>,
         settings: LeecherSettings,
         parts: LeecherParts,
-    ) -> Result<Leecher<Running<T::Shown>>> {
+    ) -> Result<Option<Leecher<Running<T::Shown>>>> {
         let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
         let regions = description.check()?;
         let (id, handover) = match standing {
-            Standing::Asking { id, rounds } => (*id, ask_again(&*peer, *id, *rounds, &settings, &parts).await?),
+            Standing::Asking { id, rounds } => match ask_again(&*peer, *id, *rounds, &settings, &parts).await? {
+                Some(handover) => (*id, handover),
+                None => return Ok(None),
+            },
+            Standing::Arrived { epoch, .. } if description.epoch > *epoch => {
+                return Err(taken_back(description.epoch, *epoch));
+            }
             Standing::Arrived { id, epoch } => {
                 let dirty = vec![BlockSet::default(); regions.len()];
                 (*id, Handover { epoch: *epoch, dirty, ..Handover::default() })
@@ -334,7 +382,7 @@ impl<T: Target> Leecher<Pulling<T>> {
         let resumed = parts.resume().await;
         let Copying { peer, settings, .. } = copying;
         let arrival = Settled { peer, id, settings, ledger: parts.ledger, report };
-        Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
+        Ok(Some(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) }))
     }
 
     /// Stops copying, and has everything that there is.
@@ -406,22 +454,32 @@ async fn ask<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts) -> Resul
     answer
 }
 
-/// Asks again what a process asked that was killed. Where nothing was handed over, that is written down.
+/// Asks again what a process asked that was killed. Nothing where nothing was handed over, which is written down.
 async fn ask_again(
     peer: &dyn Peer,
     id: MigrationId,
     rounds: u64,
     settings: &LeecherSettings,
     parts: &LeecherParts,
-) -> Result<Handover> {
+) -> Result<Option<Handover>> {
     // A number of records that it never had: only one who has handed over answers.
-    let answer = retrying(&settings.handover(), Operation::Close, || peer.finalize(id, u64::MAX)).await;
-    if let (Err(error), Some(ledger)) = (&answer, &parts.ledger)
-        && error.kind() == ErrorKind::Conflict
-    {
-        ledger.save(&Standing::Pulling { id, rounds })?;
+    match retrying(&settings.handover(), Operation::Close, || peer.finalize(id, u64::MAX)).await {
+        Err(error) if error.kind() == ErrorKind::Conflict => {
+            tracing::info!(%error, "the regions are still over there");
+            parts.ledger.as_ref().map_or(Ok(()), |ledger| ledger.save(&Standing::Pulling { id, rounds }))?;
+            Ok(None)
+        }
+        answer => answer.map(Some),
     }
-    answer
+}
+
+/// Whoever has taken regions back knew that nobody runs here. Now nobody may.
+fn taken_back(there: u64, here: u64) -> Error {
+    let message = format!(
+        "the seeder has taken the region back (epoch {there} there, {here} here), and the application may run there: it must \
+         not run here too. What was written here is nowhere else; remove it, and the ledger, if nothing of it is wanted"
+    );
+    Error::new(ErrorKind::Conflict, Operation::Open, message)
 }
 
 /// Regions that are here, and shown.
@@ -438,19 +496,15 @@ async fn arrive<T: Target>(
     handover: &Handover,
 ) -> Result<Arrived<T::Shown>, FinalizeError<T>> {
     let owed = Owed::asked(&copying, parts);
-    let mut report = Report {
+    let report = Report {
         size: copying.lanes.iter().map(|lane| lane.geometry.size()).sum(),
         rounds: copying.rounds,
         pulled_before: copying.pulled,
         dirty: bytes(&handover.dirty),
         ..Report::default()
     };
-    let begun = copying.begun;
     match show(&mut copying, parts, handover).await {
-        Ok(shown) => {
-            report.total = begun.elapsed();
-            Ok(Arrived { shown, owed, report })
-        }
+        Ok(shown) => Ok(Arrived { shown, owed, report }),
         Err(error) => {
             let then = match owed.abort().await {
                 Ok(()) => Unsettled::Returned,

@@ -10,30 +10,53 @@ use r3map_pipeline::{BlockSet, Priority};
 /// The most chunks that are sorted; beyond it the rest follows in sequence.
 const SORTED: usize = 1 << 20;
 
-/// When each chunk was last seen to be written.
+/// When each chunk was seen to be written.
 #[derive(Debug, Default)]
 pub(crate) struct Heat {
-    /// The number of the record that named the chunk last.
-    rounds: HashMap<u64, u64>,
+    chunks: HashMap<u64, Written>,
+    /// The number of the last record.
+    round: u64,
+}
+
+/// Which of the records have named a chunk. All that is missing in a round is named by the last record, so that it does
+/// not tell them apart, and those before it do.
+#[derive(Debug, Clone, Copy)]
+struct Written {
+    /// The number of the record that named it last.
+    round: u64,
+    /// That one is the highest bit, the one before it the next, and so on.
+    records: u64,
+}
+
+impl Written {
+    /// The same counted from record `round`: the later it was written, and the more often, the higher.
+    fn seen_from(self, round: u64) -> u64 {
+        let later = u32::try_from(round - self.round).unwrap_or(u32::MAX);
+        self.records.checked_shr(later).unwrap_or(0)
+    }
 }
 
 impl Heat {
     /// Record number `round` names these blocks.
     pub(crate) fn written(&mut self, geometry: &Geometry, blocks: &BlockSet, round: u64) {
+        const LAST: u64 = 1 << 63;
+        self.round = round;
         for chunk in blocks.chunks(geometry).flatten().take(SORTED) {
-            self.rounds.insert(chunk, round);
+            let written = self.chunks.entry(chunk).or_insert(Written { round, records: 0 });
+            *written = Written { round, records: written.seen_from(round) | LAST };
         }
     }
 
     /// What to pull first of `missing`: what was never written in the caller's order, then the least recently written.
     pub(crate) fn order(&self, geometry: &Geometry, missing: &BlockSet, callers: &Priority) -> Priority {
-        if self.rounds.is_empty() {
+        if self.chunks.is_empty() {
             return callers.clone();
         }
         let rank = Rank::new(callers);
         let mut chunks: Vec<u64> = missing.chunks(geometry).flatten().take(SORTED).collect();
         chunks.sort_by_cached_key(|chunk| {
-            (self.rounds.get(chunk).copied().unwrap_or(0), Reverse(rank.of(*chunk)), *chunk)
+            let written = self.chunks.get(chunk).map_or(0, |written| written.seen_from(self.round));
+            (written, Reverse(rank.of(*chunk)), *chunk)
         });
         Priority::List(Arc::from(chunks))
     }
@@ -96,8 +119,21 @@ mod tests {
         heat.written(&geometry, &set(&[1, 4]), 2);
         assert_eq!(chunks(&heat.order(&geometry, &missing, &Priority::None)), [3, 5, 2, 1, 4]);
         let callers = Priority::Function(Arc::new(|chunk| i64::try_from(chunk).unwrap()));
-        assert_eq!(chunks(&heat.order(&geometry, &missing, &callers)), [5, 3, 2, 4, 1]);
+        assert_eq!(chunks(&heat.order(&geometry, &missing, &callers)), [5, 3, 2, 1, 4], "only what is as hot");
         let callers = Priority::List(Arc::from([5, 4]));
-        assert_eq!(chunks(&heat.order(&geometry, &missing, &callers)), [5, 3, 2, 4, 1]);
+        assert_eq!(chunks(&heat.order(&geometry, &missing, &callers)), [5, 3, 2, 1, 4]);
+    }
+
+    #[test]
+    fn what_one_record_names_is_told_apart_by_those_before_it() {
+        let geometry = Geometry::new(64 << 12, ChunkSize::MIN).unwrap();
+        let mut heat = Heat::default();
+        for (round, written) in [(1, &[1, 2][..]), (2, &[1]), (3, &[4]), (4, &[1, 2, 3, 4])] {
+            heat.written(&geometry, &set(written), round);
+        }
+        let order = |heat: &Heat| chunks(&heat.order(&geometry, &set(&[1, 2, 3, 4]), &Priority::None));
+        assert_eq!(order(&heat), [3, 2, 1, 4], "the one that was written in the round before comes last");
+        heat.written(&geometry, &set(&[2]), 1000);
+        assert_eq!(order(&heat), [1, 3, 4, 2], "what was so long ago is all the same");
     }
 }

@@ -172,7 +172,7 @@ fn leech(argument: &str) {
         let place = Place::file().cache(Cache::File(folder.join("cache")));
         let migration = Migration::new().settings(settings).ledger(folder.join("ledger"));
         let running = if then == "resume" {
-            migration.resume(&Registry::standard(), &uri, vec![place]).await.unwrap()
+            migration.resume(&Registry::standard(), &uri, vec![place]).await.unwrap().expect("it was handed over")
         } else {
             let leecher = migration.leech(&Registry::standard(), &uri, vec![place]).await.unwrap();
             if then != "take" {

@@ -279,6 +279,52 @@ async fn a_place_that_cannot_be_shown_gives_the_region_back() {
     assert_eq!(mount.as_slice()[0], 1, "it can be written as before");
 }
 
+/// Of several regions that move as one, none stays where another one cannot be shown.
+#[tokio::test(flavor = "multi_thread")]
+async fn where_one_of_two_cannot_be_shown_both_go_back() {
+    if !Path::new("/dev/fuse").exists() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut memory = Mount::managed(empty()).slice().await.unwrap();
+    let disk = Mount::direct(empty()).migratable().path(folder.path().join("disk")).await.unwrap();
+    let regions = vec![("memory".into(), memory.source()), ("disk".into(), disk.source().unwrap())];
+    let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
+    let uri: Uri = seeding.uris()[0].parse().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let leech = async || {
+        let (migration, places) =
+            (Migration::new().settings(settings()), vec![Place::path(&first), Place::path(&second)]);
+        let leecher = migration.leech(&Registry::standard(), &uri, places).await.unwrap();
+        leecher.ready().await.unwrap();
+        leecher
+    };
+    let leecher = leech().await;
+    std::fs::write(&second, "somebody else was faster").unwrap();
+    let left = leecher.finalize().await.unwrap_err();
+    assert!(matches!(left.then, Unsettled::Returned), "{left}");
+    assert!(seeding.seeder().owns() && !first.exists(), "nothing of it is left");
+    memory.as_mut_slice().unwrap()[0] = 1;
+    let file = folder.path().join("disk");
+    blocking(move || OpenOptions::new().write(true).open(file).unwrap().write_all_at(&[2], 5).unwrap()).await;
+
+    std::fs::remove_file(&second).unwrap();
+    let running = leech().await.finalize().await.unwrap();
+    let (memory, file) = (first.clone(), second.clone());
+    let found = blocking(move || {
+        let (mut one, mut two) = ([0], [0]);
+        File::open(memory).unwrap().read_exact_at(&mut one, 0).unwrap();
+        File::open(file).unwrap().read_exact_at(&mut two, 5).unwrap();
+        (one, two)
+    });
+    assert_eq!(found.await, ([1], [2]));
+    running.pulled().await.unwrap();
+    for region in running.regions() {
+        region.path().unwrap().close().await.unwrap();
+    }
+    disk.abandon().await;
+}
+
 #[tokio::test]
 async fn what_a_ledger_speaks_of_is_not_overwritten() {
     let folder = tempfile::tempdir().unwrap();

@@ -174,16 +174,16 @@ impl Plan {
             () = signals.next() => bail!("stopped; run the same command again to go on"),
         };
         match resumed {
-            Ok(running) => {
+            Ok(Some(running)) => {
                 arrived::tell_resumed(&running, &self.paths, output);
                 Ok(Some(running))
             }
-            Err(error)
-                if error.kind() == ErrorKind::Conflict
-                    && matches!(self.migration.standing()?, Some(Standing::Pulling { .. })) =>
-            {
-                output.note("copying", &format!("the region has not left the seeder, and is copied on: {error}"));
+            Ok(None) => {
+                output.note("copying", "the region has not left the seeder, and is copied on");
                 Ok(None)
+            }
+            Err(error) if error.kind() == ErrorKind::Conflict => {
+                Err(error).context("the migration to here cannot go on")
             }
             Err(error) => Err(error).context("the migration to here is not at its end: run the same command again"),
         }
@@ -228,7 +228,8 @@ fn settings(args: &args::Leech) -> Result<LeecherSettings> {
     let default = LeecherSettings::default();
     // What a seeder takes for its command, and then for storing.
     let hooks = args.application.hook_timeout.saturating_mul(2).saturating_add(Duration::from_secs(10));
-    let patience = args.give_up_after.limit().unwrap_or(Duration::MAX);
+    let patience = args.retry.limit().zip(args.give_up_after.limit());
+    let patience = patience.map_or(Duration::MAX, |(retry, more)| retry.saturating_add(more));
     let handover_timeout = default.handover_timeout.max(hooks).min(patience);
     Ok(LeecherSettings { precopy, before: retry.clone(), after: retry, handover_timeout, ..default })
 }

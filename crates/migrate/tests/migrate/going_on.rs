@@ -58,7 +58,7 @@ impl Process {
         }
     }
 
-    async fn resume(&self, standing: &Standing) -> Result<Leecher<Running<Here>>> {
+    async fn resume(&self, standing: &Standing) -> Result<Option<Leecher<Running<Here>>>> {
         let disk = self.disk.clone();
         let targets = async move |_: &Description| Ok(vec![Place { disk }]);
         Leecher::<Pulling<Place>>::resume(self.peer(), standing, targets, chunk_by_chunk(), self.parts()).await
@@ -242,8 +242,7 @@ async fn one_who_was_killed_while_he_asked_in_vain_goes_on_copying() {
     let disk = Disk::new();
     let (_first, standing) = dies_asking(&link, &disk).await;
     let again = Process::new(&link, &disk, u64::MAX);
-    let refused = again.resume(&standing).await.unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+    assert!(again.resume(&standing).await.unwrap().is_none(), "it is still over there");
     let read = link.read.load(Ordering::SeqCst);
     let leecher = again.leech().await.unwrap();
     leecher.ready().await.unwrap();
@@ -261,7 +260,7 @@ async fn what_a_dead_one_has_asked_for_is_undone_by_the_one_who_goes_on() {
     let (first, standing) = dies_asking(&link, &disk).await;
     drop(first);
     let again = Process::new(&link, &disk, u64::MAX);
-    assert_eq!(again.resume(&standing).await.unwrap_err().kind(), ErrorKind::Conflict);
+    assert!(again.resume(&standing).await.unwrap().is_none(), "it is still over there");
     let handed_over = async {
         let mut progress = seeder.progress();
         progress.wait_for(|progress| progress.phase == SeederPhase::HandedOver).await.unwrap();
@@ -325,4 +324,25 @@ async fn after_the_lease_it_begins_again() {
     }
     app.write(3).await;
     finish(&app, Process::new(&link, &disk, u64::MAX).leech().await.unwrap()).await;
+}
+
+/// A person said that the leecher would never run again, and the application has gone on over there.
+#[tokio::test(start_paused = true)]
+async fn what_was_taken_back_over_there_does_not_run_here_again() {
+    let (app, _here, seeder) = resting().await;
+    let (link, disk) = (Link::new(seeder.clone(), Step::ReadAfter, Fault::LinkCut, 1, u32::MAX), Disk::new());
+    let first = Process::new(&link, &disk, u64::MAX);
+    drop(first.leech().await.unwrap().finalize().await.unwrap());
+    first.life.kill();
+    let standing = Ledger::load(&*disk).unwrap().unwrap();
+    assert!(matches!(standing, Standing::Arrived { epoch: 2, .. }), "{standing:?}");
+    seeder.take_back().await.unwrap();
+    assert_eq!(app.host().await, Some("A"));
+    link.heal();
+    let refused = Process::new(&link, &disk, u64::MAX).resume(&standing).await.unwrap_err();
+    assert!(
+        refused.kind() == ErrorKind::Conflict && refused.to_string().contains("taken the region back"),
+        "{refused}"
+    );
+    assert_eq!(Ledger::load(&*disk).unwrap(), Some(standing), "what is here is for whoever has a look at it");
 }

@@ -272,10 +272,16 @@ impl Migration {
     }
 
     /// Goes on with a migration to here whose process was killed after it had asked for the regions, as the ledger says.
+    /// Nothing where they have not left the seeder: [`Self::leech`] goes on then.
     ///
     /// # Errors
-    /// As [`Leecher::resume`]; `Conflict` where the regions have not left the seeder: [`Self::leech`] goes on then.
-    pub async fn resume(self, registry: &Registry, uri: &Uri, places: Vec<Place>) -> Result<Leecher<Running<Arrived>>> {
+    /// As [`Leecher::resume`].
+    pub async fn resume(
+        self,
+        registry: &Registry,
+        uri: &Uri,
+        places: Vec<Place>,
+    ) -> Result<Option<Leecher<Running<Arrived>>>> {
         let nothing =
             || Error::new(ErrorKind::InvalidInput, Operation::Open, "the ledger knows of no migration to here");
         let standing = self.standing()?.ok_or_else(nothing)?;

@@ -5,16 +5,17 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use r3map_core::{Backend, Result};
 use r3map_testkit::random::Random;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::geometry;
 
-/// Where it runs.
+/// Where it runs, and its regions there.
 struct Place {
     host: &'static str,
-    front: Arc<dyn Backend>,
+    fronts: Vec<Arc<dyn Backend>>,
 }
 
 /// One application. It can be moved, and it can be killed; it is never in two places.
@@ -30,6 +31,8 @@ struct Known {
     acknowledged: BTreeMap<u64, u64>,
     tried: BTreeMap<u64, u64>,
     refused: u64,
+    /// How often it was asked to stop.
+    stops: u32,
 }
 
 impl Application {
@@ -49,7 +52,7 @@ impl Application {
         }))
     }
 
-    /// Stamps a block, if it runs.
+    /// Stamps a block of each of its regions, if it runs.
     pub(crate) async fn write(&self, block: u64) {
         let place = self.place.lock().await;
         let Some(place) = &*place else { return };
@@ -60,12 +63,19 @@ impl Application {
             known.tried.insert(block, stamp);
             stamp
         };
-        let written = place.front.write_at(geometry().block_range(block).start, &stamped(block, stamp)).await;
+        let (start, bytes) = (geometry().block_range(block).start, stamped(block, stamp));
+        let written = try_join_all(place.fronts.iter().map(|front| front.write_at(start, &bytes))).await;
         let mut known = self.known.lock().unwrap();
         match written {
-            Ok(()) => drop(known.acknowledged.insert(block, stamp)),
+            Ok(_) => drop(known.acknowledged.insert(block, stamp)),
             Err(_) => known.refused += 1,
         }
+    }
+
+    /// Stops it, because somebody asks for that.
+    pub(crate) async fn stop(&self, host: &'static str) {
+        self.known.lock().unwrap().stops += 1;
+        self.suspend(host).await;
     }
 
     /// Stops it; what it was writing is written.
@@ -78,10 +88,15 @@ impl Application {
 
     /// Lets it run.
     pub(crate) async fn resume(&self, host: &'static str, front: Arc<dyn Backend>) {
+        self.resume_with(host, vec![front]).await;
+    }
+
+    /// Lets it run with several regions.
+    pub(crate) async fn resume_with(&self, host: &'static str, fronts: Vec<Arc<dyn Backend>>) {
         let mut place = self.place.lock().await;
         let already = place.as_ref().map(|place| place.host);
         assert!(already.is_none_or(|already| already == host), "it runs on {already:?} and on {host}");
-        *place = Some(Place { host, front });
+        *place = Some(Place { host, fronts });
     }
 
     pub(crate) async fn host(&self) -> Option<&'static str> {
@@ -93,6 +108,11 @@ impl Application {
         self.known.lock().unwrap().refused
     }
 
+    /// How often it was asked to stop.
+    pub(crate) fn stops(&self) -> u32 {
+        self.known.lock().unwrap().stops
+    }
+
     /// Stamps so far.
     pub(crate) fn stamps(&self) -> u64 {
         self.known.lock().unwrap().next
@@ -101,8 +121,10 @@ impl Application {
     /// Reads everything where it runs: no stamp is lost, none went back, none is torn.
     pub(crate) async fn check(&self) -> Result<()> {
         let place = self.place.lock().await;
-        let front = &place.as_ref().expect("it runs somewhere").front;
-        for block in 0..geometry().block_count() {
+        let fronts = &place.as_ref().expect("it runs somewhere").fronts;
+        for (front, block) in
+            fronts.iter().flat_map(|front| (0..geometry().block_count()).map(move |block| (front, block)))
+        {
             let range = geometry().block_range(block);
             let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
             front.read_at(range.start, &mut bytes).await?;

@@ -65,6 +65,12 @@ impl Shown for Here {
     }
 }
 
+impl AsRef<Here> for Here {
+    fn as_ref(&self) -> &Here {
+        self
+    }
+}
+
 impl Here {
     /// A region that is wholly on a disk, which a process has opened.
     pub(crate) async fn whole(disk: &Arc<Disk>) -> Self {
@@ -88,19 +94,23 @@ impl Here {
 
 /// Hooks that move the application away from `host` and back.
 pub(crate) fn hooks(app: &Arc<Application>, host: &'static str, front: Arc<dyn Backend>) -> Hooks {
+    hooks_with(app, host, vec![front])
+}
+
+fn hooks_with(app: &Arc<Application>, host: &'static str, fronts: Vec<Arc<dyn Backend>>) -> Hooks {
     let (leaving, coming) = (app.clone(), app.clone());
     Hooks::default()
         .on_suspend(move || {
             let app = leaving.clone();
             async move {
-                app.suspend(host).await;
+                app.stop(host).await;
                 Ok(())
             }
         })
         .on_resume(move || {
-            let (app, front) = (coming.clone(), front.clone());
+            let (app, fronts) = (coming.clone(), fronts.clone());
             async move {
-                app.resume(host, front).await;
+                app.resume_with(host, fronts).await;
                 Ok(())
             }
         })
@@ -108,16 +118,31 @@ pub(crate) fn hooks(app: &Arc<Application>, host: &'static str, front: Arc<dyn B
 
 /// Starts a process that seeds what is on `disk`, with the application if it may run there.
 pub(crate) async fn seed(app: &Arc<Application>, host: &'static str, disk: &Arc<Disk>) -> (Here, Seeder) {
-    let here = Here::whole(disk).await;
+    let (mut here, seeder) = seed_all(app, host, std::slice::from_ref(disk)).await;
+    (here.remove(0), seeder)
+}
+
+/// The same with a region on each of the disks, of which the first has the ledger.
+pub(crate) async fn seed_all(app: &Arc<Application>, host: &'static str, disks: &[Arc<Disk>]) -> (Vec<Here>, Seeder) {
+    let mut here = Vec::new();
+    for disk in disks {
+        here.push(Here::whole(disk).await);
+    }
     let parts = SeederParts {
-        hooks: hooks(app, host, here.guarded.front()),
-        ledger: Some(disk.clone()),
+        hooks: hooks_with(app, host, fronts(&here)),
+        ledger: Some(disks[0].clone()),
         lease: Some(LEASE),
         ..SeederParts::default()
     };
-    let seeder = Seeder::new(vec![("disk".into(), here.guarded.clone())], parts).await.unwrap();
+    let regions = here.iter().map(|here| ("disk".into(), here.guarded.clone() as Arc<dyn Source>));
+    let seeder = Seeder::new(regions.collect(), parts).await.unwrap();
     if seeder.owns() {
-        app.resume(host, here.guarded.front()).await;
+        app.resume_with(host, fronts(&here)).await;
     }
     (here, seeder)
+}
+
+/// What an application uses of regions.
+pub(crate) fn fronts<H: AsRef<Here>>(here: &[H]) -> Vec<Arc<dyn Backend>> {
+    here.iter().map(|here| here.as_ref().guarded.front()).collect()
 }
