@@ -42,6 +42,39 @@ fn what_is_written_while_tracked_is_told_once_whoever_else_collects() {
     }
 }
 
+/// Minor faults of this thread so far.
+fn faults() -> u64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    fields.split(' ').nth(7).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_store_costs_a_fault_while_it_is_tracked_and_none_before_and_after() {
+    let mut arrived = SliceSettings::default();
+    arrived.region.writes = Writes::Kept;
+    for settings in [SliceSettings::direct(), arrived] {
+        let (pages, few) = (20 * CHUNK / PAGE, 20);
+        let mut slice = open(filled(pages * PAGE), settings);
+        let handle = slice.handle();
+        let mut store = || {
+            let before = faults();
+            slice.as_mut_slice().unwrap().chunks_mut(PAGE).for_each(|page| page[0] ^= 1);
+            faults() - before
+        };
+        store();
+        assert!(store() < few, "nothing is recorded");
+        wait(handle.track()).unwrap();
+        let tracked = store();
+        assert!(tracked >= pages as u64, "each page is written for the first time: {tracked}");
+        assert!(store() < few, "each page was noticed");
+        assert_eq!(taken(&handle).as_slice(), std::slice::from_ref(&(0..pages as u64)));
+        handle.untrack();
+        store();
+        assert!(store() < few, "nothing is recorded any more");
+    }
+}
+
 #[test]
 fn frozen_memory_can_be_read_and_told_of_for_the_last_time() {
     let mut slice = open(filled(4 * CHUNK), SliceSettings::default());
