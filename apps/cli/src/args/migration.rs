@@ -163,8 +163,9 @@ pub(crate) struct Leech {
     #[arg(long, default_value = "5m", value_parser = parse_duration, value_name = "TIME", requires = "then_seed")]
     pub(crate) lease: Duration,
     /// How long to go on asking a seeder that does not say whether it has handed over, or to tell one that does not hear
-    /// that it has the region again, or that it may go: a time, or `forever`. When --retry has passed and this too, it ends
-    /// with an error, and says how to go on.
+    /// that it has the region again, or that it may go; and, with --cache, to wait for one of which nothing comes while
+    /// something is missing here: a time, or `forever`. When --retry has passed and this too, it ends with an error, and
+    /// says how to go on.
     #[arg(long, default_value = "forever", value_name = "TIME|forever")]
     pub(crate) give_up_after: Patience,
     /// How long to keep trying a seeder that does not answer: a time, or `forever`. Before the handover this gives up

@@ -3,12 +3,15 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use futures_util::future::select_all;
 use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running};
-use r3map::{Registry, size};
+use r3map::{Outage, Registry, size};
 use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::host::{self, Ended, Host};
 use super::{GIVE_UP_LIMIT, TICK, rounds};
@@ -79,6 +82,64 @@ fn tell_report(report: &Report, output: Output) {
     output.event("pulled", &human, value);
 }
 
+/// Whether anything comes from a seeder while something is missing.
+struct Arrivals {
+    outages: Vec<watch::Receiver<Option<Outage>>>,
+    /// Bytes so far.
+    came: u64,
+    /// When something came for the last time.
+    since: Instant,
+    /// It does not answer: what it was asked for in vain last.
+    silence: Option<r3map::Error>,
+}
+
+impl Arrivals {
+    fn new(running: &Leecher<Running<Arrived>>) -> Self {
+        let outages = running.regions().iter().map(|region| region.region().outage()).collect();
+        Self { outages, came: running.report().pulled_after, since: Instant::now(), silence: None }
+    }
+
+    /// What was asked for in vain since the last look; also where that is over, and nobody asks just now.
+    fn trouble(&mut self, running: &Leecher<Running<Arrived>>) -> Option<r3map::Error> {
+        self.outages.iter_mut().zip(running.regions()).find_map(|(outage, region)| {
+            let changed = outage.has_changed().unwrap_or_default();
+            match &*outage.borrow_and_update() {
+                Some(outage) => Some(outage.error.clone()),
+                None if changed => region.region().progress()?.borrow().last_error.clone(),
+                None => None,
+            }
+        })
+    }
+
+    /// Says it when the seeder falls silent, and when it answers again.
+    fn look(&mut self, running: &Leecher<Running<Arrived>>, bar: &Bar, output: Output) {
+        let (came, trouble) = (running.report().pulled_after, self.trouble(running));
+        let comes = came > self.came;
+        match trouble {
+            Some(error) if self.silence.is_some() => self.silence = Some(error),
+            Some(error) if !comes => {
+                let human =
+                    format!("the seeder does not answer; what is missing waits for it, and it is tried again: {error}");
+                bar.aside(|| output.note("waiting", &human));
+                self.silence = Some(error);
+            }
+            None if comes && self.silence.take().is_some() => {
+                bar.aside(|| output.note("resumed", "the seeder answers again"));
+            }
+            _ => {}
+        }
+        if comes {
+            (self.came, self.since) = (came, Instant::now());
+        }
+    }
+
+    /// Why there is no point in waiting any longer, if that is so.
+    fn are_over(&self, patience: Option<Duration>) -> Option<String> {
+        let (error, waited) = (self.silence.as_ref()?, self.since.elapsed());
+        (waited >= patience?).then(|| format!("nothing has come from the seeder for {waited:.0?}: {error}"))
+    }
+}
+
 /// Regions that have arrived.
 pub(super) struct Site {
     pub(super) running: Leecher<Running<Arrived>>,
@@ -104,11 +165,18 @@ impl Site {
     async fn rest(&self, signals: &mut Signals) -> Result<bool> {
         let mut pulled = std::pin::pin!(self.running.pulled());
         let bar = self.output.bar("pulling", self.running.report().size);
-        let (mut stop, mut silent) = (false, false);
+        let (mut stop, mut arrivals) = (false, Arrivals::new(&self.running));
         let report = loop {
             tokio::select! {
                 report = &mut pulled => break report?,
-                () = tokio::time::sleep(TICK) => self.draw(&bar, &mut silent),
+                () = tokio::time::sleep(TICK) => {
+                    arrivals.look(&self.running, &bar, self.output);
+                    self.draw(&bar);
+                    if let Some(why) = arrivals.are_over(self.patience()) {
+                        bar.finish();
+                        return Err(self.give_up().await.context(why));
+                    }
+                }
                 () = unmounted(self.running.regions()), if !stop => {
                     stop = true;
                     bar.aside(|| self.output.note("unmounted", "somebody else unmounted it; fetching what is missing"));
@@ -135,20 +203,14 @@ impl Site {
         Ok(stop)
     }
 
-    fn draw(&self, bar: &Bar, silent: &mut bool) {
+    /// How long what is missing is waited for, if not for ever: nobody can go on with what is in memory only.
+    fn patience(&self) -> Option<Duration> {
+        let limit = self.args.give_up_after.limit().filter(|_| !self.caches.is_empty())?;
+        Some(self.args.retry.limit()?.saturating_add(limit))
+    }
+
+    fn draw(&self, bar: &Bar) {
         let regions = self.running.regions().iter().map(|region| region.region());
-        let outage =
-            regions.clone().find_map(|region| region.outage().borrow().as_ref().map(|outage| outage.error.clone()));
-        match &outage {
-            Some(error) if !*silent => {
-                let human =
-                    format!("the seeder does not answer; what is missing waits for it, and it is tried again: {error}");
-                bar.aside(|| self.output.note("waiting", &human));
-            }
-            None if *silent => bar.aside(|| self.output.note("resumed", "the seeder answers again")),
-            _ => {}
-        }
-        *silent = outage.is_some();
         let here = |region: &r3map::Region| region.progress().map_or(0, |progress| progress.borrow().valid_bytes);
         bar.set(regions.map(here).sum(), "");
     }
@@ -246,7 +308,8 @@ async fn tell_former(mut former: Former, limit: Patience, signals: &mut Signals,
         () = signals.next() => "stopped".to_owned(),
     };
     bail!(
-        "the seeder from which the region came does not know that it has arrived and gone on from here ({why}): stop it by hand,          and do not take the region back there"
+        "the seeder from which the region came does not know that it has arrived and gone on from here ({why}): stop it by hand, and \
+         do not take the region back there"
     )
 }
 
