@@ -13,6 +13,7 @@ mod documents;
 mod entries;
 mod exercisers;
 mod file_systems;
+mod go;
 mod lifecycle;
 mod migrate;
 mod nbd;

@@ -3,15 +3,17 @@
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
+use r3map_testkit::process::Process;
 use r3map_testkit::proxy::DelayProxy;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::commands::processes_in_group;
 use crate::support::{MIB, Outcome, Program, SOON, Scene, Stamps, is_mounted, make_file, wait_until};
 
-const LISTEN: [&str; 2] = ["--listen", "grpc://127.0.0.1:0"];
+pub(crate) const LISTEN: [&str; 2] = ["--listen", "grpc://127.0.0.1:0"];
 const SIZE: u64 = 8 * MIB;
 /// Bytes a second of a link on which the region takes long, also as a busy machine sees it.
 const SLOW: u64 = MIB / 2;
@@ -19,18 +21,18 @@ const SLOW: u64 = MIB / 2;
 const FEW: usize = 100;
 
 /// `r3map seed`, or `r3map leech --then-seed`, and where it can be reached.
-struct Seeder {
-    program: Program,
+pub(crate) struct Seeder {
+    pub(crate) program: Program,
     uri: String,
 }
 
 impl Seeder {
-    fn address(&self) -> SocketAddr {
+    pub(crate) fn address(&self) -> SocketAddr {
         self.uri.trim_start_matches("grpc://").parse().expect("it is a TCP address")
     }
 
     /// It has handed the region over and has nothing to do any more.
-    fn ends(self) {
+    pub(crate) fn ends(self) {
         let gone = self.program.end_well(SOON);
         gone.event("handed_over");
         gone.event("gone");
@@ -39,10 +41,20 @@ impl Seeder {
 
 /// Seeds a file of `size` bytes on the path `here`.
 fn seed_file(scene: &Scene, size: u64, more: &[&str]) -> (Seeder, PathBuf, Stamps) {
-    make_file(&scene.path("disk.img"), size, 1);
-    let (region, here) = (format!("file:{}", scene.name("disk.img")), scene.name("here"));
+    seed_file_at(scene, ("disk.img", "here"), size, more)
+}
+
+/// The same with these names of the file and the path.
+pub(crate) fn seed_file_at(
+    scene: &Scene,
+    (image, path): (&str, &str),
+    size: u64,
+    more: &[&str],
+) -> (Seeder, PathBuf, Stamps) {
+    make_file(&scene.path(image), size, 1);
+    let (region, here) = (format!("file:{}", scene.name(image)), scene.name(path));
     let seeder = seed(scene, &[&[region.as_str(), &here], &LISTEN[..], more].concat());
-    (seeder, scene.path("here"), Stamps::new(size, 1))
+    (seeder, scene.path(path), Stamps::new(size, 1))
 }
 
 fn seed(scene: &Scene, arguments: &[&str]) -> Seeder {
@@ -55,7 +67,7 @@ fn address(program: &mut Program, event: &str) -> String {
     program.wait_for_event(SOON, event)["uri"].as_str().expect("it tells its address").to_owned()
 }
 
-fn leech(scene: &Scene, uri: &str, path: &str, more: &[&str]) -> Program {
+pub(crate) fn leech(scene: &Scene, uri: &str, path: &str, more: &[&str]) -> Program {
     scene.r3map(&[&["--json", "leech", uri, &scene.name(path)], more].concat())
 }
 
@@ -74,7 +86,7 @@ fn leech_at_once(scene: &Scene, seeder: &Seeder, path: &str, more: &[&str]) -> (
 }
 
 /// Sends SIGUSR1.
-fn tell(leecher: &Program) {
+pub(crate) fn tell(leecher: &Program) {
     let id = Pid::from_raw(leecher.id().try_into().expect("process ids are small")).expect("it is one");
     kill_process(id, Signal::USR1).expect("it runs");
 }
@@ -466,6 +478,73 @@ fn a_seeder_that_does_not_say_what_came_of_it_is_asked_for_as_long_as_the_user_s
     });
 }
 
+/// What is missing is waited for as long as the user says, and not longer.
+#[test]
+fn a_seeder_that_is_gone_after_the_move_is_waited_for_as_long_as_the_user_says() {
+    Scene::with_fuse(SOON, |scene| {
+        let (seeder, _, mut stamps) = seed_file(scene, SIZE, &[]);
+        let cache = ["--cache", &scene.name("cache")];
+        let patience = ["--retry", "1s", "--attempt-timeout", "1s", "--give-up-after", "4s"];
+        let (leecher, line) = leech_at_once(scene, &seeder, "there", &[&cache[..], &patience].concat());
+        stamps.stamp_durably(&scene.path("there"), FEW);
+        let outcome = leecher.end(SOON);
+        complains_as_event(&outcome, "nothing has come from the seeder");
+        complains_as_event(&outcome, "run the same command again");
+        outcome.event("waiting");
+        assert!(outcome.events().iter().all(|event| event["event"] != "resumed"), "nobody has answered: {outcome:?}");
+        assert!(!is_mounted(&scene.path("there")), "it is gone");
+        drop(line);
+        scene.step("the same command again, when the seeder can be reached");
+        let mut leecher = leech(scene, &seeder.uri, "there", &cache);
+        leecher.wait_for_event(SOON, "running");
+        leecher.wait_for_event(SOON, "pulled");
+        seeder.ends();
+        stamps.check(&scene.path("there"));
+    });
+}
+
+/// What is in memory only would be lost if nobody waited for it any more.
+#[test]
+fn what_is_in_memory_only_is_waited_for_whatever_the_user_says() {
+    Scene::with_fuse(SOON, |scene| {
+        let (seeder, _, mut stamps) = seed_file(scene, SIZE, &[]);
+        let patience = ["--retry", "3s", "--attempt-timeout", "1s", "--give-up-after", "0s"];
+        let (mut leecher, line) = leech_at_once(scene, &seeder, "there", &patience);
+        leecher.wait_for_event(SOON, "waiting");
+        std::fs::read(scene.path("there")).expect_err("something is missing");
+        stamps.stamp_durably(&scene.path("there"), FEW);
+        line.set_rate(None);
+        line.heal();
+        leecher.wait_for_event(SOON, "resumed");
+        leecher.wait_for_event(SOON, "pulled");
+        seeder.ends();
+        stamps.check(&scene.path("there"));
+    });
+}
+
+/// A person has said that the leecher would never run again.
+#[test]
+fn what_was_taken_back_over_there_does_not_run_here_again() {
+    Scene::with_fuse(SOON, |scene| {
+        let (mut seeder, here, stamps) = seed_file(scene, SIZE, &[]);
+        let cache = ["--cache", &scene.name("cache")];
+        let (mut leecher, _line) = leech_at_once(scene, &seeder, "there", &cache);
+        leecher.kill();
+        seeder.program.kill();
+        let (region, shown) = (format!("file:{}", scene.name("disk.img")), scene.name("here"));
+        let seeder = seed(scene, &[&[region.as_str(), &shown, "--take-back"], &LISTEN[..]].concat());
+        let writer = stamps.start(here);
+        scene.step("the leecher's host is back all the same");
+        let outcome = leech_ended(scene, &[&[seeder.uri.as_str(), &scene.name("there")], &cache[..]].concat());
+        complains(&outcome, "has taken the region back");
+        std::fs::read(scene.path("there")).expect_err("nothing is shown");
+        assert!(scene.path("cache").exists(), "what was written there is kept");
+        writer.goes_on();
+        drop(seeder);
+        writer.refused();
+    });
+}
+
 /// A region on its way from A over B to C, where A cannot take in that all of it has arrived: B, which has nothing any more
 /// but that to tell, A, and the line between them.
 fn unheard(scene: &Scene, more: &[&str]) -> (Program, Seeder, DelayProxy) {
@@ -537,6 +616,37 @@ fn enter_moves_it_and_every_step_is_said_in_words() {
         assert!(report.contains("before the move") && report.contains("after it"), "{report}");
         seeder.ends();
         stamps.check(&scene.path("there"));
+    });
+}
+
+/// Runs the command on a terminal of its own.
+fn on_a_terminal(arguments: &[&str]) -> Process {
+    let command = format!("stty columns 150; exec {} {}", env!("CARGO_BIN_EXE_r3map"), arguments.join(" "));
+    Process::start(Command::new("script").args(["--quiet", "--flush", "--return", "--command", &command, "/dev/null"]))
+}
+
+#[test]
+fn both_sides_draw_a_bar_on_a_terminal() {
+    Scene::with_fuse(SOON, |scene| {
+        make_file(&scene.path("disk.img"), 2 * MIB, 1);
+        let (region, here) = (format!("file:{}", scene.name("disk.img")), scene.name("here"));
+        let mut seeder = on_a_terminal(&["seed", &region, &here, LISTEN[0], LISTEN[1]]);
+        let ready = seeder.wait_for_line(SOON, "to be taken over at ");
+        let address = ready.rsplit("grpc://").next().expect("it tells its address").trim().to_owned();
+        let line =
+            DelayProxy::tcp(address.parse::<SocketAddr>().expect("it is one"), Duration::ZERO).expect("a port is free");
+        line.set_rate(NonZeroU64::new(4 * SLOW));
+        let uri = format!("grpc://{}", line.socket_addr());
+        let mut leecher = on_a_terminal(&["leech", &uri, &scene.name("there"), "--cache", &scene.name("cache")]);
+        leecher.wait_for_line(SOON, "pulled: ");
+        assert!(seeder.wait(SOON).success());
+        leecher.send("\x03");
+        leecher.wait_for_line(SOON, "stopped: ");
+        assert!(leecher.wait(SOON).success());
+        for (program, bar) in [(&mut seeder, "sending ["), (&mut leecher, "copying [")] {
+            let said = program.stdout().join("\n");
+            assert!(said.contains(bar) && said.contains("2.00 MiB"), "{said:?}");
+        }
     });
 }
 
