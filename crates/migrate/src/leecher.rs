@@ -17,7 +17,7 @@ use crate::protocol::{Description, Handover, MigrationId, check_epoch};
 use crate::running::{Running, Settled};
 use crate::seeder::{bytes, is_refusal};
 use crate::settings::PullPhase;
-use crate::{Downtime, Ledger, LeecherSettings, Peer, PullProgress, Report, Shown, Standing, Target};
+use crate::{Downtime, Ledger, LeecherSettings, Peer, PullProgress, Report, Shown, Standing, Target, source};
 
 /// What can be plugged into a leecher.
 #[derive(Clone, Default)]
@@ -28,15 +28,20 @@ pub struct LeecherParts {
     pub priorities: Vec<Priority>,
     /// Where it is written down who owns the regions.
     pub ledger: Option<Arc<dyn Ledger>>,
-    /// How long resuming the application may take before nobody waits for it any more, and
+    /// How long letting the application write, and resuming it, may each take before nobody waits for it any more, and
     /// [`resumed`](Leecher::resumed) says so. Default 30 s.
     pub limit: Option<Duration>,
 }
 
 impl LeecherParts {
-    async fn resume(&self) -> Result<()> {
-        let limit = self.limit.unwrap_or(LIMIT);
-        hooks::call(self.hooks.resume.as_ref(), limit, "resuming the application").await
+    fn limit(&self) -> Duration {
+        self.limit.unwrap_or(LIMIT)
+    }
+
+    /// Has the application run, also where not all regions could be `opened`: it may have a use for the others.
+    async fn resume(&self, opened: Result<()>) -> Result<()> {
+        let resumed = hooks::call(self.hooks.resume.as_ref(), self.limit(), "resuming the application").await;
+        opened.and(resumed)
     }
 }
 
@@ -331,8 +336,8 @@ impl<T: Target> Leecher<Pulling<T>> {
         let answered = Instant::now();
         let (suspend, flush, begun) = (handover.suspend, handover.flush, copying.begun);
         let round_trip = (answered - asked).saturating_sub(suspend + flush);
-        let Arrived { shown, owed, mut report } = arrive(copying, &parts, &handover).await?;
-        let resumed = parts.resume().await;
+        let Arrived { shown, opened, owed, mut report } = arrive(copying, &parts, &handover).await?;
+        let resumed = parts.resume(opened).await;
         report.downtime = Downtime { suspend, flush, round_trip, resume: answered.elapsed() };
         report.total = begun.elapsed();
         let arrival = Settled { peer: owed.peer, id: owed.id, settings: owed.settings, ledger: parts.ledger, report };
@@ -378,8 +383,8 @@ impl<T: Target> Leecher<Pulling<T>> {
         }
         let mut copying = Copying::new(peer, id, lanes, &description, settings, &parts);
         let report = Report { size: regions.iter().map(r3map_core::Geometry::size).sum(), ..Report::default() };
-        let shown = show(&mut copying, &parts, &handover).await?;
-        let resumed = parts.resume().await;
+        let (shown, opened) = show(&mut copying, &parts, &handover).await?;
+        let resumed = parts.resume(opened).await;
         let Copying { peer, settings, .. } = copying;
         let arrival = Settled { peer, id, settings, ledger: parts.ledger, report };
         Ok(Some(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) }))
@@ -485,6 +490,8 @@ fn taken_back(there: u64, here: u64) -> Error {
 /// Regions that are here, and shown.
 struct Arrived<M> {
     shown: Vec<M>,
+    /// Whether all of them can be written.
+    opened: Result<()>,
     owed: Owed,
     report: Report,
 }
@@ -504,7 +511,7 @@ async fn arrive<T: Target>(
         ..Report::default()
     };
     match show(&mut copying, parts, handover).await {
-        Ok(shown) => Ok(Arrived { shown, owed, report }),
+        Ok((shown, opened)) => Ok(Arrived { shown, opened, owed, report }),
         Err(error) => {
             let then = match owed.abort().await {
                 Ok(()) => Unsettled::Returned,
@@ -515,8 +522,13 @@ async fn arrive<T: Target>(
     }
 }
 
-/// Shows all regions, then writes down that they are here, then opens them. Only the last cannot fail.
-async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handover: &Handover) -> Result<Vec<T::Shown>> {
+/// Shows all regions, then writes down that they are here, then opens them. They are here whether that works or not: what
+/// came of it is answered beside them.
+async fn show<T: Target>(
+    copying: &mut Copying<T>,
+    parts: &LeecherParts,
+    handover: &Handover,
+) -> Result<(Vec<T::Shown>, Result<()>)> {
     copying.check(&handover.dirty)?;
     check_epoch(handover.epoch)?;
     let hooks: Vec<_> = (0..copying.lanes.len()).map(|index| copying.hook(index)).collect();
@@ -532,9 +544,8 @@ async fn show<T: Target>(copying: &mut Copying<T>, parts: &LeecherParts, handove
     if let Some(ledger) = &parts.ledger {
         ledger.save(&Standing::Arrived { id: copying.id, epoch: handover.epoch })?;
     }
-    for region in &shown {
-        region.source().unfence().await;
-    }
+    let sources: Vec<_> = shown.iter().map(Shown::source).collect();
+    let opened = source::unfence(&sources, parts.limit()).await;
     all_shown.cancel();
-    Ok(shown)
+    Ok((shown, opened))
 }

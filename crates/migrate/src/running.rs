@@ -118,10 +118,11 @@ impl<M: Shown> Leecher<Running<M>> {
         self.state.epoch
     }
 
-    /// Whether the hook that lets the application run succeeded. The regions are here either way.
+    /// Whether the application can write to all regions, and the hook that lets it run succeeded. The regions are here
+    /// either way.
     ///
     /// # Errors
-    /// What the hook answered.
+    /// What a region or the hook answered.
     pub fn resumed(&self) -> Result<()> {
         self.state.resumed.clone()
     }
@@ -164,6 +165,12 @@ impl<M: Shown> Leecher<Running<M>> {
         }
     }
 
+    /// The seeder from which the regions came.
+    #[must_use]
+    pub fn former(&self) -> Former {
+        Former { settled: self.state.settled.clone() }
+    }
+
     /// Waits until everything is here, and offers the regions to the next leecher, while the application runs on. Each
     /// region is offered under the name that it is given here, in order. A seeder that could not be told yet that everything
     /// is here is told when it answers, for as long as the new seeder lives: until then it is not to end, as [`Former`] says.
@@ -172,6 +179,7 @@ impl<M: Shown> Leecher<Running<M>> {
     /// `Cancelled` if a region is closed before; as [`Shown::keep`] and [`Ledger::save`]; as [`Seeder::new`].
     pub async fn release(self, names: Vec<String>, parts: SeederParts) -> Result<(Vec<Arc<M>>, Seeder, Former)> {
         self.pulled().await?;
+        let former = self.former();
         let Running { shown, epoch, settled, settling, .. } = self.state;
         if let Settling::Here { kept: false, told: Err(error), .. } = &*settled.borrow() {
             return Err(error.clone());
@@ -182,7 +190,6 @@ impl<M: Shown> Leecher<Running<M>> {
             return Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "each region needs a name"));
         }
         let seeder = Seeder::new(regions, SeederParts { epoch: Some(epoch), ..parts }).await?;
-        let former = Former { settled };
         let mut progress = seeder.progress();
         tokio::spawn(async move {
             tokio::select! {
@@ -194,7 +201,7 @@ impl<M: Shown> Leecher<Running<M>> {
     }
 }
 
-/// The seeder from which regions came that are seeded on. As long as it has not heard that everything arrived, it serves
+/// The seeder from which regions came. As long as it has not heard that everything arrived, it serves
 /// what nobody needs, and somebody may take back there what is long somewhere else.
 #[derive(Debug, Clone)]
 pub struct Former {

@@ -18,7 +18,7 @@ use crate::hooks::{self, Hooks, LIMIT, within};
 use crate::lease::{Counted, Pulse};
 use crate::protocol::{Description, Handover, MAX_REGIONS, MigrationId, RegionFacts};
 use crate::seat::{Abort, Confirm, Dirty, Finalize, Seat, Track};
-use crate::{Fencing, Ledger, Secret, Source, Standing};
+use crate::{Fencing, Ledger, Secret, Source, Standing, source};
 
 /// How long to wait before a ledger that takes nothing is tried again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -37,7 +37,8 @@ pub struct SeederParts {
     /// owner, so have one wherever regions outlive the process.
     pub ledger: Option<Arc<dyn Ledger>>,
     /// How long suspending, and then flushing and fencing, may each take before the migration is refused; and how long each
-    /// of the other hooks may take before nobody waits for it any more. Default 30 s.
+    /// of the other hooks, and of the other calls to what the regions stand on, may take before nobody waits for it any
+    /// more. Default 30 s.
     pub limit: Option<Duration>,
     /// How long a leecher that copies may be silent, without a call and without a read of its own, before the seeder stops to record
     /// for it, so that one that has vanished costs the application nothing any more. It may start again then, from the
@@ -148,9 +149,13 @@ impl Seeder {
         let seat = Seat::new(parts.epoch.unwrap_or(1), standing)?;
         let (names, sources): (_, Vec<_>) = regions.into_iter().unzip();
         if !seat.owns() {
-            for source in &sources {
-                source.fence(Fencing::Strict).await?;
-            }
+            within(parts.limit.unwrap_or(LIMIT), "fencing", async {
+                for source in &sources {
+                    source.fence(Fencing::Strict).await?;
+                }
+                Ok(())
+            })
+            .await?;
         }
         let work = Mutex::new(Work::new(seat, sources.len()));
         let (progress, pulse) = (watch::Sender::default(), Arc::new(Pulse::new()));
@@ -258,7 +263,8 @@ impl Seeder {
     /// Stops recording for a leecher that has not finalized; it must start again.
     ///
     /// # Errors
-    /// `Cancelled` when the runtime shuts down.
+    /// What the ledger answers, where a handover has failed and it may say that it has not: the application waits until
+    /// it says what holds. Otherwise `Cancelled` when the runtime shuts down.
     pub async fn stop_tracking(&self) -> Result<()> {
         self.shared
             .run(|shared| async move {
@@ -266,7 +272,7 @@ impl Seeder {
                 if work.seat.is_tracked() {
                     shared.untrack(&mut work).await;
                 }
-                Ok(())
+                if work.halted { shared.go_on(&mut work).await } else { Ok(()) }
             })
             .await
     }
@@ -364,11 +370,15 @@ impl Shared {
         let track = work.seat.track(id, leased)?;
         self.pulse.beat();
         if track == Track::Start {
-            for source in &self.sources {
-                if let Err(error) = source.track().await {
-                    self.untrack(&mut work).await;
-                    return Err(error);
+            let tracked = within(self.limit(), "starting to record what is written", async {
+                for source in &self.sources {
+                    source.track().await?;
                 }
+                Ok(())
+            });
+            if let Err(error) = tracked.await {
+                self.untrack(&mut work).await;
+                return Err(error);
             }
             work.seat.tracked(id, leased);
             work.forget();
@@ -433,7 +443,7 @@ impl Shared {
         let mut work = self.work.lock().await;
         let _ = self.settle(&mut work).await;
         if work.seat.dirty(id, round)? == Dirty::Next {
-            self.take(&mut work.carried).await?;
+            within(self.limit(), "asking what was written", self.take(&mut work.carried)).await?;
             work.seat.took();
             let empty = vec![BlockSet::default(); self.sources.len()];
             work.unconfirmed = std::mem::replace(&mut work.carried, empty);
@@ -469,9 +479,7 @@ impl Shared {
         self.publish(&work);
         work.watch = None;
         self.pulse.hold(None);
-        for source in &self.sources {
-            source.untrack().await;
-        }
+        self.stop_recording().await;
         match work.seat.finalize(id, 0)? {
             Finalize::Again(answer) => Ok(answer),
             Finalize::Start { .. } => unreachable!("it was handed over just now"),
@@ -535,10 +543,8 @@ impl Shared {
 
     /// The application goes on here.
     async fn resume(&self) {
-        for source in &self.sources {
-            if AssertUnwindSafe(source.unfence()).catch_unwind().await.is_err() {
-                tracing::error!("what a region stands on has panicked: the application may not be able to write to it");
-            }
+        if let Err(error) = source::unfence(&self.sources, self.limit()).await {
+            tracing::error!(%error, "the application may not be able to write to what it resumes on");
         }
         let resume = self.parts.hooks.resume.as_ref();
         if let Err(error) = hooks::call(resume, self.limit(), "resuming the application").await {
@@ -578,10 +584,14 @@ impl Shared {
         Ok(())
     }
 
-    async fn untrack(&self, work: &mut Work) {
-        for source in &self.sources {
-            source.untrack().await;
+    async fn stop_recording(&self) {
+        if let Err(error) = source::untrack(&self.sources, self.limit()).await {
+            tracing::warn!(%error, "what is written may go on being recorded for nobody");
         }
+    }
+
+    async fn untrack(&self, work: &mut Work) {
+        self.stop_recording().await;
         work.seat.untracked();
         work.forget();
         work.watch = None;

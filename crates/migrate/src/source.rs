@@ -1,10 +1,16 @@
 //! A region that can leave this host.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, ChunkSize, Result};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, join_all};
+use r3map_core::{Backend, ChunkSize, Error, ErrorKind, Operation, Result};
 use r3map_pipeline::BlockSet;
+
+use crate::hooks::within;
 
 /// How firmly writing is ended. It matters where that takes long: memory, 20 ms for each GiB, which is downtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +23,9 @@ pub enum Fencing {
     Trusting,
 }
 
-/// What a seeder needs of a frontend. Calls are made one after another; they are not cancelled half-way.
+/// What a seeder needs of a frontend. Calls are made one after another. One that takes longer than the limit for hooks is
+/// given up, and its future dropped: a [`Self::take`] that is forgets nothing, and a [`Self::fence`] that is leaves nothing
+/// behind that [`Self::unfence`] does not lift.
 #[async_trait]
 pub trait Source: Send + Sync + 'static {
     /// The region for leechers to read. It gives what was written last, while the application writes and after
@@ -59,4 +67,33 @@ pub trait Source: Send + Sync + 'static {
 
     /// Lets the application write again.
     async fn unfence(&self);
+}
+
+/// Lets the application write again, to as many sources as do as they are told.
+pub(crate) async fn unfence(sources: &[Arc<dyn Source>], limit: Duration) -> Result<()> {
+    each(sources, limit, "letting the application write again", |source| source.unfence()).await
+}
+
+/// Has them stop recording, as many as do as they are told.
+pub(crate) async fn untrack(sources: &[Arc<dyn Source>], limit: Duration) -> Result<()> {
+    each(sources, limit, "stopping to record what is written", |source| source.untrack()).await
+}
+
+/// Calls all of them at once, so that none that hangs or panics keeps another from what it is told, or anybody waiting for
+/// longer than `limit`.
+async fn each(
+    sources: &[Arc<dyn Source>],
+    limit: Duration,
+    what: &str,
+    call: for<'a> fn(&'a dyn Source) -> BoxFuture<'a, ()>,
+) -> Result<()> {
+    let calls = sources.iter().map(|source| {
+        let called = AssertUnwindSafe(async { call(&**source).await }).catch_unwind();
+        within(limit, what, async {
+            called
+                .await
+                .map_err(|_| Error::new(ErrorKind::Internal, Operation::Close, format!("{what}: it has panicked")))
+        })
+    });
+    join_all(calls).await.into_iter().collect()
 }

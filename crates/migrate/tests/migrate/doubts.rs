@@ -104,6 +104,8 @@ async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
     sleep(LONG).await;
     app.write(5).await;
     assert_eq!(app.host().await, None, "it would have written what the answer does not name");
+    seeder.stop_tracking().await.expect_err("whoever ends the process must know of it");
+    assert_eq!((app.host().await, seeder.progress().borrow().phase), (None, SeederPhase::Suspending));
     here.kill();
     drop((seeder, calls));
     disk.fail_ledger(0, 0);
@@ -111,6 +113,21 @@ async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
     assert!(!again.owns());
     let answer = again.admit(b"").unwrap().finalize(id, 0).await.unwrap();
     assert_eq!(answer.dirty[0].runs().collect::<Vec<_>>().as_slice(), std::slice::from_ref(&(3..4)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_stops_a_seeder_whose_ledger_is_in_doubt_has_it_written_once_more() {
+    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
+    let (_here, seeder) = seed(&app, "A", &disk).await;
+    let calls = seeder.admit(b"").unwrap();
+    calls.track(id).await.unwrap();
+    // The handover, and what held before it, twice.
+    disk.fail_ledger_late(0, 3);
+    calls.finalize(id, 0).await.unwrap_err();
+    assert_eq!(app.host().await, None);
+    seeder.stop_tracking().await.unwrap();
+    assert_eq!((app.host().await, seeder.progress().borrow().phase), (Some("A"), SeederPhase::Owner));
+    assert!(matches!(Ledger::load(&*disk).unwrap(), Some(Standing::Owner { .. })));
 }
 
 #[tokio::test(start_paused = true)]

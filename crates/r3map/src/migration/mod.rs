@@ -159,7 +159,7 @@ impl Migration {
         self
     }
 
-    /// With this limit to how long each hook, and on a seeder flushing, may take: see
+    /// With this limit to how long each hook, and each call to what shows the regions, may take: see
     /// [`SeederParts::limit`](r3map_migrate::SeederParts::limit). Default 30 s. Where it is longer on the seeder, the leecher's
     /// [`handover_timeout`](LeecherSettings::handover_timeout) is to be longer than both together.
     #[must_use]
