@@ -20,6 +20,10 @@ use crate::output::{Bar, Output};
 use crate::shown::{View, tell_refused};
 use crate::signals::Signals;
 
+/// How long a seeder is told that the regions arrived after somebody has said stop: as long as one attempt to tell it may
+/// take, and a few more.
+const TELL_LIMIT: Duration = Duration::from_secs(30);
+
 /// Says that the application may run here.
 pub(super) fn tell_running(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], output: Output) {
     let report = running.report();
@@ -259,7 +263,7 @@ impl Site {
         }
         let human = "stopped: everything is stored; `r3map seed --cache` goes on with it";
         self.output.event("stopped", human, json!({}));
-        Ok(())
+        tell_former(self.running.former(), last_words(self.args.give_up_after), signals, self.output).await
     }
 
     /// Offers them to the next host.
@@ -275,23 +279,33 @@ impl Site {
         let ended = host.until_gone(signals).await?;
         host::close_listeners(seeding, ended, output).await?;
         debug_assert_ne!(ended, Ended::Returned, "they are shown");
+        let limit = match ended {
+            Ended::Gone => args.give_up_after.limit(),
+            Ended::Stopped | Ended::Returned => last_words(args.give_up_after),
+        };
         match former {
-            Some(former) if ended == Ended::Gone => tell_former(former, args.give_up_after, signals, output).await,
-            _ => Ok(()),
+            Some(former) => tell_former(former, limit, signals, output).await,
+            None => Ok(()),
         }
     }
 }
 
+/// For how long a seeder is told that the regions arrived when somebody has said stop.
+fn last_words(patience: Patience) -> Option<Duration> {
+    Some(patience.limit().map_or(TELL_LIMIT, |limit| limit.min(TELL_LIMIT)))
+}
+
 /// Sees to it that the seeder from which the regions came knows that they arrived: who does not know that may take them
 /// back there, and they would be in two places. It is told while the seeder here lives.
-async fn tell_former(mut former: Former, limit: Patience, signals: &mut Signals, output: Output) -> Result<()> {
+async fn tell_former(mut former: Former, limit: Option<Duration>, signals: &mut Signals, output: Output) -> Result<()> {
     if former.knows() {
         return Ok(());
     }
-    let human = "the seeder from which the region came does not know that it has arrived; it is told when it answers";
+    let human = "the seeder from which the region came does not know that it has arrived; it is told when it answers, \
+                 Ctrl-C gives up";
     output.note("waiting", human);
     let patience = async {
-        match limit.limit() {
+        match limit {
             Some(limit) => tokio::time::sleep(limit).await,
             None => std::future::pending().await,
         }
@@ -308,8 +322,8 @@ async fn tell_former(mut former: Former, limit: Patience, signals: &mut Signals,
         () = signals.next() => "stopped".to_owned(),
     };
     bail!(
-        "the seeder from which the region came does not know that it has arrived and gone on from here ({why}): stop it by hand, and \
-         do not take the region back there"
+        "the seeder from which the region came does not know that it has arrived here ({why}): stop it by hand, and do not \
+         take the region back there"
     )
 }
 

@@ -12,6 +12,9 @@ use crate::shown::View;
 use crate::signals::Signals;
 
 const KEPT: &str = "the region stays here; the application runs on";
+/// Said where a handover has failed, and the ledger may say that it has not. What was written before it is stored.
+const IN_DOUBT: &str = "stopped while the ledger may say that the region was handed over, and cannot be written: the application \
+                        stays suspended; see to it that the ledger can be written, and start this again, which does what it says";
 
 /// Regions that are seeded.
 pub(super) struct Host<'a> {
@@ -172,9 +175,13 @@ impl Host<'_> {
     /// Ends what can be ended without loss.
     async fn stop(&self, signals: &mut Signals) -> Result<Ended> {
         // A handover that is under way comes to its end first.
-        tokio::select! {
-            stopped = self.seeder.stop_tracking() => stopped?,
+        let stopped = tokio::select! {
+            stopped = self.seeder.stop_tracking() => stopped,
             () = signals.next() => bail!("gave up while the region was changing hands: start it again"),
+        };
+        if let Err(error) = stopped {
+            self.abandon().await;
+            return Err(error).context(IN_DOUBT);
         }
         if !self.seeder.owns() {
             return self.wait(signals).await;
@@ -245,6 +252,7 @@ pub(super) async fn close_listeners(seeding: Seeding, ended: Ended, output: Outp
                 "the region was handed over in the last moment: start it again, so that the other side gets the rest"
             );
         }
+        seeder.stop_tracking().await.context(IN_DOUBT)?;
         closed?;
         output.event("stopped", "stopped: everything is stored", json!({}));
     }

@@ -582,6 +582,73 @@ fn or_for_as_long_as_the_user_says() {
     });
 }
 
+/// A region that has come from A to B, where A cannot take in that it has: B, which somebody tells to stop, A, and the line between
+/// them.
+fn stopped_unheard(scene: &Scene, more: &[&str]) -> (Program, Seeder, DelayProxy) {
+    std::fs::create_dir(scene.path("ledgers")).expect("it can be made");
+    let (first, _, _) = seed_file(scene, SIZE, &["--ledger", &scene.name("ledgers/a")]);
+    let (mut b, line) = leech_at_once(scene, &first, "b", &[&["--cache", &scene.name("cache")], more].concat());
+    std::fs::rename(scene.path("ledgers"), scene.path("away")).expect("it can be moved");
+    line.set_rate(None);
+    line.heal();
+    b.wait_for_event(SOON, "warning");
+    b.terminate();
+    b.wait_for_event(SOON, "stopped");
+    b.wait_for_event(SOON, "waiting");
+    (b, first, line)
+}
+
+#[test]
+fn who_is_stopped_tells_the_seeder_that_it_came_from_or_says_that_it_did_not() {
+    let both: [&[&str]; 2] = [&[], &["--then-seed", "grpc://127.0.0.1:0"]];
+    for more in both {
+        Scene::with_fuse(SOON, |scene| {
+            let (b, first, _line) = stopped_unheard(scene, more);
+            std::fs::rename(scene.path("away"), scene.path("ledgers")).expect("it can be moved");
+            first.ends();
+            b.end_well(SOON).event("told");
+        });
+        Scene::with_fuse(SOON, |scene| {
+            let (mut b, _first, _line) = stopped_unheard(scene, more);
+            b.interrupt();
+            complains_as_event(&b.end(SOON), "do not take the region back there");
+        });
+    }
+    Scene::with_fuse(SOON, |scene| {
+        let (b, _first, _line) = stopped_unheard(scene, &["--give-up-after", "1s"]);
+        complains_as_event(&b.end(SOON), "do not take the region back there");
+    });
+}
+
+#[test]
+fn ctrl_c_while_the_ledger_is_in_doubt_says_so_and_resumes_nothing() {
+    Scene::with_fuse(SOON, |scene| {
+        let (go, resumed) = (scene.name("may-go"), scene.name("resumed"));
+        let suspend = format!("until test -e {go}; do sleep 0.01; done");
+        let ledger = scene.path("disk.img.ledger");
+        let hooks = ["--on-suspend", &suspend, "--on-resume", &format!("touch {resumed}"), "--hook-timeout", "1h"];
+        let (mut seeder, _, stamps) = seed_file(scene, MIB, &hooks);
+        let mut leecher = leech(scene, &seeder.uri, "there", &[]);
+        seeder.program.wait_for_event(SOON, "suspending");
+        // It can be neither written nor read.
+        std::fs::create_dir(&ledger).expect("nothing was written yet");
+        std::fs::write(&go, "").expect("it can be made");
+        seeder.program.terminate();
+        let outcome = seeder.program.end(SOON);
+        complains_as_event(&outcome, "the application stays suspended");
+        assert!(!scene.path("resumed").exists() && !is_mounted(&scene.path("here")), "{outcome:?}");
+        assert!(outcome.events().iter().all(|event| event["event"] != "stopped"), "{outcome:?}");
+        leecher.kill();
+        scene.step("the next one goes by what the ledger says");
+        std::fs::remove_dir(&ledger).expect("it is empty");
+        let (region, here) = (format!("file:{}", scene.name("disk.img")), scene.name("here"));
+        let seeder = seed(scene, &[&[region.as_str(), &here], &LISTEN[..]].concat());
+        stamps.check(&scene.path("here"));
+        seeder.program.terminate();
+        seeder.program.end_well(SOON).event("stopped");
+    });
+}
+
 #[test]
 fn a_region_is_moved_as_a_file_in_a_directory() {
     Scene::with_fuse(SOON, |scene| {
