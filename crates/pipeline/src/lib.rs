@@ -1,8 +1,13 @@
 //! Stages over a [`Backend`](r3map_core::Backend): each is a backend that wraps another and adds one behaviour, and can
 //! be tested alone. The puller and the pusher drive the cached stage in the background.
+//!
+//! Beside them is what frontends need that stand between a kernel and a backend: [`Buffers`], and [threads](blocking) for
+//! calls that may hang.
 
 mod aligned;
 mod block_set;
+pub mod blocking;
+mod buffers;
 mod cached;
 mod chunked;
 mod gate;
@@ -16,6 +21,7 @@ mod tracker;
 
 pub use aligned::Aligned;
 pub use block_set::BlockSet;
+pub use buffers::{Buffer, Buffers};
 pub use cached::{
     Cached, CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings, Writes,
 };

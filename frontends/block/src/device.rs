@@ -10,7 +10,6 @@ use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_sys::FileMapping;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-use crate::blocking::{off_runtime, spawn, within};
 use crate::drain::Drain;
 use crate::kind::Kind;
 use crate::loop_device::LoopDevice;
@@ -19,6 +18,7 @@ use crate::node::Node;
 use crate::service::Service;
 use crate::settings::{BlockSettings, invalid};
 use crate::ublk::Ublk;
+use r3map_pipeline::blocking::{off_runtime, spawn, within};
 
 /// A region that is a block device.
 ///

@@ -27,8 +27,6 @@
 //! lends go to the kernel without a copy in between. Blocking calls on the device must not stop the runtime that the
 //! backend needs.
 
-mod blocking;
-mod buffers;
 mod device;
 mod drain;
 mod kind;

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use r3map_core::{Error, Operation, Result};
+use r3map_pipeline::blocking::within;
 use r3map_sys::{Loop, LoopSpec};
 
 use crate::node::{Node, until};
@@ -67,7 +68,7 @@ fn size(file: &Path, settings: &BlockSettings) -> Result<u64> {
     let cannot = |error| Error::from_io(Operation::Mount, "the file cannot be looked at", error);
     let file = file.to_owned();
     // A file that another process serves may not answer.
-    crate::blocking::within(settings.start_limit, "looking at the file", move || {
+    within(settings.start_limit, "looking at the file", move || {
         file.metadata().map(|found| found.len()).map_err(cannot)
     })
 }

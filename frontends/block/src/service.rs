@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::buffers::Buffers;
+use r3map_pipeline::Buffers;
 
 /// A backend, the runtime that its slow requests run on, and a switch that ends both.
 pub(crate) struct Service {

@@ -52,8 +52,6 @@
 //!   `/sys/fs/fuse/connections/N/abort`) ends that.
 
 mod attributes;
-mod blocking;
-mod buffers;
 mod filesystem;
 mod kernel;
 mod mount;

@@ -10,13 +10,13 @@ use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_sys::apart;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-use crate::blocking::{off_runtime, spawn, within};
 use crate::filesystem::Shape;
 use crate::kernel::{self, Options, Unmount, shown, unmount};
 use crate::mountinfo::mounted_on;
 use crate::place::{Made, Place};
 use crate::session::Session;
 use crate::settings::{FileSettings, Show};
+use r3map_pipeline::blocking::{off_runtime, spawn, within};
 
 /// How long the kernel may take for the first answer of a new mount.
 pub(crate) const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(30);

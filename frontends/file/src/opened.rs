@@ -10,9 +10,9 @@ use r3map_sys::apart;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
-use crate::blocking::{off_runtime, spawn};
 use crate::mount::{Mounted, wait_outside_runtime};
 use crate::settings::{FileSettings, Show};
+use r3map_pipeline::blocking::{off_runtime, spawn};
 
 /// A region that is open as a file. It is on no path, so nothing is left behind even when the process is killed; other
 /// processes reach it through `/proc/PID/fd/N`.

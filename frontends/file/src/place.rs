@@ -11,10 +11,10 @@ use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use crate::blocking::within;
 use crate::kernel::{Unmount, shown, unmount};
 use crate::mountinfo::{Mounted, mounted_on, one_line};
 use crate::settings::Show;
+use r3map_pipeline::blocking::within;
 
 /// How long a path may take to say what it is. A mount whose process hangs takes for ever.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);

@@ -10,13 +10,13 @@ use r3map_sys::apart;
 use tokio::runtime::Handle;
 
 use crate::FileMount;
-use crate::blocking::{off_runtime, within};
 use crate::filesystem::Shape;
 use crate::kernel::{self, Options};
 use crate::mount::{FIRST_ANSWER_LIMIT, Mounted};
 use crate::place::Place;
 use crate::session::Session;
 use crate::settings::{FileSettings, Show};
+use r3map_pipeline::blocking::{off_runtime, within};
 
 /// A file that will be shown, served already but on no path: neither its name is there nor anything that could be read.
 /// Nothing is left of it when it is dropped or its process is killed.

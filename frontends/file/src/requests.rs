@@ -6,8 +6,8 @@ use std::sync::Arc;
 use fuser::{Errno, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite};
 use r3map_core::{Backend, Error, ErrorKind, ExtentKind, Extents, Operation, Piece, ReadPieces, Result};
 
-use crate::buffers::Buffer;
 use crate::service::Service;
+use r3map_pipeline::Buffer;
 
 /// `fallocate(2)` modes, from `linux/falloc.h`.
 pub(crate) const KEEP_SIZE: i32 = 0x01;

@@ -11,11 +11,11 @@ use r3map_core::{Backend, Error, Operation, Result, check_range};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use crate::blocking::{off_runtime, spawn, within};
 use crate::filesystem::{RegionFile, Shape, file_ino};
 use crate::kernel::device_can_be_opened;
 use crate::service::Service;
 use crate::settings::FileSettings;
+use r3map_pipeline::blocking::{off_runtime, spawn, within};
 
 /// A file system that is being served.
 pub(crate) struct Session {

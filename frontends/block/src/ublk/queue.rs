@@ -12,9 +12,9 @@ use r3map_sys::ublk::{Bell, Channel, Queue};
 use tokio::sync::watch;
 
 use super::requests::{Mailbox, Reply, serve};
-use crate::blocking::spawn;
 use crate::node::until;
 use crate::service::Service;
+use r3map_pipeline::blocking::spawn;
 
 /// The running threads of a device. Dropping it ends them, and fails what is under way.
 pub(super) struct Queues {

@@ -1,5 +1,5 @@
-//! Calls into the kernel that may take as long as a backend does, each on a thread of its own, so that nobody waits for
-//! ever: not the caller, and not a runtime that is shutting down.
+//! Calls into the kernel that may take as long as a backend does, or for ever (a path whose file system does not answer),
+//! each on a thread of its own, so that nobody waits for ever: not the caller, and not a runtime that is shutting down.
 
 use std::sync::mpsc;
 use std::thread;
@@ -9,7 +9,10 @@ use r3map_core::{Error, ErrorKind, Operation, Result};
 use tokio::sync::oneshot;
 
 /// Does `work` and waits for it from a task. Dropping the future leaves the work running.
-pub(crate) async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+///
+/// # Errors
+/// What `work` answers; `Internal` if it panics; where no thread can be started.
+pub async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let (done, waiting) = oneshot::channel();
     spawn(move || {
         // The caller has given up if nobody listens.
@@ -19,7 +22,10 @@ pub(crate) async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> Result
 }
 
 /// Does `work` and waits at most `limit` for it; `what` says in the error what did not happen. The work goes on.
-pub(crate) fn within<T: Send + 'static>(
+///
+/// # Errors
+/// What `work` answers; `Unavailable` when the time is over; where no thread can be started.
+pub fn within<T: Send + 'static>(
     limit: Duration,
     what: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
@@ -35,9 +41,12 @@ pub(crate) fn within<T: Send + 'static>(
 }
 
 /// Starts a thread for `work`.
-pub(crate) fn spawn(work: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
+///
+/// # Errors
+/// Where none can be started.
+pub fn spawn(work: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
     thread::Builder::new()
-        .name("r3map-block".to_owned())
+        .name("r3map-kernel".to_owned())
         .spawn(work)
         .map_err(|error| Error::from_io(Operation::Mount, "no thread can be started", error))
 }

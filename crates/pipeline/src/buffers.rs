@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A pool of buffers. Cloning gives another handle to the same pool.
 #[derive(Debug, Clone)]
-pub(crate) struct Buffers(Arc<Pool>);
+pub struct Buffers(Arc<Pool>);
 
 #[derive(Debug)]
 struct Pool {
@@ -16,18 +16,28 @@ struct Pool {
 
 impl Buffers {
     /// A pool that keeps at most `keep` buffers that nobody uses.
-    pub(crate) fn new(keep: usize) -> Self {
+    #[must_use]
+    pub fn new(keep: usize) -> Self {
         Self(Arc::new(Pool { keep, free: Mutex::default() }))
     }
 
     /// A buffer of `len` bytes whose contents mean nothing.
-    pub(crate) fn take(&self, len: usize) -> Buffer {
+    #[must_use]
+    pub fn take(&self, len: usize) -> Buffer {
         let mut bytes = self.pop();
         if bytes.len() < len {
             // A fresh allocation is zeroed by the kernel only where it is touched; growing would copy.
             bytes = vec![0; len];
         }
         Buffer { bytes, len, pool: self.clone() }
+    }
+
+    /// A buffer with a copy of `data`.
+    #[must_use]
+    pub fn copy(&self, data: &[u8]) -> Buffer {
+        let mut buffer = self.take(data.len());
+        buffer.copy_from_slice(data);
+        buffer
     }
 
     fn pop(&self) -> Vec<u8> {
@@ -44,7 +54,7 @@ impl Buffers {
 
 /// A buffer that goes back to its pool when dropped.
 #[derive(Debug)]
-pub(crate) struct Buffer {
+pub struct Buffer {
     bytes: Vec<u8>,
     len: usize,
     pool: Buffers,
@@ -81,6 +91,7 @@ mod tests {
         assert!(taken.iter().all(|buffer| buffer.len() == 4096));
         drop(taken);
         assert_eq!(pool.0.free.lock().unwrap().len(), 2);
+        assert_eq!(pool.copy(&[1, 2, 3])[..], [1, 2, 3]);
         assert_eq!(pool.take(8192).len(), 8192);
         assert_eq!(pool.0.free.lock().unwrap().len(), 2);
     }
