@@ -19,7 +19,7 @@ use r3map_pipeline::{Gate, WhenClosed};
 use r3map_slice::{Prepared, ScopeWanted, SliceHandle, SliceParts, SliceSettings};
 use tokio::sync::watch;
 
-use super::{FileSource, SliceSource};
+use super::{FileSource, SliceSource, Syncing};
 #[cfg(feature = "block")]
 use crate::mount::{BlockMount, Plan};
 use crate::mount::{FileMount, PathMount, Region, SliceMount};
@@ -333,9 +333,19 @@ impl Target for Landing {
                     let (cached, guarded) = open_local(local, record.clone(), arrival).await?;
                     let arrived = match front {
                         Front::Path(path, prepared) => {
-                            show_path(name, &path, *prepared, cached, guarded, retry).await?
+                            show_file(name, cached, guarded, retry, async |region| {
+                                let mount = PathMount::show_prepared(region, &path, *prepared).await?;
+                                Ok((mount.syncing(), Kept::Path(mount)))
+                            })
+                            .await?
                         }
-                        Front::File => show_file(name, &settings, cached, guarded, retry).await?,
+                        Front::File => {
+                            show_file(name, cached, guarded, retry, async |region| {
+                                let mount = FileMount::show(region, &settings, true).await?;
+                                Ok((mount.syncing()?, Kept::File(mount)))
+                            })
+                            .await?
+                        }
                         #[cfg(feature = "block")]
                         Front::Block(plan) => show_block(name, plan, cached, guarded, retry).await?,
                     };
@@ -370,33 +380,19 @@ async fn open_local(
     Ok((cached, guarded))
 }
 
-async fn show_path(
-    name: String,
-    path: &Path,
-    prepared: PreparedMount,
-    cached: Arc<Cached>,
-    guarded: Arc<Guarded>,
-    retry: Arc<Retry>,
-) -> Result<Arrived> {
-    guarded.fence(Fencing::Strict).await?;
-    let region = Region::arrived(cached, guarded.clone(), guarded.front(), retry);
-    let mount = PathMount::show_prepared(region.clone(), path, prepared).await?;
-    let source = Arc::new(FileSource { guarded, sync: mount.syncing() });
-    Ok(Arrived { name, region, source, kept: Kept::Path(mount), record: None })
-}
-
+/// Shows a file, on a path or opened: `show` says which.
 async fn show_file(
     name: String,
-    settings: &Settings,
     cached: Arc<Cached>,
     guarded: Arc<Guarded>,
     retry: Arc<Retry>,
+    show: impl AsyncFnOnce(Region) -> Result<(Syncing, Kept)>,
 ) -> Result<Arrived> {
     guarded.fence(Fencing::Strict).await?;
     let region = Region::arrived(cached, guarded.clone(), guarded.front(), retry);
-    let mount = FileMount::show(region.clone(), settings, true).await?;
-    let source = Arc::new(FileSource { guarded, sync: mount.syncing()? });
-    Ok(Arrived { name, region, source, kept: Kept::File(mount), record: None })
+    let (sync, kept) = show(region.clone()).await?;
+    let source = Arc::new(FileSource { guarded, sync });
+    Ok(Arrived { name, region, source, kept, record: None })
 }
 
 /// Only changes are fenced off: the kernel reads a device when it appears.

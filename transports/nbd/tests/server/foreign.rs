@@ -5,17 +5,13 @@ use std::sync::Arc;
 use r3map_local::{Directory, DirectorySettings, Memory};
 use r3map_nbd::{ServerExport, ServerSettings};
 use r3map_testkit::store::Store;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::support::{Running, contents, filled, memory, run, try_run};
+use crate::support::{Running, contents, extents, filled, memory, parsed, run, try_run};
 
 const MIB: u64 = 1 << 20;
 /// No multiple of anything.
 const ODD: u64 = 5 * MIB + 1234;
-
-fn parsed(output: &str) -> Value {
-    serde_json::from_str(output).unwrap_or_else(|error| panic!("{error}: {output}"))
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nbdinfo_sees_every_field() {
@@ -59,13 +55,7 @@ async fn maps_of_nbdinfo_and_qemu_img_show_holes() {
     memory.write_now(MIB, &filled(2 * MIB, 1)).unwrap();
     let running = Running::one(memory).await;
     let map = parsed(&run("nbdinfo", &["--map", "--json", &running.uri("disk")]));
-    let extents: Vec<_> = map
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|extent| ["offset", "length", "type"].map(|field| extent[field].as_u64().unwrap()))
-        .collect();
-    assert_eq!(extents, [[0, MIB, 3], [MIB, 2 * MIB, 0], [3 * MIB, MIB, 3]]);
+    assert_eq!(extents(&map), [[0, MIB, 3], [MIB, 2 * MIB, 0], [3 * MIB, MIB, 3]]);
     let map = parsed(&run("qemu-img", &["map", "--output=json", &running.uri("disk")]));
     let data: Vec<_> = map.as_array().unwrap().iter().map(|extent| (&extent["start"], &extent["data"])).collect();
     assert_eq!(data, [(&json!(0), &json!(false)), (&json!(MIB), &json!(true)), (&json!(3 * MIB), &json!(false))]);

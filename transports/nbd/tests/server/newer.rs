@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use r3map_local::Memory;
 use r3map_testkit::skip;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::support::{Running, contents, filled, memory, run};
+use crate::support::{Running, contents, extents, filled, memory, parsed, run};
 
 const GIB: u64 = 1 << 30;
 /// No multiple of anything.
@@ -21,10 +21,6 @@ fn newer(program: &str) -> Option<String> {
         return None;
     }
     Some(path.to_str().expect("plain names").to_owned())
-}
-
-fn parsed(output: &str) -> Value {
-    serde_json::from_str(output).unwrap_or_else(|error| panic!("{error}: {output}"))
 }
 
 /// A sparse region that no 32 bits count, with a little in it.
@@ -49,13 +45,7 @@ async fn nbdinfo_agrees_on_extended_headers_and_sees_extents_of_more_than_32_bit
         assert_eq!(&info["exports"][0][field], value, "{field}");
     }
     let map = parsed(&run(&nbdinfo, &["--map", "--json", &running.uri("disk")]));
-    let extents: Vec<_> = map
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|extent| ["offset", "length", "type"].map(|field| extent[field].as_u64().unwrap()))
-        .collect();
-    assert_eq!(extents, [[0, 9 * GIB, 3], [9 * GIB, 1 << 20, 0], [9 * GIB + (1 << 20), 3 * GIB - (1 << 20), 3]]);
+    assert_eq!(extents(&map), [[0, 9 * GIB, 3], [9 * GIB, 1 << 20, 0], [9 * GIB + (1 << 20), 3 * GIB - (1 << 20), 3]]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -13,6 +13,7 @@ use r3map_nbd::wire::{
 };
 use r3map_nbd::{Address, Server, ServerExport, ServerSettings};
 use r3map_testkit::process::Process;
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -286,3 +287,14 @@ pub(crate) fn write(framing: Framing, cookie: u64, offset: u64, length: u64) -> 
 }
 
 pub(crate) const FRAMINGS: [Framing; 3] = [Framing::Simple, Framing::Structured, Framing::Extended];
+
+/// What a program has said in JSON.
+pub(crate) fn parsed(output: &str) -> Value {
+    serde_json::from_str(output).unwrap_or_else(|error| panic!("{error}: {output}"))
+}
+
+/// Offset, length and type of each extent in a map of nbdinfo.
+pub(crate) fn extents(map: &Value) -> Vec<[u64; 3]> {
+    let fields = |extent: &Value| ["offset", "length", "type"].map(|field| extent[field].as_u64().unwrap());
+    map.as_array().unwrap().iter().map(fields).collect()
+}
