@@ -609,7 +609,7 @@ fn who_is_stopped_tells_the_seeder_that_it_came_from_or_says_that_it_did_not() {
             b.end_well(SOON).event("told");
         });
         Scene::with_fuse(SOON, |scene| {
-            let (mut b, _first, _line) = stopped_unheard(scene, more);
+            let (b, _first, _line) = stopped_unheard(scene, more);
             b.interrupt();
             complains_as_event(&b.end(SOON), "do not take the region back there");
         });
