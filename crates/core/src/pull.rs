@@ -52,9 +52,6 @@ impl fmt::Debug for Priority {
 /// How many chunks of a priority function are sorted at a time: bounds the memory to a few MiB for any region.
 const SORTED: usize = 1 << 16;
 
-/// How long after a demand the next one is counted on: one who reads from chunk to chunk works for a while in between.
-const MANNERS: Duration = Duration::from_secs(1);
-
 /// The smallest request while the window is small, as a part of it: several requests overlap from the start on.
 const REQUESTS_IN_WINDOW: u64 = 8;
 
@@ -91,9 +88,10 @@ pub struct PullPlan {
     paused_until: Duration,
     /// The remote did not answer the last time: one request finds out whether it is back.
     away: bool,
-    /// Whether demands wait, as of the last look, and until when more are counted on.
+    /// Nobody reads before everything is there.
+    alone: bool,
+    /// As of the last look.
     others: Others,
-    counted_on: Duration,
 }
 
 /// Chunks in a given order.
@@ -146,9 +144,15 @@ impl PullPlan {
             postponed: VecDeque::new(),
             paused_until: Duration::ZERO,
             away: false,
-            others: Others::Quiet,
-            counted_on: Duration::ZERO,
+            alone: false,
+            others: Others::Possible,
         }
+    }
+
+    /// Whether nobody reads before everything is there: what is in flight keeps nobody waiting then.
+    #[must_use]
+    pub fn alone(self, alone: bool) -> Self {
+        Self { alone, ..self }
     }
 
     /// These chunks come before everything but demand: what the other side of a migration changed last.
@@ -182,14 +186,11 @@ impl PullPlan {
 
     /// What to do at `now`. `demand` while one is waiting for the remote: the link is not filled to the brim then.
     pub fn next(&mut self, now: Duration, demand: bool) -> Next {
-        self.others = match demand {
-            true => Others::Waiting,
-            false if now < self.counted_on => Others::Lately,
-            false => Others::Quiet,
+        self.others = match (demand, self.alone) {
+            (true, _) => Others::Waiting,
+            (false, true) => Others::None,
+            (false, false) => Others::Possible,
         };
-        if demand {
-            self.counted_on = now + MANNERS;
-        }
         if now < self.paused_until {
             return Next::Later(self.paused_until);
         }

@@ -78,7 +78,7 @@ impl PushPlan {
         match self.workers {
             Workers::Off => self.window.requests() == 0,
             Workers::Fixed(limit) => self.window.requests() < limit.get(),
-            Workers::Adaptive => self.window.requests() == 0 || self.window.room(Others::Quiet) > 0,
+            Workers::Adaptive => self.window.requests() == 0 || self.window.room(Others::Possible) > 0,
         }
     }
 

@@ -21,7 +21,7 @@ const FLAT_ROUNDS: u32 = 2;
 const RATE_ROUNDS: u64 = 10;
 /// How long the shortest latency is remembered for.
 const LATENCY_MEMORY: Duration = Duration::from_secs(10);
-/// How much of what the link carries is in flight at least while nobody waits for something else, however short the latency:
+/// How much of what the link carries is in flight at least where nobody can wait for something else, however short the latency:
 /// where both sides would otherwise go to sleep and be woken for each request. As long as [`FLOOR`] takes on gigabit Ethernet.
 const BULK: Duration = Duration::from_millis(8);
 
@@ -30,10 +30,10 @@ const BULK: Duration = Duration::from_millis(8);
 pub enum Others {
     /// Somebody waits: three quarters of the target leave room, so that what comes next need not queue.
     Waiting,
-    /// Somebody did a moment ago, and may again.
-    Lately,
+    /// Somebody may come any time.
+    Possible,
     /// Nobody: the target, or more where that is little for the link.
-    Quiet,
+    None,
 }
 
 /// What is known of a request that is in flight. Give it back to [`Window::finish`].
@@ -111,8 +111,8 @@ impl Window {
         match others {
             _ if self.probing => self.half(),
             Others::Waiting => self.target / 4 * 3,
-            Others::Lately => self.target,
-            Others::Quiet => self.target.max(carried(self.rate(), BULK)).min(CEILING),
+            Others::Possible => self.target,
+            Others::None => self.target.max(carried(self.rate(), BULK)).min(CEILING),
         }
     }
 

@@ -390,7 +390,7 @@ impl<T: Target> Copying<T> {
         let remote = Arc::new(Retry::new(self.peer.region(index), self.settings.before.clone())?);
         let settings = CachedSettings {
             chunk_size: lane.geometry.chunk_size(),
-            pull: self.settings.pull.clone(),
+            pull: PullSettings { alone: true, ..self.settings.pull.clone() },
             writes: Writes::Kept,
             ..CachedSettings::default()
         };

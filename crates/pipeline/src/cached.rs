@@ -251,7 +251,8 @@ impl Inner {
         let read_only = settings.read_only || pushed && remote.capabilities().read_only;
         let table = Arc::new(open_table(geometry, &parts, read_only)?);
         let pull_request = settings.pull.max_request.get().min(request_limit);
-        let mut pull_plan = PullPlan::new(table.clone(), settings.pull.workers, pull_request, parts.priority.clone());
+        let pull_plan = PullPlan::new(table.clone(), settings.pull.workers, pull_request, parts.priority.clone());
+        let mut pull_plan = pull_plan.alone(settings.pull.alone);
         pull_plan.urgent(parts.urgent.iter().copied());
         let push = &settings.push;
         let push_plan = PushPlan::new(push.workers, push.interval, push.dirty_budget.get());

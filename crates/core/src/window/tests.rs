@@ -25,8 +25,8 @@ impl Link {
     fn transfer(&mut self, window: &mut Window, total: u64, from: Duration) -> Duration {
         let (mut now, mut sent, mut come) = (from, 0, 0);
         while come < total {
-            while sent < total && (window.requests() == 0 || window.room(Others::Quiet) > 0) {
-                let bytes = (window.wanted(Others::Quiet) / 8).clamp(64 << 10, 1 << 20).min(total - sent);
+            while sent < total && (window.requests() == 0 || window.room(Others::Possible) > 0) {
+                let bytes = (window.wanted(Others::Possible) / 8).clamp(64 << 10, 1 << 20).min(total - sent);
                 self.send(window, bytes, now);
                 sent += bytes;
             }
@@ -105,7 +105,7 @@ fn what_fails_leaves_nothing_in_flight_and_teaches_nothing() {
 #[test]
 fn politeness_leaves_room() {
     let window = Window::default();
-    assert_eq!((window.room(Others::Quiet), window.room(Others::Waiting)), (INITIAL, INITIAL / 4 * 3));
+    assert_eq!((window.room(Others::Possible), window.room(Others::Waiting)), (INITIAL, INITIAL / 4 * 3));
 }
 
 #[test]
@@ -131,10 +131,10 @@ fn a_longer_way_is_found_out() {
 }
 
 #[test]
-fn a_short_link_has_enough_to_do_unless_somebody_waits() {
+fn a_short_link_has_enough_to_do_where_nobody_can_wait() {
     let (mut link, mut window) = (Link::new(1 << 30, MS / 10), Window::default());
     link.transfer(&mut window, 1 << 30, Duration::ZERO);
     let bulk = carried(1 << 30, BULK);
-    assert!((bulk / 2..bulk * 2).contains(&window.wanted(Others::Quiet)), "{}", window.wanted(Others::Quiet));
-    assert!(window.wanted(Others::Lately) <= 3 << 20, "{}", window.wanted(Others::Lately));
+    assert!((bulk / 2..bulk * 2).contains(&window.wanted(Others::None)), "{}", window.wanted(Others::None));
+    assert!(window.wanted(Others::Possible) <= 3 << 20, "{}", window.wanted(Others::Possible));
 }

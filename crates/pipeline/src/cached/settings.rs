@@ -55,11 +55,13 @@ pub struct PullSettings {
     pub max_request: NonZeroU64,
     /// How long a chunk that could not be had is left alone before it is tried again. Default 5 s.
     pub retry_pause: Duration,
+    /// Nobody reads before everything is local: requests may queue, which keeps nobody waiting and a short link busy. Default no.
+    pub alone: bool,
 }
 
 impl Default for PullSettings {
     fn default() -> Self {
-        Self { workers: Workers::Adaptive, max_request: MIB, retry_pause: Duration::from_secs(5) }
+        Self { workers: Workers::Adaptive, max_request: MIB, retry_pause: Duration::from_secs(5), alone: false }
     }
 }
 

@@ -7,8 +7,8 @@ use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Geometry, Operati
 use r3map_local::{CacheFile, Memory, Stored};
 use r3map_migrate::Guarded;
 use r3map_pipeline::{
-    Aligned, Cached, CachedParts, CachedSettings, Durability, Hooked, Local, Mindful, Outage, Progress, Retry,
-    StateRecord, Writes,
+    Aligned, Cached, CachedParts, CachedSettings, Durability, Hooked, Local, Mindful, Outage, Progress, PullSettings,
+    Retry, StateRecord, Writes,
 };
 use tokio::sync::watch;
 
@@ -225,7 +225,7 @@ pub(super) fn cached_settings(mount: &Mount, chunk_size: ChunkSize) -> CachedSet
     let settings = &mount.settings;
     CachedSettings {
         chunk_size,
-        pull: settings.pull.clone(),
+        pull: PullSettings { alone: settings.pull.alone || settings.pull_first, ..settings.pull.clone() },
         push: settings.push.clone(),
         durability: settings.durability,
         writes: Writes::Pushed,
