@@ -5,7 +5,6 @@
 //! application must, and until it has, no flush may tell it that all is well.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -13,6 +12,7 @@ use r3map_core::{BLOCK_SIZE, Backend, Capabilities, Error, ErrorKind, Operation,
 use rangemap::RangeSet;
 
 use crate::DECLARED;
+use crate::folded::Folded;
 
 /// How many ranges of writes are told apart. Beyond that neighbours become one, with what lies between them.
 const MAX_RANGES: usize = 1 << 16;
@@ -31,16 +31,9 @@ const MAX_LOST: usize = 1 << 20;
 pub struct Mindful {
     inner: Arc<dyn Backend>,
     state: Mutex<State>,
-    /// How many flushes were asked for.
-    asked: AtomicU64,
-    /// Held while one runs.
-    last: tokio::sync::Mutex<Last>,
-}
-
-/// How the last flush ended, and how many of those that were asked for it answers.
-struct Last {
-    answers: u64,
-    result: Result<()>,
+    /// One at a time: one that began after another had been told of a loss, and before that was noted down here, would be
+    /// told that all is well.
+    flushes: Folded<Result<()>>,
 }
 
 #[derive(Default)]
@@ -62,8 +55,7 @@ impl Mindful {
     #[must_use]
     pub fn new(inner: Arc<dyn Backend>) -> Self {
         let state = Mutex::new(State { size: inner.size(), ..State::default() });
-        let last = tokio::sync::Mutex::new(Last { answers: 0, result: Ok(()) });
-        Self { inner, state, asked: AtomicU64::new(0), last }
+        Self { inner, state, flushes: Folded::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -168,19 +160,12 @@ impl Backend for Mindful {
     }
 
     async fn flush(&self) -> Result<()> {
-        let ticket = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
-        // One at a time: one that began after another had been told of a loss, and before that was noted down here, would
-        // be told that all is well.
-        let mut last = self.last.lock().await;
-        if last.answers >= ticket {
-            return last.result.clone();
-        }
-        let answers = self.asked.load(Ordering::SeqCst);
-        self.state().flush_begins();
-        let flushed = self.inner.flush().await;
-        let result = self.state().flush_ended(flushed);
-        *last = Last { answers, result: result.clone() };
-        result
+        let flush = async || {
+            self.state().flush_begins();
+            let flushed = self.inner.flush().await;
+            self.state().flush_ended(flushed)
+        };
+        self.flushes.flush(flush).await
     }
 }
 
@@ -328,7 +313,7 @@ mod tests {
         pause.wait_held(1).await;
         mindful.write_at(0, b"lost").await.unwrap();
         let others: Vec<_> = (0..5).map(|_| flush(&mindful)).collect();
-        while mindful.asked.load(Ordering::SeqCst) < 6 {
+        while mindful.flushes.asked() < 6 {
             tokio::task::yield_now().await;
         }
         lose(&faults);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Operation, Result};
-use r3map_pipeline::{Aligned, Chunked};
+use r3map_pipeline::{Aligned, Chunked, Losses};
 
 use crate::Uri;
 
@@ -210,7 +210,7 @@ impl Registry {
     }
 
     /// Serves `backend` at each of `uris`, on the [engine](crate::engine), in that order. One backend has one call of
-    /// this: requests are cut into chunks in one place for all of them.
+    /// this: requests are cut into chunks in one place for all of them, and each listener's clients hear of what it loses.
     ///
     /// # Errors
     /// `InvalidInput` for a scheme that cannot be served on; otherwise what the scheme says. Nothing is served then.
@@ -220,10 +220,10 @@ impl Registry {
         backend: Arc<dyn Backend>,
         options: &ListenOptions,
     ) -> Result<Vec<Box<dyn Listener>>> {
-        let backend = chunked(backend, options)?;
+        let shared = Losses::new(chunked(backend, options)?);
         let mut listeners = Vec::new();
         for uri in uris {
-            listeners.push(self.listen_at(uri, backend.clone(), options).await?);
+            listeners.push(self.listen_at(uri, Arc::new(shared.user()), options).await?);
         }
         Ok(listeners)
     }

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use r3map::{Access, Backend, ChunkSize, Chunking, ErrorKind, ListenOptions, Mount, OpenOptions, Registry, Result};
+use r3map::{
+    Access, Backend, ChunkSize, Chunking, ErrorKind, ListenOptions, Mount, OpenOptions, Operation, Registry, Result,
+};
+use r3map_testkit::faults::{Faults, Rule};
 
 async fn open(uri: &str, options: OpenOptions) -> Result<Arc<dyn Backend>> {
     Registry::standard().open(&uri.parse()?, &options).await
@@ -148,6 +151,25 @@ async fn serves_nbd_and_grpc_at_once() {
     assert_eq!(listeners[1].uri(), socket);
     for listener in listeners {
         listener.shutdown().await.unwrap();
+    }
+}
+
+/// The region tells of what it has lost once, as a remote does that was restarted.
+#[tokio::test]
+async fn what_a_served_region_has_lost_is_told_to_the_clients_of_every_listener() {
+    let faults = Faults::new(open("memory:?size=8KiB", OpenOptions::default()).await.unwrap());
+    let uris = ["grpc://127.0.0.1:0", "nbd://127.0.0.1:0/disk", "grpc://127.0.0.1:0"].map(|uri| uri.parse().unwrap());
+    let listeners = Registry::standard().listen(&uris, faults.clone(), &ListenOptions::default()).await.unwrap();
+    let mut clients = Vec::new();
+    for listener in &listeners {
+        let client = open(&listener.uri(), OpenOptions::default()).await.unwrap();
+        client.write_at(0, b"lost").await.unwrap();
+        clients.push(client);
+    }
+    faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+    for (client, listener) in clients.iter().zip(&listeners) {
+        let told = [client.flush().await, client.flush().await];
+        assert!(told[0].is_err() && told[1].is_ok(), "{}: {told:?}", listener.uri());
     }
 }
 

@@ -328,6 +328,43 @@ fn killed_between_write_and_flush_of_a_direct_mount() {
     });
 }
 
+/// The same behind a server that serves it on: whoever has written something hears of it, and nobody else.
+#[test]
+fn killed_between_write_and_flush_behind_another_server() {
+    Scene::with_fuse(LONG, |scene| {
+        let disk = open("memory:?size=8MiB");
+        let lent = Lent::at("grpc://127.0.0.1:0", Volatile::new(&disk)).expect("it can listen");
+        let between = scene.serve(&lent.uri, &[]);
+        let mount = |name: &str| scene.mount(&between.uri, name, &["--mode", "direct", "--retry", "30s"]);
+        let mounts = ["innocent", "one", "other"].map(mount);
+        let files: Vec<_> = mounts.iter().map(Mounted::open).collect();
+        let (innocent, writers) = files.split_first().expect("there are some");
+        let written = fill::bytes(0, 1 << 20, 8);
+        let write = |file: &File| file.write_all_at(&written, 0).expect("it can be written");
+        writers.iter().for_each(write);
+        let place = lent.kill();
+        let mut next = None;
+        wait_until(SOON, "its port is free", || {
+            next = Lent::at(&place, Volatile::new(&disk)).ok();
+            next.is_some()
+        });
+        innocent.sync_all().expect("it has written nothing");
+        for writer in writers {
+            for _ in 0..2 {
+                let error = writer.sync_all().expect_err("the server has forgotten it");
+                assert_eq!(error.raw_os_error(), Some(BUSY), "{error}");
+            }
+        }
+        for writer in writers {
+            write(writer);
+            writer.sync_all().expect("it was written again");
+        }
+        assert!(read(&*disk)[..1 << 20] == written);
+        drop(files);
+        mounts.into_iter().for_each(|mounted| drop(mounted.unmount()));
+    });
+}
+
 fn read(backend: &dyn Backend) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(backend.size()).expect("it fits")];
     block_on(backend.read_at(0, &mut bytes)).expect("it can be read");

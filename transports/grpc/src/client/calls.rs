@@ -192,7 +192,7 @@ impl Shared {
             return Ok(());
         }
         let what = match self.protocol {
-            Protocol::Region { .. } => "the server restarted since these writes",
+            Protocol::Region { .. } => "the server restarted since these writes, or what it serves did",
             Protocol::Go => "the connection broke since these writes, so the server may have restarted",
         };
         let message = format!("{}: {what}: they may be lost, write them again", self.links.target());

@@ -2,7 +2,7 @@
 //! the codes of our own service, which they do not look at.
 
 use bytes::Bytes;
-use r3map_core::{Operation, check_range};
+use r3map_core::{Backend, Operation, check_range};
 use tonic::Status;
 
 use crate::message;
@@ -50,7 +50,7 @@ impl Session {
     }
 
     pub(crate) async fn go_sync(&self, _: go::SyncArgs) -> Result<Rope, Status> {
-        answer(self.shared.backend.flush().await)?;
+        answer(self.user.flush().await)?;
         Ok(message::encode(&go::SyncReply {}))
     }
 }

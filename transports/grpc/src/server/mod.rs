@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Geometry, Operation, Result};
+use r3map_pipeline::Losses;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -92,10 +93,13 @@ pub(crate) struct Site {
 /// What all connections share of one region.
 pub(crate) struct Shared {
     backend: Arc<dyn Backend>,
+    /// Of the backend. To clients each is as if this server had been restarted.
+    losses: Arc<Losses>,
     geometry: Geometry,
     read_only: bool,
     max_request: u64,
-    instance: Bytes,
+    /// Which server this is, before anything was lost.
+    instance: u128,
     region: Bytes,
     budget: Arc<Budget>,
     fences: Fences,
@@ -218,20 +222,30 @@ impl Shared {
         if settings.in_flight < limit {
             return invalid(format!("{} bytes in flight cannot hold a request of {limit}", settings.in_flight));
         }
-        let instance = Bytes::copy_from_slice(&crate::client::random());
+        let instance = u128::from_be_bytes(crate::client::random());
         let shared = Shared {
             geometry,
             read_only: settings.read_only || backend.capabilities().read_only,
             max_request: limit,
-            region: identity(&*backend, settings).unwrap_or_else(|| instance.clone()),
+            region: identity(&*backend, settings).unwrap_or_else(|| name(instance)),
             instance,
             budget,
             fences: Fences::default(),
             patience: settings.patience,
+            losses: Losses::new(backend.clone()),
             backend,
         };
         Ok(shared)
     }
+
+    /// Which server this is, now that something was lost so often.
+    fn instance(&self, losses: u64) -> Bytes {
+        name(self.instance.wrapping_add(losses.into()))
+    }
+}
+
+fn name(instance: u128) -> Bytes {
+    Bytes::copy_from_slice(&instance.to_be_bytes())
 }
 
 fn identity(backend: &dyn Backend, settings: &ServerSettings) -> Option<Bytes> {

@@ -41,12 +41,13 @@ impl Session {
         }
         answer(self.shared.check_change(Operation::Write, head.offset, bytes.len() as u64))?;
         let _passing = self.gate.pass().await?;
-        answer(self.shared.backend.write_at(head.offset, bytes).await.map(|()| self.shared.written()))
+        let written = self.shared.written();
+        answer(self.shared.backend.write_at(head.offset, bytes).await.map(|()| written))
     }
 
     pub(crate) async fn flush(&self, _: region::FlushRequest) -> Result<Rope, Status> {
-        let result = self.shared.backend.flush().await;
-        answer(result.map(|()| message::encode(&region::FlushReply { instance: self.shared.instance.clone() })))
+        let instance = self.shared.losses.flush().await.map(|losses| self.shared.instance(losses));
+        answer(instance.map(|instance| message::encode(&region::FlushReply { instance })))
     }
 
     pub(crate) async fn trim(&self, request: region::RangeRequest) -> Result<Rope, Status> {
@@ -54,7 +55,8 @@ impl Session {
         answer(self.shared.check_range(Operation::Trim, offset, length))?;
         let Some(trim) = self.shared.backend.capabilities().trim else { return Err(unable()) };
         let _passing = self.gate.pass().await?;
-        answer(trim.trim(offset, length).await.map(|()| self.shared.written()))
+        let written = self.shared.written();
+        answer(trim.trim(offset, length).await.map(|()| written))
     }
 
     pub(crate) async fn write_zeroes(&self, request: region::RangeRequest) -> Result<Rope, Status> {
@@ -62,7 +64,8 @@ impl Session {
         answer(self.shared.check_range(Operation::WriteZeroes, offset, length))?;
         let Some(zeroes) = self.shared.backend.capabilities().write_zeroes else { return Err(unable()) };
         let _passing = self.gate.pass().await?;
-        answer(zeroes.write_zeroes(offset, length).await.map(|()| self.shared.written()))
+        let written = self.shared.written();
+        answer(zeroes.write_zeroes(offset, length).await.map(|()| written))
     }
 
     pub(crate) async fn extents(&self, request: region::RangeRequest) -> Result<Rope, Status> {
@@ -85,7 +88,7 @@ impl Shared {
         region::DescribeReply {
             major,
             minor,
-            instance: self.instance.clone(),
+            instance: self.instance(self.losses.count()),
             region: self.region.clone(),
             size: self.geometry.size(),
             chunk_size: u32::try_from(self.geometry.chunk_size().bytes()).unwrap_or(u32::MAX),
@@ -99,8 +102,9 @@ impl Shared {
         }
     }
 
+    /// The answer to a change that is about to be made: what is lost while it is under way may be it.
     fn written(&self) -> Rope {
-        message::encode(&region::WriteReply { instance: self.instance.clone() })
+        message::encode(&region::WriteReply { instance: self.instance(self.losses.count()) })
     }
 
     /// Checks a range that is about to be changed.

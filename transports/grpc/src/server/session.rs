@@ -15,6 +15,7 @@ use hyper::server::conn::http2::Builder;
 use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prost::Message;
+use r3map_pipeline::User;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -69,7 +70,8 @@ pub(crate) async fn serve(
     let shared = site.regions[0].clone();
     let patience = shared.patience;
     let (gate, go) = (Arc::default(), Arc::default());
-    let session = Session { site, shared, gate, go, caller: None, traffic: traffic.clone() };
+    let user = Arc::new(shared.losses.user());
+    let session = Session { site, shared, gate, user, go, caller: None, traffic: traffic.clone() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
         .initial_connection_window_size(WINDOW)
@@ -142,6 +144,8 @@ pub(crate) struct Session {
     /// The region that is asked for.
     pub(crate) shared: Arc<Shared>,
     pub(crate) gate: Arc<Gate>,
+    /// Of the region, as the Go programs use it, which know no instances.
+    pub(crate) user: Arc<User>,
     pub(crate) go: Arc<GoLeecher>,
     /// Who has made this request, where the server seeds.
     pub(crate) caller: Option<Caller>,

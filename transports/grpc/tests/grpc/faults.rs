@@ -71,7 +71,10 @@ async fn every_kind_of_error_arrives() {
         assert_eq!((error.kind(), error.operation(), error.range()), (kind, Operation::Read, Some((10, 20))));
         let error = client.write_at(10, &[0; 20]).await.unwrap_err();
         assert_eq!((error.kind(), error.operation(), error.range()), (kind, Operation::Write, Some((10, 20))));
-        assert_eq!(client.flush().await.unwrap_err().kind(), kind);
+        match (client.flush().await, kind) {
+            (flushed, ErrorKind::Conflict) => flushed.expect("nothing was acknowledged that could be lost"),
+            (flushed, _) => assert_eq!(flushed.unwrap_err().kind(), kind),
+        }
         faults.clear();
     }
     client.flush().await.unwrap();
@@ -125,8 +128,53 @@ async fn a_server_that_is_gone_between_write_and_flush_fails_the_flush_once() {
     client.write_at(200, b"to the new one").await.unwrap();
     let error = client.flush().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict);
-    assert!(error.message().contains("the server restarted since these writes"), "{error}");
+    assert!(error.message().contains("the server restarted since these writes, or what it serves did"), "{error}");
     client.write_at(100, b"lost?").await.unwrap();
+    client.flush().await.unwrap();
+}
+
+/// The backend tells of what it has lost once, to whoever flushes first, as a remote does that was restarted.
+#[tokio::test]
+async fn what_the_backend_has_lost_each_client_hears_of_that_may_have_lost_something() {
+    let faults = Faults::new(memory());
+    let (_server, target) = serve(faults.clone(), lasting()).await;
+    let go = async || Client::connect(target.clone(), go_settings(SIZE)).await.unwrap();
+    let (writers, gos) = ([connect(&target).await, connect(&target).await], [go().await, go().await]);
+    let innocent = connect(&target).await;
+    // Whoever flushes first.
+    for first in [&innocent, &writers[0], &gos[0]] {
+        for client in writers.iter().chain(&gos) {
+            client.write_at(0, b"lost").await.unwrap();
+        }
+        faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+        let told = first.flush().await;
+        assert_eq!(told.is_ok(), std::ptr::eq(first, &innocent), "it has lost nothing");
+        for client in writers.iter().chain(&gos).filter(|client| !std::ptr::eq(*client, first)) {
+            assert_eq!(client.flush().await.unwrap_err().kind(), ErrorKind::Conflict);
+        }
+        for client in writers.iter().chain(&gos).chain([&innocent]) {
+            client.flush().await.expect("it was told, once");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_write_under_way_while_the_backend_tells_of_a_loss_counts_as_lost() {
+    let faults = Faults::new(memory());
+    let (_server, target) = serve(faults.clone(), lasting()).await;
+    let (client, other) = (Arc::new(connect(&target).await), connect(&target).await);
+    let pause = Pause::new();
+    faults.add(Rule::on(Operation::Write).times(1).hold_after(&pause));
+    let writing = {
+        let client = client.clone();
+        tokio::spawn(async move { client.write_at(0, b"late").await })
+    };
+    pause.wait_held(1).await;
+    faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+    other.flush().await.unwrap();
+    pause.release();
+    in_time("the write", writing).await.unwrap().unwrap();
+    assert_eq!(client.flush().await.unwrap_err().kind(), ErrorKind::Conflict);
     client.flush().await.unwrap();
 }
 

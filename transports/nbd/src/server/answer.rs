@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use r3map_core::{Extent, ExtentKind, Piece, Result};
+use r3map_core::{Backend, Extent, ExtentKind, Piece, Result};
+use r3map_pipeline::User;
 
 use crate::server::buffers::{Buffer, Share};
 use crate::server::check::{Refusal, Terms, check_range};
@@ -26,6 +27,9 @@ pub(crate) static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// What a connection serves, shared by its requests.
 pub(crate) struct Link {
     pub(crate) export: Arc<Served>,
+    /// Who flushes. Connections do not say whose they are, and a flush on one stands for what was written on all of a
+    /// client's: each of them is told of what is lost.
+    pub(crate) user: Arc<User>,
     pub(crate) terms: Terms,
 }
 
@@ -107,7 +111,7 @@ impl Link {
             (Command::Read, _) if length == 0 => Answer::Done,
             (Command::Read, Payload::Room(share)) => self.read(&request, offset, share).await,
             (Command::Write, Payload::Data(data)) => self.durably(flags, self.write(offset, data.used())).await.into(),
-            (Command::Flush, _) => self.export.backend.flush().await.into(),
+            (Command::Flush, _) => self.user.flush().await.into(),
             (Command::Trim, _) => self.durably(flags, self.trim(offset, length)).await.into(),
             (Command::WriteZeroes, _) => self.write_zeroes(flags, offset, length).await,
             (Command::Cache, Payload::Room(share)) => self.cache(offset, length, share).await.into(),
@@ -121,7 +125,7 @@ impl Link {
     /// The change, and a flush after it if it is to be durable.
     async fn durably(&self, flags: CommandFlags, change: impl Future<Output = Result<()>>) -> Result<()> {
         change.await?;
-        if flags.contains(CommandFlags::FUA) { self.export.backend.flush().await } else { Ok(()) }
+        if flags.contains(CommandFlags::FUA) { self.user.flush_for_one().await } else { Ok(()) }
     }
 
     async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {

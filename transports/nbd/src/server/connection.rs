@@ -45,7 +45,7 @@ impl Connection {
     pub(super) async fn transmit_only<S: AsyncRead + AsyncWrite + Unpin + Send>(self, stream: S, export: Arc<Served>) {
         let terms = Terms { framing: Framing::Simple, allocation: false };
         let ending = self.shared.ending.clone();
-        ending.run_until_cancelled(self.transmit(stream, Link { export, terms })).await;
+        ending.run_until_cancelled(self.transmit(stream, Link { user: export.owner.clone(), export, terms })).await;
     }
 
     async fn converse<S: AsyncRead + AsyncWrite + Unpin + Send>(&self, mut stream: S) {

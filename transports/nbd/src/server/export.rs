@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Operation, Result};
+use r3map_pipeline::{Losses, User};
 
 use crate::wire::{BlockSizes, Framing, Text, TransmissionFlags};
 
@@ -46,6 +47,10 @@ pub(crate) struct Served {
     pub(crate) name: Text,
     pub(crate) description: Text,
     pub(crate) backend: Arc<dyn Backend>,
+    /// Of the backend.
+    pub(crate) losses: Arc<Losses>,
+    /// The one whose all connections are that made no handshake: the kernel, if anybody.
+    pub(crate) owner: Arc<User>,
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     pub(crate) trims: bool,
@@ -71,6 +76,7 @@ impl Served {
         let preferred =
             preferred_block.or(capabilities.preferred_chunk).and_then(|chunk| u32::try_from(chunk.bytes()).ok());
         let preferred = preferred.filter(|chunk| *chunk <= max_payload).unwrap_or(PREFERRED);
+        let losses = Losses::new(backend.clone());
         Ok(Self {
             name: checked,
             description,
@@ -79,6 +85,8 @@ impl Served {
             trims: capabilities.trim.is_some(),
             sizes: BlockSizes { minimum: 1, preferred, maximum: max_payload },
             step: capabilities.max_request.unwrap_or(u64::MAX).max(1),
+            owner: Arc::new(losses.user()),
+            losses,
             backend,
         })
     }

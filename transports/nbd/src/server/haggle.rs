@@ -249,7 +249,8 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Haggling<'a, S> {
 
     fn link(&self, export: &Arc<Served>) -> Link {
         let allocation = self.allocation.as_ref().is_some_and(|selected| Arc::ptr_eq(selected, export));
-        Link { export: export.clone(), terms: Terms { framing: self.framing, allocation } }
+        let user = Arc::new(export.losses.user());
+        Link { export: export.clone(), user, terms: Terms { framing: self.framing, allocation } }
     }
 
     fn begin_without_words(&mut self, name: &str) -> Result<Outcome, Failure> {

@@ -156,6 +156,51 @@ async fn an_error_of_the_backend_is_that_request_s_alone() {
     assert_eq!((flushed, raw.ask(request(Command::Flush, 4, 0, 0), &[]).await), (Err(Errno::Perm), Ok(vec![])));
 }
 
+/// The backend tells of what it has lost once, as a remote does that was restarted.
+fn lose(faults: &Faults) {
+    faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+}
+
+#[tokio::test]
+async fn what_the_backend_has_lost_is_told_on_every_connection() {
+    let faults = Faults::new(memory(SIZE, 1));
+    let running = Running::one(faults.clone()).await;
+    let mut connections = Vec::new();
+    for framing in FRAMINGS {
+        connections.push(running.transmit(framing).await);
+    }
+    lose(&faults);
+    for raw in &mut connections {
+        let mut durable = write(raw.framing, 1, 0, 1);
+        durable.flags |= CommandFlags::FUA;
+        let flush = request(Command::Flush, 2, 0, 0);
+        assert_eq!(raw.ask(durable, b"x").await, Err(Errno::Io), "{:?}", raw.framing);
+        assert_eq!(raw.ask(flush, &[]).await, Err(Errno::Io), "it was told of one write only");
+        assert_eq!(raw.ask(flush, &[]).await, Ok(vec![]));
+        assert_eq!(raw.ask(durable, b"x").await, Ok(vec![]));
+    }
+    let mut later = running.transmit(Framing::Simple).await;
+    assert_eq!(later.ask(request(Command::Flush, 1, 0, 0), &[]).await, Ok(vec![]));
+}
+
+#[tokio::test]
+async fn the_connections_of_a_kernel_are_told_of_it_once() {
+    let faults = Faults::new(memory(SIZE, 1));
+    let running = Running::one(faults.clone()).await;
+    let mut connections = Vec::new();
+    for _ in 0..2 {
+        let (stream, theirs) = tokio::net::UnixStream::pair().unwrap();
+        running.server.serve_export(theirs, "").unwrap();
+        connections.push(Raw { stream, framing: Framing::Simple });
+    }
+    lose(&faults);
+    let flush = request(Command::Flush, 1, 0, 0);
+    assert_eq!(connections[0].ask(flush, &[]).await, Err(Errno::Io));
+    for raw in &mut connections {
+        assert_eq!(raw.ask(flush, &[]).await, Ok(vec![]));
+    }
+}
+
 /// A backend that has a bug.
 struct Buggy(Store);
 
