@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use r3map::Settings;
+use r3map_sys::Pages;
 use r3map_testkit::fill;
 
 use crate::figure::{Spec, Target, Unit};
-use crate::limits::tcp;
+use crate::limits::{memory, tcp};
 use crate::peer::{Address, Addresses, Peer, Role, Shown};
 use crate::run::{self, Bench, mebibytes, millis, throughput, timed};
 use crate::sections::mounted::{Mode, Mounted, connect};
@@ -178,6 +179,7 @@ fn measure_case(settings: &run::Settings, case: Case, address: Address) -> Resul
 /// The time from nothing to the first byte, and then for a chunk far from where pulling is.
 fn first(settings: &run::Settings, case: Case, address: Address) -> Result<(Duration, Duration)> {
     let mut byte = [0];
+    fetch(settings, case)?;
     let (mounted, first_byte) = timed(|| {
         let mounted = Mounted::open(connect(address.grpc)?, case.mode, case.shown, Settings::default())?;
         mounted.read(0, &mut byte)?;
@@ -191,10 +193,20 @@ fn first(settings: &run::Settings, case: Case, address: Address) -> Result<(Dura
     Ok((first_byte, first_chunk))
 }
 
+/// So that the hypervisor has no part in it: see [`memory::fetch`].
+fn fetch(settings: &run::Settings, case: Case) -> Result<()> {
+    match (case.mode, case.shown) {
+        (Mode::Direct, _) => Ok(()),
+        (Mode::Managed, Shown::Slice) => memory::fetch(settings.size, Pages::Small),
+        (Mode::Managed, Shown::File) => memory::fetch(settings.size, Pages::Huge),
+    }
+}
+
 /// Reads a fresh mount from its start, writes it, and flushes; MiB per second each.
 fn whole(settings: &run::Settings, case: Case, address: Address) -> Result<(f64, f64, f64)> {
     let remote = connect(address.grpc)?;
     let mut buffer = vec![0; STEP];
+    fetch(settings, case)?;
     let ((mut mounted, bytes), read) = timed(|| {
         let mounted = Mounted::open(remote, case.mode, case.shown, Settings::default())?;
         let bytes = sample(case.mode, settings.size, |offset| mounted.read(offset, &mut buffer))?;
