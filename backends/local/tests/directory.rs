@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{SmallDisk, assert_says, fresh, scratch};
 use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Extent, ExtentKind, is_zero};
 use r3map_local::{Directory, DirectorySettings};
-use r3map_testkit::{conformance, crash, fill, model, skip};
+use r3map_testkit::{conformance, crash, deadline, fill, model, skip};
 use tempfile::TempDir;
 
 const SIZE: u64 = 300_001;
@@ -279,7 +279,7 @@ async fn no_more_files_are_open_than_may_be() {
     };
     let tasks: Vec<_> = (0..9).map(work).collect();
     for _ in 0..20 {
-        between.wait().await;
+        deadline(Duration::from_secs(60), "a round", between.wait()).await;
         let open = open_chunks(&path);
         assert!((1..=3).contains(&open), "{open} are open");
         between.wait().await;

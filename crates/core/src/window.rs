@@ -124,7 +124,8 @@ impl Window {
 
     /// A request of `bytes` begins at `now`.
     pub fn start(&mut self, bytes: u64, now: Duration) -> Flight {
-        let alone = self.in_flight == 0 || self.in_flight + bytes <= self.half();
+        // Whatever a probe lets start ends it, however long it is.
+        let alone = self.in_flight == 0 || self.in_flight < self.half();
         self.in_flight += bytes;
         self.requests += 1;
         let full = self.in_flight * 8 >= self.target * 7;
@@ -155,11 +156,11 @@ impl Window {
     fn note_latency(&mut self, took: Duration, alone: bool, now: Duration) {
         let known = self.latency;
         let old = known.is_some_and(|(_, at)| now.saturating_sub(at) >= LATENCY_MEMORY);
-        if known.is_none_or(|(shortest, _)| took <= shortest) || (old && alone) {
-            self.latency = Some((took, now));
-            self.probing = false;
-        } else {
-            self.probing = old;
+        match known {
+            Some((shortest, _)) if took > shortest && !(old && alone) => self.probing = old,
+            // A way does not become so much longer, but a remote that was away for a while looks like it.
+            Some((shortest, _)) => (self.latency, self.probing) = (Some((took.min(shortest * 4), now)), false),
+            None => (self.latency, self.probing) = (Some((took, now)), false),
         }
     }
 

@@ -366,7 +366,10 @@ impl<T: Target> Leecher<Pulling<T>> {
                 Some(handover) => (*id, handover),
                 None => return Ok(None),
             },
-            Standing::Arrived { epoch, .. } if description.epoch > *epoch => {
+            // One without a ledger that was started anew forgot the handover. Go's describe no epoch.
+            Standing::Arrived { epoch, .. }
+                if description.epoch > *epoch || (description.precopy && description.epoch != *epoch) =>
+            {
                 return Err(taken_back(description.epoch, *epoch));
             }
             Standing::Arrived { id, epoch } => {

@@ -171,6 +171,18 @@ impl<M: Shown> Leecher<Running<M>> {
         Former { settled: self.state.settled.clone() }
     }
 
+    /// Whether everything is here to stay, and it is written down that nobody else has it.
+    ///
+    /// # Errors
+    /// What keeps it from that, which is tried again; or that something is missing still.
+    pub fn kept(&self) -> Result<()> {
+        match &*self.state.settled.borrow() {
+            Settling::Here { kept: false, told, .. } => told.clone(),
+            Settling::Here { .. } => Ok(()),
+            _ => Err(Error::new(ErrorKind::Unavailable, Operation::Close, "something is missing still")),
+        }
+    }
+
     /// Waits until everything is here, and offers the regions to the next leecher, while the application runs on. Each
     /// region is offered under the name that it is given here, in order. A seeder that could not be told yet that everything
     /// is here is told when it answers, for as long as the new seeder lives: until then it is not to end, as [`Former`] says.

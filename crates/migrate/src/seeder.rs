@@ -463,14 +463,16 @@ impl Shared {
 
     async fn finalize(self: &Arc<Self>, id: MigrationId, rounds: u64, once: bool) -> Result<Handover> {
         let mut work = self.work.lock().await;
+        if work.halted {
+            // Whether it was handed over is not known, whatever else is: so nothing is refused.
+            self.settle(&mut work).await.map_err(as_silence)?;
+        }
         let received = match work.seat.finalize(id, rounds)? {
             Finalize::Again(_) if once => return Err(work.seat.elsewhere()),
             Finalize::Again(answer) => return self.settle(&mut work).await.map_err(as_silence).map(|()| answer),
             Finalize::Start { received } => received,
         };
-        if let Err(error) = self.settle(&mut work).await {
-            return Err(if work.halted { as_silence(error) } else { as_refusal(error) });
-        }
+        self.settle(&mut work).await.map_err(as_refusal)?;
         self.progress.send_modify(|progress| progress.phase = SeederPhase::Suspending);
         let handed = AssertUnwindSafe(self.hand_over(&mut work, id, received)).catch_unwind().await;
         if let Err(error) = handed.unwrap_or_else(|_| Err(panicked("what the region stands on"))) {

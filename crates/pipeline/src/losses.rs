@@ -79,24 +79,14 @@ impl fmt::Debug for User {
 }
 
 impl User {
-    /// As flushing, for a caller who asks about one write alone: of a loss the next flush tells all the same.
+    /// A change, and a flush that answers for it alone: of what was lost before the next flush tells all the same.
     ///
     /// # Errors
-    /// As [`Backend::flush`].
-    pub async fn flush_for_one(&self) -> Result<()> {
-        self.flush_and_hear(false).await
-    }
-
-    async fn flush_and_hear(&self, hear: bool) -> Result<()> {
-        let heard = self.heard.load(Ordering::SeqCst);
-        let count = self.losses.flush().await?;
-        if count == heard {
-            return Ok(());
-        }
-        if hear {
-            self.heard.fetch_max(count, Ordering::SeqCst);
-        }
-        Err(self.losses.told())
+    /// Those of the change; as [`Backend::flush`], if it may be lost.
+    pub async fn durably(&self, change: impl Future<Output = Result<()>>) -> Result<()> {
+        let before = self.losses.count();
+        change.await?;
+        if self.losses.flush().await? == before { Ok(()) } else { Err(self.losses.told()) }
     }
 }
 
@@ -119,7 +109,13 @@ impl Backend for User {
     }
 
     async fn flush(&self) -> Result<()> {
-        self.flush_and_hear(true).await
+        let heard = self.heard.load(Ordering::SeqCst);
+        let count = self.losses.flush().await?;
+        if count == heard {
+            return Ok(());
+        }
+        self.heard.fetch_max(count, Ordering::SeqCst);
+        Err(self.losses.told())
     }
 }
 
@@ -159,11 +155,15 @@ mod tests {
         let (faults, losses) = losses();
         let users = [losses.user(), losses.user()];
         lose(&faults);
+        let write = async |user: &User| user.durably(std::future::ready(Ok(()))).await;
+        conflict(write(&users[0]).await);
         for user in &users {
-            conflict(user.flush_for_one().await);
+            // What is written afterwards is there.
+            write(user).await.unwrap();
+            write(user).await.unwrap();
             conflict(user.flush().await);
             user.flush().await.unwrap();
-            user.flush_for_one().await.unwrap();
+            write(user).await.unwrap();
         }
         losses.user().flush().await.expect("it came afterwards");
         for _ in 0..2 {

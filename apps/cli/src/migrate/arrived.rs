@@ -38,7 +38,12 @@ pub(super) fn tell_resumed(running: &Leecher<Running<Arrived>>, paths: &[PathBuf
 
 fn tell(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], how: &str, mut value: Value, output: Output) {
     if let Err(error) = running.resumed() {
-        output.note("warning", &format!("the region is here, but the application was not started: {error}"));
+        output.note(
+            "warning",
+            &format!(
+                "the region is here, but the application could not be started, or cannot write to all of it: {error}"
+            ),
+        );
     }
     running.regions().iter().filter_map(|region| region.block()).for_each(|block| tell_refused(block, output));
     let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
@@ -197,11 +202,12 @@ impl Site {
         };
         bar.finish();
         tell_report(&report, self.output);
-        if let Err(error) = self.running.confirmed() {
-            let human = format!(
-                "everything is here, but the seeder does not know; it is told when it answers, or can be stopped by hand: \
-                 {error}"
-            );
+        if let Err(error) = self.running.kept() {
+            let human = format!("everything is here, but that cannot be written down, which is tried again: {error}");
+            self.output.note("warning", &human);
+        } else if let Err(error) = self.running.confirmed() {
+            let human =
+                format!("everything is here, but the seeder does not know; it is told when it answers: {error}");
             self.output.note("warning", &human);
         }
         Ok(stop)
@@ -260,6 +266,11 @@ impl Site {
                     bail!("gave up before everything was stored");
                 }
             }
+        }
+        if let Err(error) = self.running.kept() {
+            bail!(
+                "everything is stored, but that it is owned here is not written down: run the same command again: {error}"
+            );
         }
         let human = "stopped: everything is stored; `r3map seed --cache` goes on with it";
         self.output.event("stopped", human, json!({}));

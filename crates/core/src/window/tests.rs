@@ -23,10 +23,16 @@ impl Link {
 
     /// Keeps the window full until `total` bytes have come; answers the time it took.
     fn transfer(&mut self, window: &mut Window, total: u64, from: Duration) -> Duration {
+        self.transfer_in(window, None, total, from)
+    }
+
+    /// The same in requests of one length.
+    fn transfer_in(&mut self, window: &mut Window, length: Option<u64>, total: u64, from: Duration) -> Duration {
         let (mut now, mut sent, mut come) = (from, 0, 0);
         while come < total {
             while sent < total && (window.requests() == 0 || window.room(Others::Possible) > 0) {
-                let bytes = (window.wanted(Others::Possible) / 8).clamp(64 << 10, 1 << 20).min(total - sent);
+                let sized = (window.wanted(Others::Possible) / 8).clamp(64 << 10, 1 << 20);
+                let bytes = length.unwrap_or(sized).min(total - sent);
                 self.send(window, bytes, now);
                 sent += bytes;
             }
@@ -121,13 +127,26 @@ fn what_queues_does_not_grow_with_time() {
 }
 
 #[test]
-fn a_longer_way_is_found_out() {
+fn a_longer_way_is_found_out_whatever_the_requests_are() {
+    for length in [None, Some(1 << 20)] {
+        let mut window = Window::default();
+        let now = Link::new(100 << 20, 45 * MS).transfer_in(&mut window, length, 100 << 20, Duration::ZERO);
+        // At half of what the link carries at most until the old way is forgotten.
+        let took = Link::new(100 << 20, 135 * MS).transfer_in(&mut window, length, 3 << 30, now);
+        assert!(took < Duration::from_secs(31) + LATENCY_MEMORY, "{took:?} in {length:?}");
+    }
+}
+
+#[test]
+fn a_remote_that_was_away_is_no_long_way() {
     let mut window = Window::default();
-    let mut now = Link::new(100 << 20, 5 * MS).transfer(&mut window, 100 << 20, Duration::ZERO);
-    let mut longer = Link::new(100 << 20, 80 * MS);
-    now += longer.transfer(&mut window, 3 << 30, now);
-    let took = longer.transfer(&mut window, 100 << 20, now);
-    assert!(took < Duration::from_millis(1250), "{took:?}");
+    let now = Link::new(10 << 20, 20 * MS).transfer(&mut window, 100 << 20, Duration::ZERO);
+    let flight = window.start(1 << 20, now);
+    let later = now + Duration::from_secs(40);
+    window.finish(flight, true, later);
+    assert!(window.target() <= 16 << 20, "{}", window.target());
+    Link::new(10 << 20, 20 * MS).transfer(&mut window, 100 << 20, later);
+    assert!(window.target() <= 4 << 20, "{}", window.target());
 }
 
 #[test]

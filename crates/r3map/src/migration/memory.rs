@@ -148,15 +148,22 @@ impl Source for SliceSource {
     }
 
     async fn unfence(&self) {
-        let protecting = self.fence.lock().await.protecting.take();
-        if let Some(protecting) = protecting {
-            let _ = protecting.await; // it says by itself what went wrong
-        }
-        let mut fence = self.fence.lock().await;
-        if let Err(error) = self.handle.thaw() {
+        let (handle, fence) = (self.handle.clone(), self.fence.clone());
+        // Whoever does not wait for it any more must not leave memory behind that stays read-only.
+        let lifting = crate::engine::handle().spawn(async move {
+            let protecting = fence.lock().await.protecting.take();
+            if let Some(protecting) = protecting {
+                let _ = protecting.await; // it says by itself what went wrong
+            }
+            let mut fence = fence.lock().await;
+            if let Err(error) = handle.thaw() {
+                tracing::error!(%error, "the memory stays read-only");
+            }
+            fence.set = false;
+        });
+        if let Err(error) = lifting.await {
             tracing::error!(%error, "the memory stays read-only");
         }
-        fence.set = false;
     }
 }
 

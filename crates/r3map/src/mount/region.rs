@@ -185,7 +185,12 @@ pub(super) async fn build(mount: Mount) -> Result<Region> {
     // Nobody but the application can write again what the remote loses. On top, to see what it writes: making whole chunks
     // of that is not writing the rest of them again.
     let backend = Arc::new(Mindful::new(backend));
-    let hooked = Arc::new(Hooked::new(backend, mount.hooks));
+    let mut hooks = mount.hooks;
+    if mount.settings.read_only {
+        // There is nothing to store.
+        hooks.on_before_flush = None;
+    }
+    let hooked = Arc::new(Hooked::new(backend, hooks));
     let region = Region::new(hooked.clone(), Copy::None(hooked), retry, mount.settings.read_only);
     region.guard(mount.migratable, chunk_size)
 }

@@ -124,8 +124,7 @@ impl Link {
 
     /// The change, and a flush after it if it is to be durable.
     async fn durably(&self, flags: CommandFlags, change: impl Future<Output = Result<()>>) -> Result<()> {
-        change.await?;
-        if flags.contains(CommandFlags::FUA) { self.user.flush_for_one().await } else { Ok(()) }
+        if flags.contains(CommandFlags::FUA) { self.user.durably(change).await } else { change.await }
     }
 
     async fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
