@@ -132,13 +132,18 @@ impl Arrivals {
                 bar.aside(|| output.note("waiting", &human));
                 self.silence = Some(error);
             }
-            None if comes && self.silence.take().is_some() => {
-                bar.aside(|| output.note("resumed", "the seeder answers again"));
-            }
+            None if comes => self.answers(bar, output),
             _ => {}
         }
         if comes {
             (self.came, self.since) = (came, Instant::now());
+        }
+    }
+
+    /// Says it if it was silent.
+    fn answers(&mut self, bar: &Bar, output: Output) {
+        if self.silence.take().is_some() {
+            bar.aside(|| output.note("resumed", "the seeder answers again"));
         }
     }
 
@@ -200,6 +205,8 @@ impl Site {
                 }
             }
         };
+        // Since the last look.
+        arrivals.answers(&bar, self.output);
         bar.finish();
         tell_report(&report, self.output);
         if let Err(error) = self.running.kept() {
