@@ -197,6 +197,14 @@ mod tests {
         backing.is_ok_and(|backing| Path::new(backing.trim_end()) == file)
     }
 
+    fn wait_until(what: &str, mut is: impl FnMut() -> bool) {
+        let end = std::time::Instant::now() + LIMIT;
+        while !is() {
+            assert!(std::time::Instant::now() < end, "waited in vain until {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// This crate knows no testkit: as there, a skip is said past the harness's capture, and is a failure in CI.
     fn attach(path: &Path, spec: LoopSpec) -> Option<Loop> {
         match Loop::attach(path, spec, LIMIT) {
@@ -225,8 +233,12 @@ mod tests {
         assert_eq!(busy.kind(), io::ErrorKind::ResourceBusy);
         assert!(is_attached(number, &path));
         drop(user);
-        device.detach(LIMIT).expect("nobody has it");
-        assert!(!is_attached(number, &path));
+        // Whoever starts a process meanwhile has everything open once more, for a moment.
+        wait_until("it can be detached", || match device.detach(LIMIT) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => false,
+            detached => detached.map(|()| true).expect("nobody has it"),
+        });
+        wait_until("it is detached", || !is_attached(number, &path));
         device.detach(LIMIT).expect("again is the same as once");
     }
 
@@ -237,11 +249,7 @@ mod tests {
         let Some(device) = attach(file.path(), LoopSpec { read_only: true, ..spec() }) else { return };
         let number = device.number();
         drop(device);
-        let end = std::time::Instant::now() + LIMIT;
-        while is_attached(number, file.path()) {
-            assert!(std::time::Instant::now() < end, "it is still attached");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until("it is detached", || !is_attached(number, file.path()));
     }
 
     #[test]

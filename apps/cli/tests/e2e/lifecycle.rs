@@ -127,7 +127,8 @@ fn on_a_terminal() {
         let proxy = DelayProxy::tcp(server.address(), Duration::from_millis(1)).expect("it can listen");
         proxy.set_rate(NonZeroU64::new(16 << 20));
         let uri = format!("grpc://{}", proxy.socket_addr());
-        let line = format!("{} mount {uri} {} --push-interval 1h", env!("CARGO_BIN_EXE_r3map"), region.display());
+        // In the shell's place: a shell that waits for it is ended by Ctrl-C at once.
+        let line = format!("exec {} mount {uri} {} --push-interval 1h", env!("CARGO_BIN_EXE_r3map"), region.display());
         let script = ["--quiet", "--return", "--flush", "--command", &line];
         let mut terminal = scene.start(Command::new("script").args(script).arg(&screen).env("TERM", "xterm"));
         let shows = |text: &str| {
