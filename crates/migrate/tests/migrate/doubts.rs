@@ -92,6 +92,27 @@ async fn as_long_as_a_ledger_may_say_something_else_nothing_changes_hands() {
     assert!(matches!(Ledger::load(&*disk).unwrap(), Some(Standing::Owner { .. })));
 }
 
+/// A refusal would be taken for "it is still over there", be it by a leecher that is started again and asks so.
+#[tokio::test(start_paused = true)]
+async fn nobody_is_refused_while_a_ledger_is_in_doubt() {
+    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
+    let (_here, seeder) = seed(&app, "A", &disk).await;
+    let calls = seeder.admit(b"").unwrap();
+    calls.track(id).await.unwrap();
+    let others = [(id, u64::MAX), (fresh_id(), 0)];
+    // The handover, what held before it, that once more, and once for each who asks.
+    disk.fail_ledger_late(0, 3 + 2);
+    calls.finalize(id, 0).await.unwrap_err();
+    for (who, rounds) in others {
+        assert_eq!(app.host().await, None, "the ledger may say that it was handed over");
+        assert_eq!(calls.finalize(who, rounds).await.unwrap_err().kind(), ErrorKind::Unavailable, "{rounds}");
+    }
+    runs_again(&seeder).await;
+    for (who, rounds) in others {
+        assert_eq!(calls.finalize(who, rounds).await.unwrap_err().kind(), ErrorKind::Conflict, "{rounds}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());

@@ -346,3 +346,28 @@ async fn what_was_taken_back_over_there_does_not_run_here_again() {
     );
     assert_eq!(Ledger::load(&*disk).unwrap(), Some(standing), "what is here is for whoever has a look at it");
 }
+
+/// One without a ledger that is started anew takes itself for the owner, in the epoch before the handover.
+#[tokio::test(start_paused = true)]
+async fn where_the_seeder_has_forgotten_the_handover_the_leecher_does_not_run_too() {
+    let (app, there, disk) = (Application::new(), Disk::new(), Disk::new());
+    let (here, seeder) = seed(&app, "A", &there).await;
+    let link = Link::new(seeder, Step::ReadAfter, Fault::LinkCut, 1, u32::MAX);
+    let first = Process::new(&link, &disk, u64::MAX);
+    drop(first.leech().await.unwrap().finalize().await.unwrap());
+    first.life.kill();
+    let standing = Ledger::load(&*disk).unwrap().unwrap();
+    here.kill();
+    there.erase();
+    let (_here, again) = seed(&app, "A", &there).await;
+    assert!(again.owns() && again.progress().borrow().epoch == 1);
+    link.connect(Some(again));
+    link.heal();
+    let resumed = async || Process::new(&link, &disk, u64::MAX).resume(&standing).await;
+    let refused = resumed().await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+    assert_eq!(Ledger::load(&*disk).unwrap().as_ref(), Some(&standing));
+    // Those in Go know of no epoch: theirs is always the first.
+    link.lies.lock().unwrap().go = true;
+    assert!(resumed().await.unwrap().is_some());
+}

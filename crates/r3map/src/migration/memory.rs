@@ -224,4 +224,28 @@ mod tests {
         source.unfence().await;
         assert_eq!(blocks(&source.take().await.unwrap()), [3], "it is not lost if the region stays");
     }
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fence_is_lifted_also_where_nobody_waits_for_that_any_more() {
+        let (mut slice, source) = slice();
+        source.fence(Fencing::Strict).await.unwrap();
+        let (ends, end) = oneshot::channel();
+        let slow = async {
+            let _ = end.await;
+            Ok(())
+        };
+        source.fence.lock().await.protecting = Some(crate::engine::handle().spawn(slow));
+        tokio::select! {
+            biased;
+            () = source.unfence() => panic!("it waits until changing the protection has ended"),
+            () = std::future::ready(()) => {}
+        }
+        ends.send(()).unwrap();
+        r3map_testkit::deadline(std::time::Duration::from_secs(60), "the fence", async {
+            while source.fence.lock().await.set {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        write(&mut slice, 3);
+    }
 }
