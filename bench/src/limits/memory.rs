@@ -1,10 +1,13 @@
 //! Plain anonymous memory, and what processors do to it.
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use r3map_sys::{Pages, Zeroed};
 use rustix::thread::{disable_transparent_huge_pages, transparent_huge_pages_are_disabled};
+
+use crate::run::timed;
 
 /// The size of a page in bytes.
 pub(crate) const PAGE: usize = 4096;
@@ -34,11 +37,31 @@ pub(crate) fn touch_pages(bytes: &mut [u8], value: u8) -> Result<()> {
     Ok(())
 }
 
+/// What is free for so long a hypervisor may take away (free page reporting, in passes of 2 s), in the same pass also what
+/// has just become free.
+const PASS: Duration = Duration::from_millis(2200);
+/// From so many bytes on it is worth to wait for that.
+const MUCH: u64 = 256 << 20;
+/// How often memory is taken at most.
+const TAKES: usize = 6;
+
 /// Takes so much memory of a kind, and gives it back: whoever takes as much of that kind at once does not wait until a
-/// hypervisor has fetched it. It may have lent to others what was free for a second (free page reporting), and huge pages
-/// that it must fetch take ten times as long as others.
+/// hypervisor has fetched it, which takes up to twenty times as long as clearing it.
 pub(crate) fn fetch(len: u64, pages: Pages) -> Result<()> {
-    touch_pages(Zeroed::new(usize::try_from(len)?, pages).context("memory")?.as_mut_slice(), 1)
+    if len >= MUCH {
+        // A pass that is due would take it away again. What is given back here is safe until the next.
+        std::thread::sleep(PASS);
+    }
+    let take = || touch_pages(Zeroed::new(usize::try_from(len)?, pages).context("memory")?.as_mut_slice(), 1);
+    let mut last = timed(take)?.1;
+    for _ in 1..TAKES {
+        let time = timed(take)?.1;
+        if time > last.mul_f64(0.7) {
+            break; // it was there already
+        }
+        last = time;
+    }
+    Ok(())
 }
 
 /// A copy of `bytes` in anonymous memory that is made of small pages, as mapped regions are: with huge ones, reading
