@@ -70,8 +70,9 @@ pub(crate) async fn serve(
     let shared = site.regions[0].clone();
     let patience = shared.patience;
     let (gate, go) = (Arc::default(), Arc::default());
-    let user = Arc::new(shared.losses.user());
-    let session = Session { site, shared, gate, user, go, caller: None, traffic: traffic.clone() };
+    let users: Arc<[Arc<User>]> = site.regions.iter().map(|region| Arc::new(region.losses.user())).collect();
+    let user = users[0].clone();
+    let session = Session { site, users, shared, gate, user, go, caller: None, traffic: traffic.clone() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
         .initial_connection_window_size(WINDOW)
@@ -141,10 +142,12 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Tasks {
 #[derive(Debug, Clone)]
 pub(crate) struct Session {
     pub(crate) site: Arc<Site>,
+    /// Of each region, as the Go programs use them, which know no instances.
+    users: Arc<[Arc<User>]>,
     /// The region that is asked for.
     pub(crate) shared: Arc<Shared>,
     pub(crate) gate: Arc<Gate>,
-    /// Of the region, as the Go programs use it, which know no instances.
+    /// Of that region.
     pub(crate) user: Arc<User>,
     pub(crate) go: Arc<GoLeecher>,
     /// Who has made this request, where the server seeds.
@@ -192,8 +195,8 @@ impl Session {
         let session = Self { caller, ..self.clone() };
         let Some(value) = request.headers.get(REGION_HEADER) else { return Ok(session) };
         let index = value.to_str().ok().and_then(|value| value.parse::<usize>().ok());
-        match index.and_then(|index| self.site.regions.get(index)) {
-            Some(shared) => Ok(Self { shared: shared.clone(), ..session }),
+        match index.and_then(|index| self.site.regions.get(index).zip(self.users.get(index))) {
+            Some((shared, user)) => Ok(Self { shared: shared.clone(), user: user.clone(), ..session }),
             None => Err(Status::not_found("there is no region of that number")),
         }
     }

@@ -12,10 +12,13 @@ use r3map_grpc::{
 };
 use r3map_local::Memory;
 use r3map_pipeline::BlockSet;
+use r3map_testkit::faults::{Faults, Rule};
 use r3map_testkit::{deadline, fill};
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
+use crate::common::peer::go::SyncArgs as BackendSyncArgs;
+use crate::common::peer::go::backend_client::BackendClient;
 use crate::common::peer::go_seeder::seeder_client::SeederClient as GoLeecher;
 use crate::common::peer::go_seeder::seeder_server::{Seeder as GoSeeder, SeederServer};
 use crate::common::peer::go_seeder::{
@@ -45,7 +48,7 @@ fn block(index: u64) -> BlockSet {
 
 /// A seeder of two regions that knows what must be shown, and lets Go programs in without that or not.
 struct Scripted {
-    regions: [Arc<Memory>; 2],
+    regions: [Arc<dyn Backend>; 2],
     secret: &'static [u8],
     open_to_go: bool,
     script: Arc<Script>,
@@ -304,6 +307,29 @@ async fn a_leecher_in_go_gets_what_it_expects() {
     let calls = seeder.take_calls();
     let first = &calls[0];
     assert!(first.starts_with("track for ever") && calls.last().unwrap().starts_with("confirm"), "{calls:?}");
+}
+
+/// What one region has lost is told to whoever flushes that one.
+#[tokio::test]
+async fn a_call_for_one_region_syncs_that_region() {
+    let faults = [1, 2].map(|seed| Faults::new(filled(SIZE, seed)));
+    let regions = faults.clone().map(|faults| faults as Arc<dyn Backend>);
+    let (_server, target) = seed(Arc::new(Scripted { regions, ..Scripted::closed(b"") })).await;
+    let endpoint = tonic::transport::Endpoint::new(format!("http://{target}")).unwrap();
+    let mut go = BackendClient::new(endpoint.connect().await.unwrap());
+    let mut sync = async |region: usize| {
+        let mut request = Request::new(BackendSyncArgs {});
+        request.metadata_mut().insert("r3map-region", region.to_string().parse().unwrap());
+        go.sync(request).await.map(drop).map_err(|status| status.code())
+    };
+    faults[1].add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+    sync(0).await.unwrap();
+    assert_eq!(faults.each_ref().map(|region| region.count(Operation::Flush)), [1, 0]);
+    sync(1).await.expect_err("it has lost something");
+    sync(1).await.expect("that has been told");
+    sync(0).await.unwrap();
+    assert_eq!(faults.each_ref().map(|region| region.count(Operation::Flush)), [2, 2]);
+    assert_eq!(sync(2).await, Err(tonic::Code::NotFound));
 }
 
 /// Each of them says that it ends, and the one that got nothing may be the first to do so.
