@@ -3,23 +3,22 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use r3map::{Access, Extent, ExtentKind, OpenOptions, Registry, size};
+use r3map::{Access, Extent, ExtentKind, Look, OpenOptions, Registry, size};
 use serde_json::{Value, json};
 
 use crate::args;
 use crate::output::Output;
 
 pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -> Result<()> {
-    let options =
-        OpenOptions { size: args.size, chunk_size: args.chunk_size, read_only: true, ..OpenOptions::default() };
-    let backend = registry.open(&args.uri, &options).await?;
+    let options = OpenOptions { size: args.size, chunk_size: args.chunk_size, ..OpenOptions::default() };
+    let Look { backend, writable } = registry.look(&args.uri, &options).await?;
     let extents = extents(&*backend).await?;
     let data = extents.as_deref().map(data_bytes);
     let able = backend.capabilities();
     let abilities: Vec<&str> = [
-        (!able.read_only, "write"),
-        (able.trim.is_some(), "trim"),
-        (able.write_zeroes.is_some(), "write-zeroes"),
+        (writable, "write"),
+        (writable && able.trim.is_some(), "trim"),
+        (writable && able.write_zeroes.is_some(), "write-zeroes"),
         (able.extents.is_some(), "extents"),
         (able.read_many.is_some(), "read-many"),
     ]
@@ -47,7 +46,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
     if let Some(limit) = able.max_request {
         line("request", &format!("up to {}", size::format(limit)));
     }
-    line("can", &abilities.join(", "));
+    line("can", &[&["read"], &*abilities].concat().join(", "));
     let map = extents.filter(|_| args.map);
     for extent in map.iter().flatten() {
         line(kind(extent), &format!("{}-{}", extent.range.start, extent.range.end));
@@ -62,7 +61,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Info, output: Output) -
             "chunk_size": chunk.map(r3map::ChunkSize::bytes),
             "whole_chunks": whole,
             "max_request": able.max_request,
-            "read_only": able.read_only,
+            "read_only": !writable,
             "abilities": abilities,
             "extents": map.map(|extents| extents.iter().map(json_of).collect::<Vec<_>>()),
         }),

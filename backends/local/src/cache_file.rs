@@ -59,7 +59,7 @@ use r3map_pipeline::{Local, Recorded, StateRecord};
 use crate::bitmap::{Bitmap, PIECE, Piece, Runs};
 use crate::boot::{BootId, is_same_boot};
 use crate::durability::{Undurable, sync_data};
-use crate::opened::{Opened, refusal};
+use crate::opened::{Opened, Purpose, refusal};
 use crate::window::{Window, Zeroing, zero};
 use header::{Header, Left, MAX_IDENTITY};
 
@@ -111,7 +111,7 @@ impl CacheFile {
         }
         let opened = match Opened::new(path, 0o600)? {
             Some(new) => new,
-            None => Opened::existing(path, false)?,
+            None => Opened::existing(path, Purpose::Write)?,
         };
         let header = Header { geometry, identity: identity.to_owned(), left: Left::Open, boot: BootId::current() };
         let table = Table::new(header);

@@ -25,7 +25,7 @@ use r3map_core::{
     Result, Trim, WriteZeroes, check_range,
 };
 
-use crate::opened::{fault, parent, refusal, sync_directory};
+use crate::opened::{Purpose, fault, may_write, parent, refusal, sync_directory};
 use crate::window::Zeroing;
 use chunks::Chunks;
 use table::Table;
@@ -79,17 +79,37 @@ impl Directory {
         if settings.create && !settings.read_only {
             make_directory(path, settings)?;
         }
+        Self::existing(path, settings, Purpose::of(settings.read_only))
+    }
+
+    /// Opens the chunk directory at `path` read-only to see what it is: it is not locked, so that nobody is kept out, and
+    /// one that somebody writes can be looked at too. What is read then may be half written.
+    ///
+    /// # Errors
+    /// As [`Self::open`], but for `Conflict`.
+    pub fn look(path: impl AsRef<Path>, size: Option<u64>, chunk_size: Option<ChunkSize>) -> Result<Self> {
+        let settings = DirectorySettings { size, chunk_size, read_only: true, ..DirectorySettings::default() };
+        Self::existing(path.as_ref(), &settings, Purpose::Look)
+    }
+
+    fn existing(path: &Path, settings: &DirectorySettings, purpose: Purpose) -> Result<Self> {
         let directory = open_directory(path)?;
         let (geometry, table) = match manifest::read(path)? {
             Some(found) => {
                 manifest::check(path, found, settings.size, settings.chunk_size)?;
                 let is_whole = |chunk| chunks::is_whole(&directory, &found, chunk);
-                (found, Table::open(path, found.chunk_count(), settings.read_only, is_whole)?)
+                (found, Table::open(path, found.chunk_count(), purpose, is_whole)?)
             }
             None => create(path, settings)?,
         };
         let chunks = Chunks::new(path, geometry, directory, table, settings.max_open_files, settings.read_only);
         Ok(Self { chunks: Arc::new(chunks), in_use: RangeLock::new() })
+    }
+
+    /// Whether this process may write the region, whether or not it was opened for that.
+    #[must_use]
+    pub fn may_be_written(&self) -> bool {
+        may_write(&self.chunks.path) && self.chunks.table.may_be_written()
     }
 
     /// The region's size and that of its chunks.

@@ -12,7 +12,7 @@ use r3map_core::{
     WriteZeroes, check_range,
 };
 
-use crate::opened::{Opened, refusal};
+use crate::opened::{Opened, Purpose, refusal};
 use crate::window::{Window, Zeroing};
 
 /// How an existing file is opened.
@@ -41,10 +41,29 @@ impl File {
     /// `NotFound`; `Denied`; `Conflict` if someone else writes it (or reads it, if this is to write);
     /// `InvalidInput` if it is a directory, is empty, or has another size than `settings` ask for.
     pub fn open(path: impl AsRef<Path>, settings: &FileSettings) -> Result<Self> {
-        let opened = Opened::existing(path.as_ref(), settings.read_only)?;
+        Self::existing(path.as_ref(), settings, Purpose::of(settings.read_only))
+    }
+
+    /// Opens what is at `path` read-only to see what it is: it is not locked, so that nobody is kept out, and one that
+    /// somebody writes can be looked at too. What is read then may be half written.
+    ///
+    /// # Errors
+    /// As [`Self::open`], but for `Conflict`.
+    pub fn look(path: impl AsRef<Path>, size: Option<u64>) -> Result<Self> {
+        Self::existing(path.as_ref(), &FileSettings { read_only: true, size }, Purpose::Look)
+    }
+
+    fn existing(path: &Path, settings: &FileSettings, purpose: Purpose) -> Result<Self> {
+        let opened = Opened::existing(path, purpose)?;
         let size = opened.size().map_err(|error| opened.fault(Operation::Open, "cannot tell its size", error))?;
         check_size(&opened, size, settings.size)?;
         Ok(Self { window: Window::new(opened, 0, size), read_only: settings.read_only })
+    }
+
+    /// Whether this process may write the file or device, whether or not it was opened for that.
+    #[must_use]
+    pub fn may_be_written(&self) -> bool {
+        self.window.opened().may_be_written()
     }
 
     /// Makes a file of `size` bytes at `path` that takes no room yet; durably, its name included. If there is one of

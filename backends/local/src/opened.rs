@@ -4,11 +4,28 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
-use rustix::fs::{FlockOperation, OFlags, SeekFrom, flock, seek};
+use rustix::fs::{Access, AtFlags, CWD, FlockOperation, OFlags, SeekFrom, accessat, flock, seek};
+
+/// What a file or block device is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// By its only user.
+    Write,
+    /// Together with other readers.
+    Read,
+    /// To see what it is, whoever uses it: without a lock.
+    Look,
+}
+
+impl Purpose {
+    pub(crate) fn of(read_only: bool) -> Self {
+        if read_only { Self::Read } else { Self::Write }
+    }
+}
 
 /// A file or block device that is open and locked: exclusively by whoever writes, or together with other readers. The
 /// lock is advisory (`flock`), holds between processes and within one, and goes with the descriptor.
@@ -21,15 +38,16 @@ pub(crate) struct Opened {
 
 impl Opened {
     /// Opens what exists.
-    pub(crate) fn existing(path: &Path, read_only: bool) -> Result<Self> {
+    pub(crate) fn existing(path: &Path, purpose: Purpose) -> Result<Self> {
+        let write = purpose == Purpose::Write;
         // Without O_NONBLOCK a FIFO would wait here for its other end; it means nothing to files and block devices.
         let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-        if !read_only && fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
+        if write && fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device()) {
             // Refuses a device that is mounted or otherwise in use by the kernel.
             flags |= OFlags::EXCL;
         }
         let flags = flags.bits().cast_signed();
-        let file = fs::OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
+        let file = fs::OpenOptions::new().read(true).write(write).custom_flags(flags).open(path);
         let file = file.map_err(|error| fault(Operation::Open, path, "cannot open", error))?;
         let kind = metadata(&file, path)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -37,7 +55,7 @@ impl Opened {
             return Err(refusal(ErrorKind::InvalidInput, path, what));
         }
         let opened = Self { file, path: path.to_owned(), is_device: kind.is_block_device() };
-        opened.lock(read_only)?;
+        opened.lock(purpose)?;
         Ok(opened)
     }
 
@@ -50,21 +68,19 @@ impl Opened {
             Err(error) => return Err(fault(Operation::Open, path, "cannot create", error)),
         };
         let opened = Self { file, path: path.to_owned(), is_device: false };
-        opened.lock(false)?;
+        opened.lock(Purpose::Write)?;
         Ok(Some(opened))
     }
 
-    fn lock(&self, read_only: bool) -> Result<()> {
-        let operation = match read_only {
-            true => FlockOperation::NonBlockingLockShared,
-            false => FlockOperation::NonBlockingLockExclusive,
+    fn lock(&self, purpose: Purpose) -> Result<()> {
+        let (operation, what) = match purpose {
+            Purpose::Write => (FlockOperation::NonBlockingLockExclusive, "is in use by someone else"),
+            Purpose::Read => (FlockOperation::NonBlockingLockShared, "is being written by someone else"),
+            Purpose::Look => return Ok(()),
         };
         match flock(&self.file, operation) {
             Ok(()) => Ok(()),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                let what = if read_only { "is being written by someone else" } else { "is in use by someone else" };
-                Err(refusal(ErrorKind::Conflict, &self.path, what))
-            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(refusal(ErrorKind::Conflict, &self.path, what)),
             Err(error) => Err(self.fault(Operation::Open, "cannot lock", error.into())),
         }
     }
@@ -75,6 +91,11 @@ impl Opened {
             true => Ok(seek(&self.file, SeekFrom::End(0))?),
             false => Ok(self.file.metadata()?.len()),
         }
+    }
+
+    /// Whether this process may write it, as far as can be told without opening it for that.
+    pub(crate) fn may_be_written(&self) -> bool {
+        may_write(&self.path) && !(self.is_device && is_read_only_device(&self.file))
     }
 
     /// Fails with `UnexpectedEof` if a file has become shorter than `len`. A device cannot.
@@ -125,6 +146,18 @@ pub(crate) fn metadata(file: &fs::File, path: &Path) -> Result<fs::Metadata> {
     file.metadata().map_err(|error| fault(Operation::Open, path, "cannot look at", error))
 }
 
+/// Whether this process has the right to write what is at `path`, and its file system can be written.
+pub(crate) fn may_write(path: &Path) -> bool {
+    accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS).is_ok()
+}
+
+/// A device's own switch is none of its name's rights.
+fn is_read_only_device(device: &fs::File) -> bool {
+    let Ok(found) = device.metadata() else { return false };
+    let (major, minor) = (rustix::fs::major(found.rdev()), rustix::fs::minor(found.rdev()));
+    fs::read(format!("/sys/dev/block/{major}:{minor}/ro")).is_ok_and(|says| says.starts_with(b"1"))
+}
+
 /// The directory that holds the name `path`.
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
@@ -145,11 +178,11 @@ mod tests {
     #[test]
     fn the_lock_goes_even_if_a_copy_of_the_descriptor_stays() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let opened = Opened::existing(file.path(), false).unwrap();
+        let opened = Opened::existing(file.path(), Purpose::Write).unwrap();
         let copy = opened.file.try_clone().unwrap();
-        assert_eq!(Opened::existing(file.path(), true).unwrap_err().kind(), ErrorKind::Conflict);
+        assert_eq!(Opened::existing(file.path(), Purpose::Read).unwrap_err().kind(), ErrorKind::Conflict);
         drop(opened);
-        Opened::existing(file.path(), false).unwrap();
+        Opened::existing(file.path(), Purpose::Write).unwrap();
         drop(copy);
     }
 }

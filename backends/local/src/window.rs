@@ -290,11 +290,12 @@ fn write_zeros(file: &fs::File, mut at: u64, len: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::opened::Purpose;
 
     #[test]
     fn zeros_can_be_written_where_they_cannot_be_made() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let opened = Opened::existing(file.path(), false).unwrap();
+        let opened = Opened::existing(file.path(), Purpose::Write).unwrap();
         opened.file.write_all_at(&[7; 200_000], 0).unwrap();
         write_zeros(&opened.file, 1, 199_998).unwrap();
         let mut bytes = vec![1; 200_000];

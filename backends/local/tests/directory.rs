@@ -195,7 +195,12 @@ fn what_cannot_be_opened_is_refused_in_one_line() {
 
     let directory = open(&path).unwrap();
     assert_says(existing(&path), ErrorKind::Conflict, "is in use by someone else");
+    let look = Directory::look(&path, None, None).unwrap();
+    assert!(look.size() == SIZE && look.may_be_written());
+    assert_says(Directory::look(&path, Some(5), None), invalid, "holds a region of 300001 bytes, not 5");
     drop(directory);
+    drop((existing(&path).expect("whoever looks keeps nobody out"), look));
+    assert_says(Directory::look(dir.path(), None, None), invalid, "is not a chunk directory");
     let other = |size, chunk| DirectorySettings { size: Some(size), chunk_size: Some(chunk), ..settings() };
     let chunk = settings().chunk_size.unwrap();
     assert_says(Directory::open(&path, &other(5, chunk)), invalid, "holds a region of 300001 bytes, not 5");

@@ -196,6 +196,30 @@ async fn one_writer_or_several_readers() {
     open(&path).unwrap();
 }
 
+#[tokio::test]
+async fn looking_keeps_nobody_out() {
+    let dir = TempDir::new().unwrap();
+    let path = fresh(&dir);
+    assert_says(File::look(&path, None), ErrorKind::NotFound, "cannot open");
+    let writer = File::create(&path, SIZE).unwrap();
+    let look = File::look(&path, None).unwrap();
+    assert!(look.size() == SIZE && look.may_be_written() && writer.may_be_written());
+    assert_eq!(look.capabilities().extents.unwrap().extents(0, SIZE).await.unwrap()[0].kind, ExtentKind::Hole);
+    assert_says(look.write_at(0, &[1]).await, ErrorKind::Denied, "was opened read-only");
+    assert_says(File::look(&path, Some(5)), ErrorKind::InvalidInput, "has 300001 bytes, not 5");
+    drop(writer);
+    drop((open(&path).unwrap(), look));
+}
+
+#[tokio::test]
+async fn what_cannot_be_written_is_known_without_trying() {
+    let Some(disk) = SmallDisk::new(1) else { return skip("no file system can be mounted (are you root?)") };
+    let path = disk.path().join("file");
+    drop(File::create(&path, 5).unwrap());
+    run("mount", &["-o".as_ref(), "remount,ro".as_ref(), disk.path().as_os_str()]).unwrap();
+    assert!(!File::look(&path, None).unwrap().may_be_written());
+}
+
 /// A runtime whose only thread for blocking calls is busy until the sender is used or dropped.
 fn with_a_stuck_disk<T>(test: impl AsyncFnOnce(mpsc::Sender<()>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
@@ -350,6 +374,9 @@ async fn block_devices_are_regions_too() {
     let mut bytes = vec![0; 10_000];
     fs::File::open(&backing).unwrap().read_exact_at(&mut bytes, 1000).unwrap();
     assert_eq!(fill::check(&bytes, 1000, 2), Ok(()));
-    let settings = FileSettings { size: Some(5), ..FileSettings::default() };
+    assert!(File::look(&device.0, None).unwrap().may_be_written());
+    run("blockdev", &["--setro".as_ref(), device.0.as_os_str()]).unwrap();
+    assert!(!File::look(&device.0, None).unwrap().may_be_written());
+    let settings = FileSettings { size: Some(5), read_only: true };
     assert_says(File::open(&device.0, &settings), ErrorKind::InvalidInput, "has 1048576 bytes, not 5");
 }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use r3map_core::{Backend, Result};
 use r3map_local::{Directory, DirectorySettings, File, FileSettings, Memory, Null};
 
-use crate::{Family, Open, OpenOptions, Registry, Uri};
+use crate::{Family, Look, Open, OpenOptions, Registry, Uri};
 
 #[cfg(feature = "grpc")]
 mod grpc;
@@ -65,6 +65,12 @@ impl Open for OpenFile {
         Ok(Arc::new(File::open(path, &FileSettings { read_only: options.read_only, size })?))
     }
 
+    async fn look(&self, uri: &Uri, options: &OpenOptions) -> Result<Look> {
+        uri.expect(&["size"], true)?;
+        let file = File::look(uri.path()?, options.size_for(uri)?)?;
+        Ok(Look { writable: file.may_be_written(), backend: Arc::new(file) })
+    }
+
     fn identity(&self, uri: &Uri) -> Option<String> {
         absolute(uri)
     }
@@ -89,6 +95,12 @@ impl Open for OpenDirectory {
             ..DirectorySettings::default()
         };
         Ok(Arc::new(Directory::open(path, &settings)?))
+    }
+
+    async fn look(&self, uri: &Uri, options: &OpenOptions) -> Result<Look> {
+        uri.expect(&["size", "chunk"], true)?;
+        let directory = Directory::look(uri.path()?, options.size_for(uri)?, options.chunk_for(uri)?)?;
+        Ok(Look { writable: directory.may_be_written(), backend: Arc::new(directory) })
     }
 
     fn identity(&self, uri: &Uri) -> Option<String> {

@@ -39,7 +39,7 @@ pub use r3map_nbd::{Export as NbdExport, Listed as NbdListed};
 pub use r3map_pipeline::{
     Backoff, Durability, Outage, Phase, Priority, Progress, PullSettings, PushSettings, RetrySettings, Workers,
 };
-pub use registry::{Chunking, Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry};
+pub use registry::{Chunking, Family, Listen, ListenOptions, Listener, Look, Open, OpenOptions, Registry};
 #[cfg(feature = "block")]
 pub use settings::{BlockOptions, Kept};
 pub use settings::{Cache, FileOptions, Settings};

@@ -100,6 +100,15 @@ pub struct ListenOptions {
     pub chunking: Chunking,
 }
 
+/// A region that is looked at and not used.
+#[derive(Clone)]
+pub struct Look {
+    /// Opened read-only where that can be asked for.
+    pub backend: Arc<dyn Backend>,
+    /// Whether this process could write it, if it opened it for that and nobody else used it.
+    pub writable: bool,
+}
+
 /// Opens the regions of one scheme.
 #[async_trait]
 pub trait Open: Send + Sync {
@@ -108,6 +117,18 @@ pub trait Open: Send + Sync {
     /// # Errors
     /// One line that names the resource and says what to do.
     async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>>;
+
+    /// Opens the region that `uri` names to see what it is, without using it: nothing is made or changed, and nobody is
+    /// kept out. Runs on the [engine](crate::engine).
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    async fn look(&self, uri: &Uri, options: &OpenOptions) -> Result<Look> {
+        let options = OpenOptions { read_only: true, create: false, ..options.clone() };
+        let backend = self.open(uri, &options).await?;
+        let writable = !backend.capabilities().read_only;
+        Ok(Look { backend, writable })
+    }
 
     /// What stays the same for as long as the bytes that `uri` names live; `None` if they end with this process.
     fn identity(&self, uri: &Uri) -> Option<String> {
@@ -207,6 +228,16 @@ impl Registry {
     pub async fn open(&self, uri: &Uri, options: &OpenOptions) -> Result<Arc<dyn Backend>> {
         let (open, uri, options) = (self.family(uri)?.open.clone(), uri.clone(), options.clone());
         crate::engine::run(async move { open.open(&uri, &options).await }).await
+    }
+
+    /// Opens the region that `uri` names to see what it is, on the [engine](crate::engine): nothing is made or changed, and
+    /// nobody is kept out.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn look(&self, uri: &Uri, options: &OpenOptions) -> Result<Look> {
+        let (open, uri, options) = (self.family(uri)?.open.clone(), uri.clone(), options.clone());
+        crate::engine::run(async move { open.look(&uri, &options).await }).await
     }
 
     /// Serves `backend` at each of `uris`, on the [engine](crate::engine), in that order. One backend has one call of

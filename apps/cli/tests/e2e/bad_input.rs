@@ -279,6 +279,9 @@ fn what_the_user_may_not() {
             let outcome = scene.r3map_as_nobody(&arguments).end(SOON);
             one_line(&arguments, &outcome, &hint.replace("DIR", &scene.name(".")));
         }
+        let readable = format!("file:{}", scene.name("readable"));
+        let info = scene.r3map_as_nobody(&["--json", "info", &readable]).end(SOON).event("info");
+        assert_eq!((&info["read_only"], &info["abilities"]), (&true.into(), &serde_json::json!(["extents"])));
     });
 }
 

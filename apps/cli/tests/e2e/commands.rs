@@ -142,6 +142,55 @@ fn info_says_what_a_region_is() {
     });
 }
 
+/// Of files and directories too it says what they are able to, though it opens them to be read; whoever uses them.
+#[test]
+fn info_changes_nothing_and_keeps_nobody_out() {
+    Scene::play(LONG, |scene| {
+        make_file(&scene.path("source"), MIB, 6);
+        let file = format!("file:{}", scene.name("source"));
+        let directory = format!("directory:{}", scene.name("chunks"));
+        scene.r3map(&["copy", "--chunk-size", "64KiB", &file, &directory]).end_well(SOON);
+        let look = |uri: &str| scene.ended(&["--json", "info", "--map", uri]).event("info");
+        let all = serde_json::json!(["write", "trim", "write-zeroes", "extents"]);
+        for (uri, chunk) in [(&file, None), (&directory, Some(64 << 10))] {
+            let before = entries(&scene.path("."));
+            for _ in 0..2 {
+                let info = look(uri);
+                assert_eq!((&info["size"], &info["read_only"], &info["abilities"]), (&MIB.into(), &false.into(), &all));
+                assert_eq!((&info["data"], info["chunk_size"].as_u64()), (&MIB.into(), chunk), "{info}");
+            }
+            assert_eq!(entries(&scene.path(".")), before, "{uri}");
+            let server = scene.serve(uri, &[]);
+            assert_eq!(look(uri)["abilities"], all, "while it is served");
+            server.stop();
+        }
+        for nothing in [format!("file:{}", scene.name("new")), format!("directory:{}", scene.name("new"))] {
+            let outcome = scene.ended(&["info", "--size", "1MiB", &nothing]);
+            assert!(outcome.code == Some(1) && !scene.path("new").exists(), "{outcome:?}");
+        }
+        for elsewhere in ["memory:?size=1MiB", "null:?size=1MiB"] {
+            assert_eq!(look(elsewhere)["read_only"], false);
+        }
+        let text = scene.ended(&["info", &file]).text();
+        assert!(text.contains("can          read, write, trim, write-zeroes, extents"), "{text}");
+    });
+}
+
+/// What lies in a directory, however deep, with its size and when it was written last.
+fn entries(path: &std::path::Path) -> Vec<(std::path::PathBuf, u64, std::time::SystemTime)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(path).expect("it is a directory") {
+        let path = entry.expect("it can be listed").path();
+        let metadata = std::fs::metadata(&path).expect("it is there");
+        found.push((path.clone(), metadata.len(), metadata.modified().expect("it has one")));
+        if metadata.is_dir() {
+            found.extend(entries(&path));
+        }
+    }
+    found.sort();
+    found
+}
+
 #[test]
 fn the_demo_leaves_nothing_behind() {
     Scene::with_fuse(LONG, |scene| {

@@ -39,7 +39,7 @@ use r3map_pipeline::BlockSet;
 use crate::bitmap::{Bitmap, PIECE, Runs};
 use crate::boot::{BootId, is_same_boot};
 use crate::durability::{Undurable, sync_data};
-use crate::opened::{Opened, refusal};
+use crate::opened::{Opened, Purpose, refusal};
 use crate::window::{Zeroing, zero};
 
 const NAME: &str = ".r3map-chunks";
@@ -70,7 +70,7 @@ impl Table {
         let path = directory.join(NAME);
         let opened = match Opened::new(&path, 0o666)? {
             Some(new) => new,
-            None => Opened::existing(&path, false)?,
+            None => Opened::existing(&path, Purpose::Write)?,
         };
         let table = Self::new(opened, chunks);
         let file = &table.opened.file;
@@ -91,23 +91,23 @@ impl Table {
     pub(super) fn open(
         directory: &Path,
         chunks: u64,
-        read_only: bool,
+        purpose: Purpose,
         is_whole: impl Fn(u64) -> io::Result<bool>,
     ) -> Result<Self> {
-        let table = Self::new(Opened::existing(&directory.join(NAME), read_only)?, chunks);
+        let table = Self::new(Opened::existing(&directory.join(NAME), purpose)?, chunks);
         let fault = |error| table.opened.fault(Operation::Open, "cannot use the table of chunks", error);
         let boot = table.read_header()?;
-        if is_same_boot(boot, BootId::current()) {
+        if is_same_boot(boot, BootId::current()) || purpose == Purpose::Look {
             return Ok(table);
         }
         let lost = table.lost(is_whole).map_err(fault)?;
-        match read_only {
-            true if lost.is_empty() => {}
-            true => {
+        match purpose {
+            Purpose::Write => table.forget(&lost).map_err(fault)?,
+            _ if lost.is_empty() => {}
+            _ => {
                 let what = "has chunks that were lost with the power; open it once to write, to let go of them";
                 return Err(refusal(ErrorKind::Conflict, directory, what));
             }
-            false => table.forget(&lost).map_err(fault)?,
         }
         Ok(table)
     }
@@ -191,6 +191,11 @@ impl Table {
         })?;
         runs.finish();
         Ok(found)
+    }
+
+    /// Whether this process may write it.
+    pub(super) fn may_be_written(&self) -> bool {
+        self.opened.may_be_written()
     }
 
     pub(super) fn is_written(&self, chunk: u64) -> io::Result<bool> {
