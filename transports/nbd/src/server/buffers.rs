@@ -2,15 +2,14 @@
 //! when they have been written or sent. Buffers are used again, because fresh memory from the system costs more than
 //! filling it.
 //!
-//! There are two bounds: one for each connection, so that none can take everything, and one over all.
+//! There are two bounds: one for each connection, and one over all, of which each gets its fair part.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::sync::PollSemaphore;
+use crate::server::fair::{Fair, Taken, Taker};
 
-/// What is counted in: coarse enough that any sum fits a semaphore.
+/// What is counted in: coarse enough that any sum fits.
 const UNIT: u64 = 4096;
 /// Buffers hold a power of two of bytes, at least so many, and the headers around them.
 const SMALLEST: usize = 4 << 10;
@@ -22,8 +21,7 @@ const KEPT: u64 = 4;
 /// Room for so many bytes, over all connections, and the buffers that are not used now.
 #[derive(Debug)]
 pub(crate) struct Pool {
-    units: Arc<Semaphore>,
-    total: u32,
+    fair: Arc<Fair>,
     unused: Mutex<Unused>,
     kept: usize,
 }
@@ -35,23 +33,18 @@ struct Unused {
     total: usize,
 }
 
-/// What one connection may take of a [`Pool`].
+/// What one connection takes of a [`Pool`].
 #[derive(Debug)]
 pub(crate) struct Room {
     pool: Arc<Pool>,
-    own: PollSemaphore,
-    own_total: u32,
-    all: PollSemaphore,
-    /// The connection's part of what is being waited for.
-    got: Option<OwnedSemaphorePermit>,
+    taker: Taker,
 }
 
 /// Room that was taken, given back when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Share {
     pool: Arc<Pool>,
-    _own: Option<OwnedSemaphorePermit>,
-    _all: Option<OwnedSemaphorePermit>,
+    _taken: Option<Taken>,
 }
 
 /// Bytes that hold on to their share.
@@ -67,17 +60,15 @@ fn units(bytes: u64) -> u32 {
 }
 
 impl Pool {
-    pub(crate) fn new(bytes: u64) -> Arc<Self> {
-        let total = units(bytes);
+    /// Room for so many bytes, of which one connection takes at most `own` at once.
+    pub(crate) fn new(bytes: u64, own: u64) -> Arc<Self> {
         let kept = usize::try_from(bytes / KEPT).unwrap_or(usize::MAX);
-        Arc::new(Self { units: Arc::new(Semaphore::new(total as usize)), total, unused: Mutex::default(), kept })
+        Arc::new(Self { fair: Fair::new(units(bytes), units(own)), unused: Mutex::default(), kept })
     }
 
-    /// Room for one connection, which takes at most so many bytes at once.
-    pub(crate) fn room(self: &Arc<Self>, bytes: u64) -> Room {
-        let own_total = units(bytes).min(self.total);
-        let own = PollSemaphore::new(Arc::new(Semaphore::new(own_total as usize)));
-        Room { pool: self.clone(), own, own_total, all: PollSemaphore::new(self.units.clone()), got: None }
+    /// Room for one connection.
+    pub(crate) fn room(self: &Arc<Self>) -> Room {
+        Room { pool: self.clone(), taker: self.fair.taker() }
     }
 
     fn take(&self, size: usize) -> Vec<u8> {
@@ -117,17 +108,13 @@ fn class(size: usize) -> usize {
 }
 
 impl Room {
-    /// Takes room for so many bytes, or for all that there can be. Ask for the same again until it is ready.
+    /// Takes room for so many bytes, or for all that one can have. Ask for the same again until it is ready.
     pub(crate) fn poll_share(&mut self, context: &mut Context<'_>, bytes: u64) -> Poll<Share> {
-        if bytes == 0 {
-            return Poll::Ready(Share { pool: self.pool.clone(), _own: None, _all: None });
-        }
-        let wanted = units(bytes).min(self.own_total);
-        if self.got.is_none() {
-            self.got = ready!(self.own.poll_acquire_many(context, wanted));
-        }
-        let all = ready!(self.all.poll_acquire_many(context, wanted));
-        Poll::Ready(Share { pool: self.pool.clone(), _own: self.got.take(), _all: all })
+        let taken = match bytes {
+            0 => None,
+            _ => Some(ready!(self.taker.poll_take(context, units(bytes)))),
+        };
+        Poll::Ready(Share { pool: self.pool.clone(), _taken: taken })
     }
 }
 
@@ -195,23 +182,20 @@ mod tests {
 
     #[test]
     fn a_connection_cannot_take_everything_and_room_comes_back_with_the_buffer() {
-        let pool = Pool::new(3 * UNIT);
-        let (mut first, mut second) = (pool.room(2 * UNIT), pool.room(2 * UNIT));
-        let buffer = take(&mut first, 2 * UNIT).unwrap().buffer(5000);
-        assert!(take(&mut first, 1).is_none(), "its own bound");
+        let pool = Pool::new(3 * UNIT, 2 * UNIT);
+        let (mut first, mut second) = (pool.room(), pool.room());
+        let buffer = take(&mut first, u64::MAX).unwrap().buffer(5000);
         let other = take(&mut second, 1).unwrap();
-        assert!(take(&mut second, 1).is_none(), "the bound over all");
-        drop(buffer);
-        assert!(take(&mut second, 1).is_some());
-        assert!(take(&mut first, u64::MAX).is_some(), "all that there can be");
-        drop(other);
+        assert!(take(&mut first, 1).is_none() && take(&mut second, 1).is_none(), "there is none left");
         assert!(take(&mut second, 0).is_some());
+        drop((buffer, other));
+        assert!(take(&mut first, 1).is_some() && take(&mut second, 1).is_some());
     }
 
     #[test]
     fn buffers_are_used_again_and_start_unused() {
-        let pool = Pool::new(4 << 20);
-        let mut room = pool.room(4 << 20);
+        let pool = Pool::new(4 << 20, 4 << 20);
+        let mut room = pool.room();
         let mut buffer = take(&mut room, 1).unwrap().buffer(100_000);
         buffer.more(100_000).fill(9);
         let place = buffer.used().as_ptr();
@@ -226,8 +210,8 @@ mod tests {
 
     #[test]
     fn only_so_much_is_kept_and_least_of_what_there_is_most_of() {
-        let pool = Pool::new(1 << 20);
-        let mut room = pool.room(1 << 20);
+        let pool = Pool::new(1 << 20, 1 << 20);
+        let mut room = pool.room();
         let sizes = [64 << 10; 10].into_iter().chain([4 << 10; 8]);
         let buffers: Vec<_> = sizes.map(|len| take(&mut room, 1).unwrap().buffer(len)).collect();
         drop(buffers);

@@ -11,6 +11,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::server::answer::Link;
 use crate::server::check::Terms;
+use crate::server::clock::Patience;
 use crate::server::export::Served;
 use crate::server::haggle::{Failure, Haggling, Outcome, Security, greet};
 use crate::server::transmission::{Fault, Limits, Transmission};
@@ -97,9 +98,9 @@ impl Connection {
         let settings = &self.shared.settings;
         let name = link.export.name.clone();
         tracing::debug!("{} uses the export {name:?} with {:?} replies", self.peer, link.terms.framing);
-        let limits =
-            Limits { requests: settings.requests.get(), stall: settings.stall_limit, idle: settings.idle_limit };
-        let room = self.shared.pool.room(settings.connection_in_flight);
+        let (stall, least_rate, idle) = (settings.stall_limit, settings.least_rate, settings.idle_limit);
+        let limits = Limits { requests: settings.requests.get(), patience: Patience { stall, least_rate, idle } };
+        let room = self.shared.pool.room();
         let closing = self.shared.closing.clone().cancelled_owned();
         match Transmission::new(stream, link, limits, room, closing).run().await {
             Ok(stream) => farewell(stream).await,

@@ -232,8 +232,8 @@ mod tests {
 
     #[tokio::test]
     async fn output_is_sent_in_order_however_little_the_stream_takes() {
-        let pool = Pool::new(1 << 20);
-        let mut room = pool.room(1 << 20);
+        let pool = Pool::new(1 << 20, 1 << 20);
+        let mut room = pool.room();
         for takes in [1, 3, 1000] {
             let (mut near, mut far) = tokio::io::duplex(takes);
             let mut output = Output::default();

@@ -2,22 +2,25 @@
 //!
 //! `Server` owns what runs: listeners and connections. `haggle` is a connection's handshake, `transmission` its
 //! requests, `check` says which of them are refused, `answer` does the others, `lend` some without copying; `export` is what is served, `buffers`
-//! bounds memory, `io` is what was received and is to be sent.
+//! bounds memory, of which `fair` gives each connection its part, `clock` notices who is too slow, `io` is what was
+//! received and is to be sent.
 //!
 //! The server does not retry, cache or lock: two clients that write to the same bytes disturb each other as on a disk.
 
 mod answer;
 mod buffers;
 mod check;
+mod clock;
 mod connection;
 mod export;
+mod fair;
 mod haggle;
 mod io;
 mod lend;
 mod listener;
 mod transmission;
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -68,7 +71,9 @@ pub struct ServerSettings {
     /// The most bytes of data of one connection's requests and replies that are in memory at once; more requests wait.
     /// At least `max_payload`. 64 MiB.
     pub connection_in_flight: u64,
-    /// The same over all connections. At least `connection_in_flight`. 512 MiB.
+    /// The same over all connections. At least `connection_in_flight`. The more of it is taken, the less each connection
+    /// gets, so that clients that never read their replies hold up no others: about forty of them, if requests are no
+    /// longer than a 500th of this. 512 MiB.
     pub in_flight: u64,
     /// The most requests of one connection that are done at once; more wait. 256.
     pub requests: NonZeroUsize,
@@ -80,6 +85,10 @@ pub struct ServerSettings {
     /// one that stops sending without saying goodbye may still wait for answers. Over TCP also how long one keeps its
     /// place that has vanished without a word, also if it was idle. 2 min.
     pub stall_limit: Duration,
+    /// How many bytes a second are as good as none: a client that sends a request or receives replies more slowly is
+    /// taken for one that has left off. One that does so at half of this rate is sent away after some twice the
+    /// `stall_limit`, one that sends a byte now and then after half as long again as the limit. 1 KiB.
+    pub least_rate: NonZeroU32,
     /// How long a client may ask for nothing. `None`, the default, is for ever: a mounted device may be idle for days.
     pub idle_limit: Option<Duration>,
 }
@@ -97,6 +106,7 @@ impl Default for ServerSettings {
             connections: count(256),
             handshake_limit: Duration::from_secs(30),
             stall_limit: Duration::from_secs(120),
+            least_rate: NonZeroU32::new(1 << 10).unwrap_or(NonZeroU32::MIN),
             idle_limit: None,
         }
     }
@@ -155,7 +165,7 @@ impl Server {
         settings.check()?;
         let shared = Shared {
             exports: Exports::new(exports, settings.default_export.as_deref(), settings.max_payload)?,
-            pool: Pool::new(settings.in_flight),
+            pool: Pool::new(settings.in_flight, settings.connection_in_flight),
             connections: Arc::new(Semaphore::new(settings.connections.get().min(Semaphore::MAX_PERMITS))),
             connected: AtomicUsize::new(0),
             closing: CancellationToken::new(),

@@ -17,18 +17,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use r3map_core::Piece;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use crate::server::answer::{Answer, Link, Payload, failed, room};
 use crate::server::buffers::{Buffer, Room};
 use crate::server::check::{Refusal, check};
+use crate::server::clock::{Clock, Late, Patience, Waits};
 use crate::server::io::{Input, Output, poll_read};
 use crate::server::lend::{self, Lend, Lending};
 use crate::wire::{Command, DEFAULT_MAX_PAYLOAD, Errno, Framing, Malformed, Request};
@@ -37,8 +36,6 @@ use crate::wire::{Command, DEFAULT_MAX_PAYLOAD, Errno, Framing, Malformed, Reque
 const BACKLOG: usize = 256;
 /// Payloads with more than this missing are received in place rather than through the input.
 const LARGE: usize = 8 << 10;
-/// How often a time-out is looked at before it is over.
-const TICKS: u32 = 4;
 
 /// Why a connection was given up.
 #[derive(Debug)]
@@ -47,10 +44,8 @@ pub(super) enum Fault {
     Malformed(Malformed),
     /// The client went away in the middle of something.
     Cut,
-    /// The client neither sends what it began to send nor receives what it asked for.
-    Stalled,
-    /// The client asks for nothing.
-    Idle,
+    /// The client lets others wait for too long.
+    Late(Late),
     /// The stream broke.
     Stream(io::Error),
 }
@@ -60,8 +55,9 @@ impl std::fmt::Display for Fault {
         match self {
             Self::Malformed(malformed) => write!(f, "{malformed}"),
             Self::Cut => f.write_str("the client went away in the middle of a request"),
-            Self::Stalled => f.write_str("the client neither sends nor receives"),
-            Self::Idle => f.write_str("the client has been idle for too long"),
+            Self::Late(Late::Sending) => f.write_str("the client does not send the rest, or too slowly"),
+            Self::Late(Late::Receiving) => f.write_str("the client does not take its answers, or too slowly"),
+            Self::Late(Late::Idle) => f.write_str("the client has been idle for too long"),
             Self::Stream(error) => write!(f, "{error}"),
         }
     }
@@ -71,8 +67,7 @@ impl std::fmt::Display for Fault {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     pub(super) requests: usize,
-    pub(super) stall: Duration,
-    pub(super) idle: Option<Duration>,
+    pub(super) patience: Patience,
 }
 
 type Running = Pin<Box<dyn Future<Output = (Request, Answer)> + Send>>;
@@ -129,7 +124,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
             output: Output::default(),
             prompt: true,
             closing: Some(Box::pin(closing)),
-            clock: Clock::new(limits),
+            clock: Clock::new(limits.patience),
         }
     }
 
@@ -160,8 +155,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
                 break;
             }
         }
-        let (waits, idles) = (self.waits_for_client(), self.is_idle());
-        self.clock.poll(context, waits, idles).map(Err)
+        if self.cut && self.clock.moved {
+            self.clock.sending.rest();
+        }
+        let waits = Waits { sending: self.waits_for_input(), receiving: !self.output.is_empty(), idle: self.is_idle() };
+        self.clock.poll(context, waits).map(|late| Err(Fault::Late(late)))
     }
 
     /// Whether everything was said.
@@ -170,17 +168,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
         no_more && !matches!(self.stage, Stage::Room(_)) && self.running.is_empty() && self.output.is_empty()
     }
 
-    /// Whether the client is to send or to receive something that was begun, or has stopped sending without a word.
-    fn waits_for_client(&self) -> bool {
-        let receives = match self.stage {
+    /// Whether the client is to send the rest of something, or has stopped sending without a word.
+    fn waits_for_input(&self) -> bool {
+        match self.stage {
             Stage::Header => !self.input.bytes().is_empty() && self.may_begin(),
             Stage::Payload(..) | Stage::Skip(..) => true,
             // It may have gone altogether, which cannot be told from one that still receives: what it asked for must not
             // hold its place for ever. One that has said goodbye has its requests done, however long that takes.
             Stage::Closed => self.cut,
             Stage::Room(_) => false,
-        };
-        receives || !self.output.is_empty()
+        }
     }
 
     fn is_idle(&self) -> bool {
@@ -336,7 +333,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
                 continue;
             }
             match self.output.poll_send(&mut self.stream, context).map_err(Fault::Stream)? {
-                Poll::Ready(_) => moved = true,
+                Poll::Ready(sent) => {
+                    self.clock.receiving.add(sent);
+                    moved = true;
+                }
                 Poll::Pending => break,
             }
         }
@@ -355,6 +355,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
         if let Some(error) = broken {
             return Err(Fault::Stream(error));
         }
+        self.clock.receiving.add(sent);
         let lend = Lend { at, ..lend };
         let rest = match polled {
             _ if at == lend.end() => None,
@@ -399,7 +400,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<S> {
         match count.map_err(Fault::Stream)? {
             Poll::Pending => Ok(false),
             Poll::Ready(0) => self.end_of_stream(),
-            Poll::Ready(_) => Ok(true),
+            Poll::Ready(count) => {
+                self.clock.sending.add(count);
+                Ok(true)
+            }
         }
     }
 
@@ -450,45 +454,4 @@ fn missing(request: &Request, buffer: &Buffer, framing: Framing) -> usize {
 
 fn length(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
-}
-
-/// Notices a client that has stopped. Looked at a few times per time-out, so that it costs nothing per request.
-struct Clock {
-    limits: Limits,
-    period: Duration,
-    tick: Pin<Box<Sleep>>,
-    /// Whether anything happened since the last tick.
-    moved: bool,
-    /// For how many ticks nothing happened while the client was to send or receive.
-    stalled: u32,
-    /// Since when nothing was asked for.
-    idle_since: Instant,
-}
-
-impl Clock {
-    fn new(limits: Limits) -> Self {
-        let period = limits.idle.unwrap_or(limits.stall).min(limits.stall) / TICKS;
-        let idle_since = Instant::now();
-        Self { limits, period, tick: Box::pin(sleep(period)), moved: false, stalled: 0, idle_since }
-    }
-
-    /// Ready with what is wrong, if the client has stopped for too long.
-    fn poll(&mut self, context: &mut Context<'_>, waits: bool, idles: bool) -> Poll<Fault> {
-        while self.tick.as_mut().poll(context).is_ready() {
-            let now = Instant::now();
-            self.tick.as_mut().reset(now + self.period);
-            self.stalled = if waits && !self.moved { self.stalled + 1 } else { 0 };
-            if !idles || self.moved {
-                self.idle_since = now;
-            }
-            self.moved = false;
-            if self.period * self.stalled >= self.limits.stall {
-                return Poll::Ready(Fault::Stalled);
-            }
-            if self.limits.idle.is_some_and(|limit| now - self.idle_since >= limit) {
-                return Poll::Ready(Fault::Idle);
-            }
-        }
-        Poll::Pending
-    }
 }

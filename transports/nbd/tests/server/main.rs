@@ -8,5 +8,6 @@ mod lending;
 mod limits;
 mod newer;
 mod record;
+mod slow;
 mod support;
 mod tls;

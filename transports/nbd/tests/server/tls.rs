@@ -14,7 +14,7 @@ use crate::support::{Raw, Running, contents, filled, memory, run, try_run};
 const SIZE: u64 = 3_000_001;
 
 /// Writes `ca-cert.pem` and, vouched for by it, a certificate and its key for each role.
-fn certificates(roles: &[&str]) -> TempDir {
+pub(crate) fn certificates(roles: &[&str]) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     let file = |name: String, text: String| std::fs::write(directory.path().join(name), text).unwrap();
     let mut authority = CertificateParams::new(Vec::new()).unwrap();

@@ -1,0 +1,354 @@
+//! Who may have how much of what all connections share, so that nobody waits for one who does not give back what they
+//! have: a client that never reads its answers, or sends a payload byte by byte.
+//!
+//! The more is taken, the less each may have: after taking something, one has at most a small part of what is then left,
+//! unless all together have little. So one after another who takes what it can and keeps it takes less than the one before, and something is left for the
+//! next. One who has nothing yet comes before those who have something: a first request may be longer, and while it
+//! waits the others leave nearly all of what is left alone.
+//!
+//! It counts, and wakes who waits; what the units stand for is the caller's business. Taking and giving back cost one
+//! short lock each.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+/// What part of what is left one may have.
+const PART: u32 = 8;
+/// The same while another waits who has nothing: so little that it gets its turn among hundreds.
+const SPARING: u32 = 64;
+/// What part of what one alone cannot have has to be left by a first request that is longer than half of what is left.
+const RESERVE: u32 = 4;
+
+/// So many units for all, and who waits for some.
+#[derive(Debug)]
+pub(super) struct Fair {
+    /// The most that one may have.
+    own: u32,
+    /// What is left then.
+    others: u32,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    free: u32,
+    waiting: VecDeque<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    account: Arc<Account>,
+    wanted: u32,
+    waker: Waker,
+}
+
+#[derive(Debug)]
+struct Account {
+    fair: Arc<Fair>,
+    /// Changed under the lock only.
+    held: AtomicU32,
+}
+
+/// One who takes units, one request at a time.
+#[derive(Debug)]
+pub(super) struct Taker {
+    account: Arc<Account>,
+    /// What was asked for and not taken yet; once it is no longer waited for, it has been granted.
+    asked: Option<u32>,
+}
+
+/// Units that were taken, given back when this is dropped.
+#[derive(Debug)]
+pub(super) struct Taken {
+    account: Arc<Account>,
+    units: u32,
+}
+
+impl Fair {
+    /// So many units, of which one may have at most `own`.
+    pub(super) fn new(total: u32, own: u32) -> Arc<Self> {
+        let own = own.min(total);
+        let state = Mutex::new(State { free: total, waiting: VecDeque::new() });
+        Arc::new(Self { own, others: total - own, state })
+    }
+
+    pub(super) fn taker(self: &Arc<Self>) -> Taker {
+        Taker { account: Arc::new(Account { fair: self.clone(), held: AtomicU32::new(0) }), asked: None }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fits(&self, state: &State, account: &Account, wanted: u32) -> bool {
+        let Some(left) = state.free.checked_sub(wanted) else { return false };
+        let after = account.held() + wanted;
+        let fair = match account.held() {
+            // Without the reserve, what is longer than half of all would wait for ever.
+            0 => after <= left || left >= self.others / RESERVE,
+            _ if state.waiting.iter().any(|other| other.account.held() == 0) => after <= left / SPARING,
+            // What all together have is no more than one alone may have.
+            _ if left >= self.others => true,
+            _ => after <= left / PART,
+        };
+        fair && after <= self.own
+    }
+
+    /// Takes what `change` gives back, grants what then can be granted, and wakes who got something.
+    fn give_back(&self, change: impl FnOnce(&mut State)) {
+        let mut woken = Vec::new();
+        let mut state = self.lock();
+        change(&mut state);
+        // From the beginning after each: the last one that had nothing may have been what others had to wait for.
+        while let Some(index) = state.waiting.iter().position(|next| self.fits(&state, &next.account, next.wanted)) {
+            let Some(next) = state.waiting.remove(index) else { break };
+            next.account.take(&mut state, next.wanted);
+            woken.push(next.waker);
+        }
+        drop(state);
+        woken.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Account {
+    fn held(&self) -> u32 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, state: &mut State, units: u32) {
+        state.free -= units;
+        self.held.store(self.held() + units, Ordering::Relaxed);
+    }
+
+    fn give_back(&self, state: &mut State, units: u32) {
+        state.free += units;
+        self.held.store(self.held() - units, Ordering::Relaxed);
+    }
+}
+
+impl State {
+    fn position(&self, account: &Arc<Account>) -> Option<usize> {
+        self.waiting.iter().position(|other| Arc::ptr_eq(&other.account, account))
+    }
+}
+
+impl Taker {
+    /// Takes so many units, or as many as one may have. Ask for the same again until it is ready.
+    pub(super) fn poll_take(&mut self, context: &mut Context<'_>, wanted: u32) -> Poll<Taken> {
+        let fair = &self.account.fair;
+        let mut state = fair.lock();
+        if let Some(units) = self.asked {
+            if let Some(index) = state.position(&self.account) {
+                state.waiting[index].waker.clone_from(context.waker());
+                return Poll::Pending;
+            }
+            self.asked = None;
+            return Poll::Ready(Taken { account: self.account.clone(), units });
+        }
+        let units = wanted.min(fair.own);
+        if fair.fits(&state, &self.account, units) {
+            self.account.take(&mut state, units);
+            return Poll::Ready(Taken { account: self.account.clone(), units });
+        }
+        let (account, waker) = (self.account.clone(), context.waker().clone());
+        state.waiting.push_back(Waiting { account, wanted: units, waker });
+        self.asked = Some(units);
+        Poll::Pending
+    }
+}
+
+impl Drop for Taker {
+    fn drop(&mut self) {
+        let Some(units) = self.asked.take() else { return };
+        self.account.fair.give_back(|state| match state.position(&self.account) {
+            Some(index) => drop(state.waiting.remove(index)),
+            None => self.account.give_back(state, units),
+        });
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.account.fair.give_back(|state| self.account.give_back(state, self.units));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::task::Wake;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// In the units of the server: the most that it takes by default, at 4 KiB.
+    const TOTAL: u32 = 512 << 8;
+    const OWN: u32 = 64 << 8;
+    const MIB: u32 = 1 << 8;
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn take(taker: &mut Taker, wanted: u32) -> Option<Taken> {
+        match taker.poll_take(&mut Context::from_waker(Waker::noop()), wanted) {
+            Poll::Ready(taken) => Some(taken),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Takers that take requests of so much until they get no more, and keep them.
+    fn hogs(fair: &Arc<Fair>, count: usize, wanted: u32) -> Vec<(Taker, Vec<Taken>)> {
+        (0..count).map(|_| all_of(fair.taker(), wanted)).collect()
+    }
+
+    fn all_of(mut taker: Taker, wanted: u32) -> (Taker, Vec<Taken>) {
+        let taken = std::iter::from_fn(|| take(&mut taker, wanted)).collect();
+        (taker, taken)
+    }
+
+    #[test]
+    fn who_gives_nothing_back_leaves_something_for_everybody_else() {
+        for (count, wanted) in [(1, MIB), (8, MIB), (40, MIB), (40, 1), (100, 32 * MIB)] {
+            let fair = Fair::new(TOTAL, OWN);
+            let hogs = hogs(&fair, count, wanted);
+            let most = hogs.iter().map(|(_, taken)| taken.iter().map(|taken| taken.units).sum::<u32>()).max().unwrap();
+            assert!(most <= OWN, "{count} × {wanted}");
+            let mut other = fair.taker();
+            for _ in 0..100 {
+                let taken = take(&mut other, MIB).unwrap_or_else(|| panic!("{count} × {wanted} are in the way"));
+                drop(taken);
+            }
+        }
+    }
+
+    #[test]
+    fn one_alone_may_have_all_that_one_may_have_and_the_next_ones_hardly_less() {
+        let hogs = hogs(&Fair::new(TOTAL, OWN), 4, MIB);
+        assert_eq!(hogs.iter().map(|(_, taken)| taken.len()).collect::<Vec<_>>(), [64, 49, 44, 39]);
+        for total in [OWN, OWN * 100] {
+            assert_eq!(all_of(Fair::new(total, OWN).taker(), MIB).1.len(), 64);
+        }
+    }
+
+    #[test]
+    fn a_long_request_gets_its_turn_among_many_that_never_rest() {
+        for (total, own, wanted, others) in [(TOTAL, OWN, 32 * MIB, 250), (TOTAL, OWN, OWN, 250), (64, 32, 32, 8)] {
+            let fair = Fair::new(total, own);
+            let mut others = hogs(&fair, others, 1);
+            let mut long = fair.taker();
+            let mut got = take(&mut long, wanted);
+            assert!(got.is_none(), "they are in its way at first");
+            // Each of them gives back what it had, part by part, and asks again at once.
+            for _ in 0..total {
+                for (taker, taken) in &mut others {
+                    if !taken.is_empty() {
+                        taken.swap_remove(0);
+                    }
+                    taken.extend(take(taker, 1));
+                }
+                got = take(&mut long, wanted);
+                if got.is_some() {
+                    break;
+                }
+            }
+            assert!(got.is_some(), "{wanted} of {total}");
+        }
+    }
+
+    #[test]
+    fn what_was_granted_and_not_fetched_is_given_back() {
+        let fair = Fair::new(2, 2);
+        let (mut first, mut second, mut third) = (fair.taker(), fair.taker(), fair.taker());
+        let held = take(&mut first, 2);
+        assert!(take(&mut second, 2).is_none() && take(&mut third, 2).is_none());
+        drop(held);
+        drop(second);
+        assert!(take(&mut third, 2).is_some());
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Ask(usize, u32),
+        GiveBack(usize, usize),
+        Leave(usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => (0..6usize, 1..20u32).prop_map(|(who, units)| Step::Ask(who, units)),
+            4 => (0..6usize, any::<usize>()).prop_map(|(who, which)| Step::GiveBack(who, which)),
+            1 => (0..6usize).prop_map(Step::Leave),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost_and_nobody_waits_for_what_they_may_have(
+            total in 1..64u32,
+            own in 1..64u32,
+            steps in prop::collection::vec(step(), 1..200),
+        ) {
+            let fair = Fair::new(total, own);
+            let woken: Vec<_> = (0..6).map(|_| Arc::new(Woken::default())).collect();
+            let mut takers: Vec<_> = (0..6).map(|_| (fair.taker(), Vec::new())).collect();
+            for step in steps {
+                let before: Vec<_> = takers.iter().map(|(taker, _)| fair.lock().position(&taker.account)).collect();
+                let counts: Vec<_> = woken.iter().map(|woken| woken.0.load(Ordering::Relaxed)).collect();
+                match step {
+                    Step::Ask(who, units) => {
+                        let (taker, taken) = &mut takers[who];
+                        let waker = woken[who].clone().into();
+                        let units = taker.asked.unwrap_or(units);
+                        if let Poll::Ready(got) = taker.poll_take(&mut Context::from_waker(&waker), units) {
+                            taken.push(got);
+                        }
+                    }
+                    Step::GiveBack(who, which) => {
+                        let taken = &mut takers[who].1;
+                        if !taken.is_empty() {
+                            taken.swap_remove(which % taken.len());
+                        }
+                    }
+                    Step::Leave(who) => takers[who].0 = fair.taker(),
+                }
+                let state = fair.lock();
+                let held: u32 = takers.iter().map(|(taker, _)| taker.account.held()).sum();
+                let left_behind: u32 = takers
+                    .iter()
+                    .flat_map(|(taker, taken)| taken.iter().filter(|taken| !Arc::ptr_eq(&taken.account, &taker.account)))
+                    .map(|taken| taken.units)
+                    .sum();
+                prop_assert_eq!(state.free + held + left_behind, total);
+                prop_assert!(takers.iter().all(|(taker, _)| taker.account.held() <= fair.own));
+                prop_assert!(state.waiting.iter().all(|next| !fair.fits(&state, &next.account, next.wanted)));
+                for (who, (taker, _)) in takers.iter().enumerate() {
+                    let granted = before[who].is_some() && state.position(&taker.account).is_none();
+                    let left = taker.asked.is_none();
+                    prop_assert!(!granted || left || woken[who].0.load(Ordering::Relaxed) > counts[who]);
+                }
+            }
+            for (_, taken) in &mut takers {
+                taken.clear();
+            }
+            // With nobody holding anything but what was granted, everybody gets their turn.
+            for _ in 0..takers.len() {
+                for (taker, _) in &mut takers {
+                    if let Some(units) = taker.asked {
+                        drop(take(taker, units));
+                    }
+                }
+            }
+            prop_assert!(takers.iter().all(|(taker, _)| taker.asked.is_none()));
+            prop_assert_eq!(fair.lock().free, total);
+        }
+    }
+}
