@@ -387,7 +387,7 @@ impl<T: Target> Copying<T> {
 
     async fn open(&self, index: usize) -> Result<Arc<Cached>> {
         let lane = &self.lanes[index];
-        let remote = Arc::new(Retry::new(self.peer.region(index), self.settings.before.clone())?);
+        let remote = Arc::new(Retry::new(self.peer.region(index, self.id), self.settings.before.clone())?);
         let settings = CachedSettings {
             chunk_size: lane.geometry.chunk_size(),
             pull: PullSettings { alone: true, ..self.settings.pull.clone() },

@@ -22,7 +22,7 @@ type OnChunk = Arc<dyn Fn(usize, u64) + Send + Sync>;
 #[derive(Clone, Default)]
 pub struct Hooks {
     /// On the seeder, when it is finalized: returns when the application writes no more. An error refuses the
-    /// migration, and the application is resumed.
+    /// migration, and the application is resumed. On the leecher, when the regions turn out to have been taken back over there.
     pub suspend: Option<Hook>,
     /// On the side that owns the region: the application may run. On the leecher after finalize, on the seeder when a
     /// finalize did not come to its end.

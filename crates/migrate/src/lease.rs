@@ -1,8 +1,8 @@
 //! How long a leecher that copies may be silent: its signs of life, of which each of its reads is one. And how much was
-//! read, by whomever.
+//! read, by whomever. Whoever has the regions no more is not read for.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,35 +10,63 @@ use r3map_core::{Backend, Capabilities, Piece, ReadMany, ReadOp, ReadPieces, Res
 use tokio::time::Instant;
 
 use crate::protocol::MigrationId;
+use crate::seat;
 
 /// When a leecher was last heard of.
 #[derive(Debug)]
 pub(crate) struct Pulse {
     began: Instant,
-    /// Whose signs of life count.
-    holder: Mutex<Option<MigrationId>>,
+    readers: Mutex<Readers>,
     /// Nanoseconds after it began.
     last: AtomicU64,
     /// Bytes.
     read: AtomicU64,
 }
 
+/// Who reads.
+#[derive(Debug, Default)]
+struct Readers {
+    /// Whose signs of life count.
+    holder: Option<MigrationId>,
+    /// From whom the regions were taken back.
+    revoked: Option<MigrationId>,
+}
+
 impl Pulse {
     pub(crate) fn new() -> Self {
-        Self { began: Instant::now(), holder: Mutex::default(), last: AtomicU64::new(0), read: AtomicU64::new(0) }
+        Self { began: Instant::now(), readers: Mutex::default(), last: AtomicU64::new(0), read: AtomicU64::new(0) }
+    }
+
+    fn readers(&self) -> MutexGuard<'_, Readers> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// It is `holder` that has the lease from now on.
     pub(crate) fn hold(&self, holder: Option<MigrationId>) {
-        *self.holder.lock().unwrap_or_else(PoisonError::into_inner) = holder;
+        self.readers().holder = holder;
         self.beat();
     }
 
+    /// The regions were taken back from whoever reads for this migration.
+    pub(crate) fn revoke(&self, from: Option<MigrationId>) {
+        self.readers().revoked = from;
+    }
+
+    /// From whom they were.
+    pub(crate) fn revoked(&self) -> Option<MigrationId> {
+        self.readers().revoked
+    }
+
     /// Whoever reads for `id` is there.
-    pub(crate) fn heard(&self, id: MigrationId) {
-        if *self.holder.lock().unwrap_or_else(PoisonError::into_inner) == Some(id) {
+    ///
+    /// # Errors
+    /// `Conflict` if it has the regions no more.
+    pub(crate) fn heard(&self, id: MigrationId) -> Result<()> {
+        let Readers { holder, revoked } = *self.readers();
+        if holder == Some(id) {
             self.beat();
         }
+        if revoked == Some(id) { Err(seat::revoked()) } else { Ok(()) }
     }
 
     /// It is there.
@@ -142,14 +170,16 @@ mod tests {
         let silent = Duration::from_secs(7);
         pulse.hold(Some(holder));
         tokio::time::sleep(silent).await;
-        pulse.heard(other);
+        pulse.heard(other).unwrap();
         assert_eq!(pulse.silence(), silent, "that is somebody else");
-        pulse.heard(holder);
+        pulse.heard(holder).unwrap();
         assert_eq!(pulse.silence(), Duration::ZERO);
         pulse.hold(None);
         tokio::time::sleep(silent).await;
-        pulse.heard(holder);
+        pulse.heard(holder).unwrap();
         assert_eq!(pulse.silence(), silent, "it holds it no more");
+        pulse.revoke(Some(holder));
+        assert!(pulse.heard(holder).is_err() && pulse.heard(other).is_ok());
     }
 
     #[tokio::test]

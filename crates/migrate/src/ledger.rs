@@ -12,6 +12,8 @@ pub enum Standing {
     Owner {
         /// Since this epoch.
         epoch: u64,
+        /// From whom they were taken back.
+        revoked: Option<MigrationId>,
     },
     /// It has handed them over, and serves what is still missing there.
     HandedOver {

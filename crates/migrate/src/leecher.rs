@@ -34,7 +34,7 @@ pub struct LeecherParts {
 }
 
 impl LeecherParts {
-    fn limit(&self) -> Duration {
+    pub(crate) fn limit(&self) -> Duration {
         self.limit.unwrap_or(LIMIT)
     }
 
@@ -340,8 +340,9 @@ impl<T: Target> Leecher<Pulling<T>> {
         let resumed = parts.resume(opened).await;
         report.downtime = Downtime { suspend, flush, round_trip, resume: answered.elapsed() };
         report.total = begun.elapsed();
-        let arrival = Settled { peer: owed.peer, id: owed.id, settings: owed.settings, ledger: parts.ledger, report };
-        Ok(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) })
+        let arrival =
+            Settled { peer: owed.peer, id: owed.id, epoch: handover.epoch, settings: owed.settings, parts, report };
+        Ok(Leecher { state: Running::new(shown, arrival, resumed) })
     }
 
     /// Goes on where a leecher was that was killed after it had asked for the regions: as the ledger says, from which
@@ -389,8 +390,8 @@ impl<T: Target> Leecher<Pulling<T>> {
         let (shown, opened) = show(&mut copying, &parts, &handover).await?;
         let resumed = parts.resume(opened).await;
         let Copying { peer, settings, .. } = copying;
-        let arrival = Settled { peer, id, settings, ledger: parts.ledger, report };
-        Ok(Some(Leecher { state: Running::new(shown, arrival, handover.epoch, resumed) }))
+        let arrival = Settled { peer, id, epoch: handover.epoch, settings, parts, report };
+        Ok(Some(Leecher { state: Running::new(shown, arrival, resumed) }))
     }
 
     /// Stops copying, and has everything that there is.
@@ -482,7 +483,7 @@ async fn ask_again(
 }
 
 /// Whoever has taken regions back knew that nobody runs here. Now nobody may.
-fn taken_back(there: u64, here: u64) -> Error {
+pub(crate) fn taken_back(there: u64, here: u64) -> Error {
     let message = format!(
         "the seeder has taken the region back (epoch {there} there, {here} here), and the application may run there: it must \
          not run here too. What was written here is nowhere else; remove it, and the ledger, if nothing of it is wanted"
@@ -540,7 +541,7 @@ async fn show<T: Target>(
         let dirty: &BlockSet = &handover.dirty[index];
         lane.written(dirty, copying.rounds + 1)?;
         lane.take_back()?;
-        let remote = Arc::new(Retry::new(copying.peer.region(index), copying.settings.after.clone())?);
+        let remote = Arc::new(Retry::new(copying.peer.region(index, copying.id), copying.settings.after.clone())?);
         let arrival = lane.arrival(remote, dirty, copying.settings.pull.clone(), hook, all_shown.clone());
         shown.push(lane.target.show(arrival).await?);
     }

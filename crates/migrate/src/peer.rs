@@ -49,6 +49,6 @@ pub trait Peer: Send + Sync + 'static {
     /// `Conflict` if that cannot be: the region went to somebody else, or was confirmed.
     async fn abort(&self, id: MigrationId) -> Result<()>;
 
-    /// A region's bytes.
-    fn region(&self, index: usize) -> Arc<dyn Backend>;
+    /// A region's bytes, for the migration `id`: from a region that was taken back from it nothing is read.
+    fn region(&self, index: usize, id: MigrationId) -> Arc<dyn Backend>;
 }

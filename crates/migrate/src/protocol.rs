@@ -30,7 +30,8 @@
 //! Exactly one side may write. Up to *handed over* it is the seeder; from there on it is the leecher, and nobody but the
 //! leecher can give it back: by `abort`, which it sends only if it has not run and never will. A seeder that has handed
 //! over waits, whatever becomes of the leecher; it cannot know whether the answer arrived. Whoever does know (a person)
-//! can take it back by hand.
+//! can take it back by hand. Whoever was wrong in that is told as soon as the leecher makes a call or reads: both are refused,
+//! [`Description::revoked`] says why, and the leecher stops its application.
 //!
 //! # Lost replies
 //! Each call may be made again with the same arguments and gives the same answer. `dirty` is numbered: the same number
@@ -113,6 +114,8 @@ pub struct Description {
     pub busy: bool,
     /// How long a leecher may be silent before it stops to record for it; nothing where it may be for ever.
     pub lease: Option<Duration>,
+    /// The migration for which the regions were handed over, and taken back since. Whoever it is must not run.
+    pub revoked: Option<MigrationId>,
 }
 
 impl Description {
@@ -192,6 +195,7 @@ mod tests {
             precopy: true,
             busy: false,
             lease: None,
+            revoked: None,
         };
         assert_eq!(description(&[1, 4097]).check().unwrap().len(), 2);
         let epoch = |epoch| Description { epoch, ..description(&[1]) };

@@ -1,19 +1,19 @@
 //! The side that regions have come to: the application runs here, what is missing is pulled, and then they can go on to
 //! the next.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use r3map_pipeline::retrying;
-use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::sync::{Mutex, watch};
+use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::leecher::Leecher;
+use crate::leecher::{Leecher, LeecherParts, taken_back};
 use crate::protocol::MigrationId;
-use crate::{Ledger, LeecherSettings, Peer, Report, Seeder, SeederParts, Shown, Source, Standing};
+use crate::{LeecherSettings, Peer, Report, Seeder, SeederParts, Shown, Source, Standing, hooks, source};
 
 /// How long to wait after something could not be had.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -27,6 +27,7 @@ pub struct Running<M> {
     began: Instant,
     settled: watch::Receiver<Settling>,
     settling: AbortOnDropHandle<()>,
+    passed_on: Arc<Mutex<bool>>,
 }
 
 /// How far the rest of a migration is.
@@ -46,22 +47,72 @@ enum Settling {
     },
     /// The region was closed before.
     Closed(Error),
+    /// They are over there again, and the application is stopped here.
+    TakenBack(Error),
 }
 
 /// What there is beside the regions when they have come.
 pub(crate) struct Settled {
     pub(crate) peer: Arc<dyn Peer>,
     pub(crate) id: MigrationId,
+    pub(crate) epoch: u64,
     pub(crate) settings: LeecherSettings,
-    pub(crate) ledger: Option<Arc<dyn Ledger>>,
+    pub(crate) parts: LeecherParts,
     pub(crate) report: Report,
 }
 
 impl Settled {
+    /// Waits until nothing is missing, however often something cannot be had.
+    async fn all_here<M: Shown>(&self, shown: &[Arc<M>]) -> std::result::Result<(), Settling> {
+        loop {
+            let Err(error) = try_join_all(shown.iter().map(|region| region.pulled())).await else { return Ok(()) };
+            match error.kind() {
+                ErrorKind::Cancelled | ErrorKind::InvalidInput => return Err(Settling::Closed(error)),
+                ErrorKind::Conflict => {
+                    if let Ok(Some(lost)) = self.lost().await {
+                        self.stop(shown).await;
+                        return Err(Settling::TakenBack(lost));
+                    }
+                }
+                _ => {}
+            }
+            tracing::warn!(%error, "what is missing could not be had; it is tried again");
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
     /// Everything is here: sees to it that it stays, and writes down that nobody else has it.
-    async fn keep<M: Shown>(&self, shown: &[Arc<M>], epoch: u64) -> Result<()> {
+    async fn keep<M: Shown>(&self, shown: &[Arc<M>]) -> Result<()> {
         try_join_all(shown.iter().map(|region| region.keep())).await?;
-        self.ledger.as_ref().map_or(Ok(()), |ledger| ledger.save(&Standing::Owner { epoch }))
+        self.write_down(&Standing::Owner { epoch: self.epoch, revoked: None })
+    }
+
+    fn write_down(&self, standing: &Standing) -> Result<()> {
+        self.parts.ledger.as_ref().map_or(Ok(()), |ledger| ledger.save(standing))
+    }
+
+    /// Whether somebody has taken the regions back over there. Nobody but the seeder knows, and others may answer in its place.
+    async fn lost(&self) -> Result<Option<Error>> {
+        let description =
+            timeout(self.settings.after.attempt_timeout, self.peer.describe()).await.map_err(|_| silent())??;
+        Ok((description.revoked == Some(self.id)).then(|| taken_back(description.epoch, self.epoch)))
+    }
+
+    /// Nobody may write here any more, be it that the application is told, or that it is refused; nor may whoever comes after
+    /// this process.
+    async fn stop<M: Shown>(&self, shown: &[Arc<M>]) {
+        let limit = self.parts.limit();
+        let suspend = self.parts.hooks.suspend.as_ref();
+        if let Err(error) = hooks::call(suspend, limit, "suspending the application").await {
+            tracing::error!(%error, "the application may not know that the region was taken back");
+        }
+        let sources: Vec<_> = shown.iter().map(|region| region.source()).collect();
+        if let Err(error) = source::close(&sources, limit).await {
+            tracing::error!(%error, "what was taken back may still be written here, or what was written last not be kept");
+        }
+        if let Err(error) = self.write_down(&Standing::Arrived { id: self.id, epoch: self.epoch }) {
+            tracing::error!(%error, "it is not written down that the region may not be used here any more");
+        }
     }
 
     /// Tells the seeder, which may forget it then.
@@ -71,28 +122,46 @@ impl Settled {
 }
 
 impl<M: Shown> Running<M> {
-    pub(crate) fn new(shown: Vec<M>, arrival: Settled, epoch: u64, resumed: Result<()>) -> Self {
-        let report = arrival.report.clone();
+    pub(crate) fn new(shown: Vec<M>, arrival: Settled, resumed: Result<()>) -> Self {
+        let (report, epoch) = (arrival.report.clone(), arrival.epoch);
         let shown: Vec<_> = shown.into_iter().map(Arc::new).collect();
         let began = Instant::now();
         let (settling, settled) = watch::channel(Settling::default());
         let rest = shown.clone();
+        let passed_on = Arc::new(Mutex::new(false));
+        let elsewhere = passed_on.clone();
         let task = tokio::spawn(async move {
-            if let Err(error) = all_here(&rest).await {
-                settling.send_replace(Settling::Closed(error));
+            if let Err(ended) = arrival.all_here(&rest).await {
+                settling.send_replace(ended);
                 return;
             }
             let after = began.elapsed();
-            while let Err(error) = arrival.keep(&rest, epoch).await {
+            while let Err(error) = arrival.keep(&rest).await {
                 tracing::warn!(%error, "what is here could not be made to stay; it is tried again");
                 settling.send_replace(Settling::Here { after, kept: false, told: Err(error) });
                 tokio::time::sleep(PAUSE).await;
             }
             // From here on it is not for this task that they are shown. Nor is it written down again who owns them: they
             // may have gone on to the next when the seeder answers at last.
+            let shown: Vec<_> = rest.iter().map(Arc::downgrade).collect();
             drop(rest);
-            while let Err(error) = arrival.confirm().await {
-                let is_final = is_final(&error);
+            while let Err(mut error) = arrival.confirm().await {
+                let mut is_final = is_final(&error);
+                if error.kind() == ErrorKind::Conflict {
+                    match arrival.lost().await {
+                        Ok(Some(lost)) => {
+                            let elsewhere = elsewhere.lock().await;
+                            if !*elsewhere {
+                                arrival.stop(&shown.iter().filter_map(Weak::upgrade).collect::<Vec<_>>()).await;
+                                settling.send_replace(Settling::TakenBack(lost));
+                                return;
+                            }
+                            error = lost;
+                        }
+                        Ok(None) => {}
+                        Err(_) => is_final = false,
+                    }
+                }
                 settling.send_replace(Settling::Here { after, kept: true, told: Err(error) });
                 if is_final {
                     return;
@@ -101,7 +170,7 @@ impl<M: Shown> Running<M> {
             }
             settling.send_replace(Settling::Here { after, kept: true, told: Ok(()) });
         });
-        Self { shown, epoch, report, resumed, began, settled, settling: AbortOnDropHandle::new(task) }
+        Self { shown, epoch, report, resumed, began, settled, settling: AbortOnDropHandle::new(task), passed_on }
     }
 }
 
@@ -143,14 +212,26 @@ impl<M: Shown> Leecher<Running<M>> {
     /// [`LeecherSettings::after`] says: it is told when it answers again, see [`Self::confirmed`].
     ///
     /// # Errors
-    /// `Cancelled` if a region is closed before.
+    /// `Cancelled` if a region is closed before; `Conflict` as [`Self::taken_back`] says.
     pub async fn pulled(&self) -> Result<Report> {
         let mut settled = self.state.settled.clone();
         let ended = settled.wait_for(|settling| !matches!(settling, Settling::Missing)).await;
         match ended.map(|settling| settling.clone()) {
             Ok(Settling::Here { .. }) => Ok(self.report()),
-            Ok(Settling::Closed(error)) => Err(error),
+            Ok(Settling::Closed(error) | Settling::TakenBack(error)) => Err(error),
             _ => Err(Error::new(ErrorKind::Cancelled, Operation::Read, "the runtime has shut down")),
+        }
+    }
+
+    /// Waits until somebody has taken the regions back over there, in the belief that nobody runs here: what that means. It is
+    /// noticed with the next call or read that reaches the seeder, of which there is none once it knows that everything is
+    /// here. By then the suspend hook was called, nothing can be written any more, and the ledger says nothing else.
+    pub async fn taken_back(&self) -> Error {
+        let mut settled = self.state.settled.clone();
+        let lost = settled.wait_for(|settling| matches!(settling, Settling::TakenBack(_))).await;
+        match lost.map(|settling| settling.clone()) {
+            Ok(Settling::TakenBack(error)) => error,
+            _ => std::future::pending().await,
         }
     }
 
@@ -161,6 +242,7 @@ impl<M: Shown> Leecher<Running<M>> {
     pub fn confirmed(&self) -> Result<()> {
         match &*self.state.settled.borrow() {
             Settling::Here { told, .. } => told.clone(),
+            Settling::TakenBack(error) => Err(error.clone()),
             _ => Err(Error::new(ErrorKind::Unavailable, Operation::Close, "something is missing still")),
         }
     }
@@ -179,6 +261,7 @@ impl<M: Shown> Leecher<Running<M>> {
         match &*self.state.settled.borrow() {
             Settling::Here { kept: false, told, .. } => told.clone(),
             Settling::Here { .. } => Ok(()),
+            Settling::TakenBack(error) => Err(error.clone()),
             _ => Err(Error::new(ErrorKind::Unavailable, Operation::Close, "something is missing still")),
         }
     }
@@ -188,12 +271,14 @@ impl<M: Shown> Leecher<Running<M>> {
     /// is here is told when it answers, for as long as the new seeder lives: until then it is not to end, as [`Former`] says.
     ///
     /// # Errors
-    /// `Cancelled` if a region is closed before; as [`Shown::keep`] and [`Ledger::save`]; as [`Seeder::new`].
+    /// `Cancelled` if a region is closed before; `Conflict` as [`Self::taken_back`] says; as [`Shown::keep`] and
+    /// [`Ledger::save`](crate::Ledger::save); as [`Seeder::new`].
     pub async fn release(self, names: Vec<String>, parts: SeederParts) -> Result<(Vec<Arc<M>>, Seeder, Former)> {
         self.pulled().await?;
         let former = self.former();
-        let Running { shown, epoch, settled, settling, .. } = self.state;
-        if let Settling::Here { kept: false, told: Err(error), .. } = &*settled.borrow() {
+        let Running { shown, epoch, settled, settling, passed_on, .. } = self.state;
+        *passed_on.lock().await = true;
+        if let Settling::Here { kept: false, told: Err(error), .. } | Settling::TakenBack(error) = &*settled.borrow() {
             return Err(error.clone());
         }
         let sources = shown.iter().map(|region| region.source());
@@ -238,6 +323,7 @@ impl Former {
         }
         match &*self.settled.borrow() {
             Settling::Here { told, .. } => told.clone(),
+            Settling::TakenBack(error) => Err(error.clone()),
             _ => Err(Error::new(ErrorKind::Cancelled, Operation::Close, "the runtime has shut down")),
         }
     }
@@ -249,14 +335,6 @@ fn is_final(error: &Error) -> bool {
     matches!(error.kind(), Conflict | Denied | InvalidInput)
 }
 
-/// Waits until nothing is missing, however often something cannot be had.
-async fn all_here<M: Shown>(shown: &[Arc<M>]) -> Result<()> {
-    loop {
-        let Err(error) = try_join_all(shown.iter().map(|region| region.pulled())).await else { return Ok(()) };
-        if matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::InvalidInput) {
-            return Err(error);
-        }
-        tracing::warn!(%error, "what is missing could not be had; it is tried again");
-        tokio::time::sleep(PAUSE).await;
-    }
+fn silent() -> Error {
+    Error::new(ErrorKind::Unavailable, Operation::Open, "the seeder does not answer")
 }

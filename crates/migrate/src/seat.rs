@@ -18,6 +18,8 @@ pub(crate) struct Seat {
     state: State,
     /// Migrations for which recording has ended. It does not begin again, for who believes that it never ended.
     ended: VecDeque<MigrationId>,
+    /// The migration from which the regions were taken back last.
+    revoked: Option<MigrationId>,
 }
 
 #[derive(Debug, Clone)]
@@ -84,9 +86,13 @@ impl Seat {
     /// # Errors
     /// `Conflict` where the regions are not this side's to seed; `Corrupt` for an epoch that cannot be.
     pub(crate) fn new(epoch: u64, standing: Option<Standing>) -> Result<Self> {
+        let mut revoked = None;
         let (epoch, state) = match standing {
             None => (epoch, State::Owner),
-            Some(Standing::Owner { epoch: since }) => (epoch.max(since), State::Owner),
+            Some(Standing::Owner { epoch: since, revoked: from }) => {
+                revoked = from;
+                (epoch.max(since), State::Owner)
+            }
             Some(Standing::HandedOver { id, epoch, dirty }) => {
                 let answer = Handover { epoch, dirty, ..Handover::default() };
                 (epoch, State::HandedOver { id, answer })
@@ -97,17 +103,22 @@ impl Seat {
             }
         };
         check_epoch(epoch)?;
-        Ok(Self { epoch, state, ended: VecDeque::new() })
+        Ok(Self { epoch, state, ended: VecDeque::new(), revoked })
     }
 
     /// The same in another state.
     fn changed(&self, epoch: u64, state: State) -> Self {
-        Self { epoch, state, ended: self.ended.clone() }
+        Self { epoch, state, ended: self.ended.clone(), revoked: self.revoked }
     }
 
     /// The epoch of the present owner.
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// Who had the regions before they were taken back.
+    pub(crate) fn revoked(&self) -> Option<MigrationId> {
+        self.revoked
     }
 
     /// Whether the application here may write.
@@ -132,7 +143,7 @@ impl Seat {
     /// What is to be written down of this.
     pub(crate) fn standing(&self) -> Standing {
         match &self.state {
-            State::Owner | State::Tracked { .. } => Standing::Owner { epoch: self.epoch },
+            State::Owner | State::Tracked { .. } => Standing::Owner { epoch: self.epoch, revoked: self.revoked },
             State::HandedOver { id, answer } => {
                 Standing::HandedOver { id: *id, epoch: self.epoch, dirty: answer.dirty.clone() }
             }
@@ -209,6 +220,7 @@ impl Seat {
         match &self.state {
             State::HandedOver { id: to, .. } if *to == id => Ok(Confirm::Gone),
             State::Gone { id: to } if *to == id => Ok(Confirm::Already),
+            _ if self.revoked == Some(id) => Err(revoked()),
             _ => Err(conflict("the region was not handed over for this migration")),
         }
     }
@@ -231,6 +243,7 @@ impl Seat {
         let mut back = self.changed(self.epoch + 1, State::Owner);
         if let State::HandedOver { id, .. } = self.state {
             back.end(id);
+            back.revoked = Some(id);
         }
         back
     }
@@ -255,6 +268,11 @@ fn over() -> Error {
         "nothing is recorded for this migration any more (the leecher was silent for too long, another one came, or the \
          seeder was started anew): start again",
     )
+}
+
+/// What is answered to whoever has the regions no more.
+pub(crate) fn revoked() -> Error {
+    conflict("the region was taken back here: whoever it was handed over to must not use it any more")
 }
 
 fn conflict(message: impl Into<String>) -> Error {
@@ -330,6 +348,7 @@ mod tests {
         assert!(handed().abort(B).is_err());
         let back = handed().taken_back();
         assert!(back.owns() && back.epoch() > handed().epoch());
+        assert_eq!((handed().revoked(), back.revoked()), (None, Some(A)));
         assert!(back.finalize(A, 0).is_err() && back.confirm(A).is_err());
         assert_eq!(handed().confirm(A).unwrap(), Confirm::Gone);
         let gone = handed().gone(A);
@@ -358,9 +377,10 @@ mod tests {
 
     #[test]
     fn a_restart_goes_on_where_it_was() {
-        for seat in [seat(), tracked(3), handed(), handed().gone(A)] {
+        for seat in [seat(), tracked(3), handed(), handed().gone(A), handed().taken_back()] {
             let again = Seat::new(0, Some(seat.standing())).unwrap();
             assert_eq!((again.standing(), again.owns()), (seat.standing(), seat.owns()));
+            assert_eq!(again.revoked(), seat.revoked());
         }
         for coming in [Standing::Pulling { id: A, rounds: 3 }, Standing::Asking { id: A, rounds: 3 }] {
             assert!(Seat::new(0, Some(coming)).is_err());

@@ -157,8 +157,9 @@ impl Seeder {
             })
             .await?;
         }
-        let work = Mutex::new(Work::new(seat, sources.len()));
         let (progress, pulse) = (watch::Sender::default(), Arc::new(Pulse::new()));
+        pulse.revoke(seat.revoked());
+        let work = Mutex::new(Work::new(seat, sources.len()));
         let shared = Shared { names, sources, parts, progress, pulse, work };
         let seeder = Self { shared: Arc::new(shared) };
         seeder.shared.publish(&*seeder.shared.work.lock().await);
@@ -200,7 +201,8 @@ impl Seeder {
         let regions = self.shared.names.iter().zip(&self.shared.sources).map(facts).collect();
         let SeederProgress { epoch, phase, .. } = *self.shared.progress.borrow();
         let busy = matches!(phase, SeederPhase::Tracked | SeederPhase::Suspending);
-        Ok(Description { epoch, regions, precopy: true, busy, lease: Some(self.shared.lease()) })
+        let (lease, revoked) = (Some(self.shared.lease()), self.shared.pulse.revoked());
+        Ok(Description { epoch, regions, precopy: true, busy, lease, revoked })
     }
 
     /// A region's bytes, for a transport to serve: it lets in who reads, and says whose [sign of life](Admitted::heard) that
@@ -247,8 +249,8 @@ impl Seeder {
     }
 
     /// Takes back regions that were handed over. **Only for somebody who knows that the leecher does not run and never
-    /// will**: the protocol cannot know, and two sides that run destroy the region. A leecher does this itself by
-    /// aborting where it can.
+    /// will**: the protocol cannot know, and two sides that run destroy the region. One that does run all the same is stopped
+    /// when it hears of it, and what it has written is lost. A leecher does this itself by aborting where it can.
     ///
     /// # Errors
     /// `Conflict` if they were not handed over, or everything was confirmed to be there; what the ledger, the fence and
@@ -287,8 +289,11 @@ pub struct Admitted {
 impl Admitted {
     /// Somebody reads for the migration `id`, or has just read: the leecher of that name is there. To be called before and
     /// after each read.
-    pub fn heard(&self, id: MigrationId) {
-        self.shared.pulse.heard(id);
+    ///
+    /// # Errors
+    /// `Conflict` if the regions were taken back from it: it may not have what it reads.
+    pub fn heard(&self, id: MigrationId) -> Result<()> {
+        self.shared.pulse.heard(id)
     }
 
     /// As [`crate::Peer::track`].
@@ -579,6 +584,7 @@ impl Shared {
             Abort::TakeBack => {
                 let back = work.seat.taken_back();
                 self.change(&mut work, back)?;
+                self.pulse.revoke(work.seat.revoked());
                 self.resume().await;
                 self.publish(&work);
             }

@@ -71,12 +71,33 @@ pub trait Source: Send + Sync + 'static {
 
 /// Lets the application write again, to as many sources as do as they are told.
 pub(crate) async fn unfence(sources: &[Arc<dyn Source>], limit: Duration) -> Result<()> {
-    each(sources, limit, "letting the application write again", |source| source.unfence()).await
+    each(sources, limit, "letting the application write again", |source| {
+        async {
+            source.unfence().await;
+            Ok(())
+        }
+        .boxed()
+    })
+    .await
 }
 
 /// Has them stop recording, as many as do as they are told.
 pub(crate) async fn untrack(sources: &[Arc<dyn Source>], limit: Duration) -> Result<()> {
-    each(sources, limit, "stopping to record what is written", |source| source.untrack()).await
+    each(sources, limit, "stopping to record what is written", |source| {
+        async {
+            source.untrack().await;
+            Ok(())
+        }
+        .boxed()
+    })
+    .await
+}
+
+/// Ends writing for good, to as many of them as do as they are told. What a kernel holds of earlier writes is stored if that is
+/// possible.
+pub(crate) async fn close(sources: &[Arc<dyn Source>], limit: Duration) -> Result<()> {
+    let flushed = each(sources, limit, "flushing", |source| source.flush()).await;
+    each(sources, limit, "fencing", |source| source.fence(Fencing::Strict)).await.and(flushed)
 }
 
 /// Calls all of them at once, so that none that hangs or panics keeps another from what it is told, or anybody waiting for
@@ -85,14 +106,14 @@ async fn each(
     sources: &[Arc<dyn Source>],
     limit: Duration,
     what: &str,
-    call: for<'a> fn(&'a dyn Source) -> BoxFuture<'a, ()>,
+    call: for<'a> fn(&'a dyn Source) -> BoxFuture<'a, Result<()>>,
 ) -> Result<()> {
     let calls = sources.iter().map(|source| {
         let called = AssertUnwindSafe(async { call(&**source).await }).catch_unwind();
         within(limit, what, async {
-            called
-                .await
-                .map_err(|_| Error::new(ErrorKind::Internal, Operation::Close, format!("{what}: it has panicked")))
+            called.await.unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Internal, Operation::Close, format!("{what}: it has panicked")))
+            })
         })
     });
     join_all(calls).await.into_iter().collect()

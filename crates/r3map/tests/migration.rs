@@ -336,7 +336,7 @@ async fn what_a_ledger_speaks_of_is_not_overwritten() {
         migration.leech(&Registry::standard(), &nobody, vec![Place::slice()]).await.unwrap_err().kind()
     };
     for standing in [
-        Standing::Owner { epoch: 1 },
+        Standing::Owner { epoch: 1, revoked: None },
         Standing::HandedOver { id, epoch: 2, dirty: Vec::new() },
         Standing::Asking { id, rounds: 1 },
         Standing::Arrived { id, epoch: 2 },

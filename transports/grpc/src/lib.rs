@@ -59,7 +59,7 @@ mod proto {
 pub(crate) const VERSION: (u32, u32) = (1, 0);
 
 /// The version of the migration service that this crate speaks; `migration.proto` has the rule.
-pub(crate) const MIGRATION_VERSION: (u32, u32) = (1, 0);
+pub(crate) const MIGRATION_VERSION: (u32, u32) = (1, 1);
 
 /// The most bytes in a record of what was written: enough for tens of millions of runs.
 pub(crate) const MAX_RECORD: usize = 64 << 20;

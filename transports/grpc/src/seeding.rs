@@ -20,6 +20,8 @@ pub struct Seeded {
     pub busy: bool,
     /// How long a leecher may be silent before it stops to record for it; nothing where it may be for ever.
     pub lease: Option<Duration>,
+    /// The migration from which the regions were taken back.
+    pub revoked: Option<[u8; 16]>,
 }
 
 /// One region of a seeder.
@@ -79,7 +81,10 @@ pub trait Seeding: Send + Sync + 'static {
 #[async_trait]
 pub trait Leeching: Send + Sync + 'static {
     /// Somebody reads for `id`, or has just read.
-    fn heard(&self, id: [u8; 16]);
+    ///
+    /// # Errors
+    /// As the seeder has it where he may not have what he reads.
+    fn heard(&self, id: [u8; 16]) -> Result<()>;
 
     /// Starts to record for `id`.
     ///

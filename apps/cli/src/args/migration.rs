@@ -53,7 +53,7 @@ pub(crate) struct Seed {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) ledger: Option<PathBuf>,
     /// Take a region back that was handed over. Only if the other side does not run and never will: whatever it has
-    /// written is lost.
+    /// written is lost, and if it does run it is stopped when it hears of it, which may be late.
     #[arg(long)]
     pub(crate) take_back: bool,
     /// How long a leecher that copies may be silent before nothing is recorded for it any more: then it must copy
@@ -90,7 +90,8 @@ pub(crate) struct Show {
 #[derive(Args, Debug, Clone)]
 pub(crate) struct Application {
     /// Run this before the region leaves: it must stop whatever writes to PATH, which is in $R3MAP_PATH; a file system on a
-    /// device must be frozen or unmounted. If it fails, or takes longer than --hook-timeout, the region stays.
+    /// device must be frozen or unmounted. If it fails, or takes longer than --hook-timeout, the region stays. On the side to which
+    /// the region went it is run when the region turns out to have been taken back over there.
     #[arg(long, value_name = "CMD", value_hint = ValueHint::CommandString)]
     pub(crate) on_suspend: Option<String>,
     /// Run this when PATH may be used: after the region has arrived, and when a handover came to nothing.

@@ -182,7 +182,13 @@ impl Site {
         let (mut stop, mut arrivals) = (false, Arrivals::new(&self.running));
         let report = loop {
             tokio::select! {
-                report = &mut pulled => break report?,
+                report = &mut pulled => match report {
+                    Ok(report) => break report,
+                    Err(error) => {
+                        bar.finish();
+                        return Err(self.lose(error).await);
+                    }
+                },
                 () = tokio::time::sleep(TICK) => {
                     arrivals.look(&self.running, &bar, self.output);
                     self.draw(&bar);
@@ -243,6 +249,12 @@ impl Site {
         }
     }
 
+    /// They are not to be used here any more: somebody has taken them back over there, or the region was closed.
+    async fn lose(&self, error: r3map::Error) -> anyhow::Error {
+        abandon(self.running.regions()).await;
+        anyhow!(error).context("the region cannot be used here any more, and is not shown")
+    }
+
     /// Shows them until somebody says stop.
     async fn keep(&self, mut stop: bool, signals: &mut Signals) -> Result<()> {
         if !stop {
@@ -251,6 +263,7 @@ impl Site {
                     self.output.note("unmounted", "somebody else unmounted it; storing what is left");
                 }
                 () = signals.next() => stop = true,
+                lost = self.running.taken_back() => return Err(self.lose(lost).await),
             }
         }
         if self.caches.is_empty() {
@@ -259,6 +272,7 @@ impl Site {
                 tokio::select! {
                     () = signals.next() => {}
                     () = unmounted(self.running.regions()) => {}
+                    lost = self.running.taken_back() => return Err(self.lose(lost).await),
                 }
             }
             abandon(self.running.regions()).await;

@@ -545,6 +545,35 @@ fn what_was_taken_back_over_there_does_not_run_here_again() {
     });
 }
 
+/// And was wrong: it ran all the time, and only could not be reached.
+#[test]
+fn what_was_taken_back_over_there_is_stopped_here() {
+    Scene::with_fuse(SOON, |scene| {
+        let (mut seeder, here, stamps) = seed_file(scene, SIZE, &[]);
+        let told = scene.name("told");
+        let more = ["--cache", &scene.name("cache"), "--on-suspend", &format!("echo stop >> {told}")];
+        let (mut leecher, line) = leech_at_once(scene, &seeder, "there", &more);
+        seeder.program.kill();
+        line.cut();
+        leecher.wait_for_event(SOON, "waiting");
+        let (region, shown) = (format!("file:{}", scene.name("disk.img")), scene.name("here"));
+        let again = seed(scene, &[&[region.as_str(), &shown, "--take-back"], &LISTEN[..]].concat());
+        let writer = stamps.start(here);
+        scene.step("the line is back");
+        line.retarget(again.address());
+        line.set_rate(None);
+        line.heal();
+        complains_as_event(&leecher.end(SOON), "has taken the region back");
+        assert_eq!(std::fs::read_to_string(&told).expect("the command was run"), "stop\n");
+        assert!(!is_mounted(&scene.path("there")) && scene.path("cache").exists(), "what was written there is kept");
+        let outcome = leech_ended(scene, &[&[again.uri.as_str(), &scene.name("there")], &more[..2]].concat());
+        complains(&outcome, "has taken the region back");
+        writer.goes_on();
+        drop(again);
+        writer.refused();
+    });
+}
+
 /// A region on its way from A over B to C, where A cannot take in that all of it has arrived: B, which has nothing any more
 /// but that to tell, A, and the line between them.
 fn unheard(scene: &Scene, more: &[&str]) -> (Program, Seeder, DelayProxy) {

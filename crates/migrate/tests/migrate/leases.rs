@@ -96,7 +96,7 @@ async fn reads_alone_keep_a_lease_of_whoever_holds_it() {
     calls.track(id).await.unwrap();
     let read_for = async |id: MigrationId| {
         sleep(LEASE * 2 / 3).await;
-        calls.heard(id);
+        calls.heard(id).unwrap();
         region.read_at(0, &mut [0; 10]).await.unwrap();
     };
     for _ in 0..10 {

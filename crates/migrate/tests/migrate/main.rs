@@ -11,3 +11,4 @@ mod leases;
 mod refusals;
 mod sources;
 mod support;
+mod taken_back;

@@ -6,7 +6,7 @@
 //!   12  checksum, u32: CRC-32C of all that follows
 //!   16  standing, u32: 1 owner, 2 handed over, 3 gone, 4 arrived, 5 asking, 6 pulling
 //!   20  epoch, u64; of 5 and 6 the records that have arrived
-//!   28  name of the migration, 16 bytes
+//!   28  name of the migration, 16 bytes; of 1 the one from which the region was taken back, or zeros
 //!   44  regions, u32; then for each of them its runs, u64, and each run's first block and the one after its last, u64
 //! ```
 //! It is replaced as a whole: written beside, synced, renamed, and the folder synced.
@@ -89,7 +89,7 @@ impl Ledger for FileLedger {
 fn encode(standing: &Standing) -> Vec<u8> {
     let none = MigrationId([0; 16]);
     let (kind, number, id, dirty): (u32, u64, _, &[BlockSet]) = match standing {
-        Standing::Owner { epoch } => (1, *epoch, none, &[]),
+        Standing::Owner { epoch, revoked } => (1, *epoch, revoked.unwrap_or(none), &[]),
         Standing::HandedOver { id, epoch, dirty } => (2, *epoch, *id, dirty),
         Standing::Gone { id, epoch } => (3, *epoch, *id, &[]),
         Standing::Arrived { id, epoch } => (4, *epoch, *id, &[]),
@@ -128,7 +128,7 @@ fn decode(bytes: &[u8]) -> Option<Standing> {
         dirty.push(blocks);
     }
     Some(match kind {
-        1 => Standing::Owner { epoch },
+        1 => Standing::Owner { epoch, revoked: (id.0 != [0; 16]).then_some(id) },
         2 => Standing::HandedOver { id, epoch, dirty },
         3 => Standing::Gone { id, epoch },
         4 => Standing::Arrived { id, epoch },
@@ -166,7 +166,8 @@ mod tests {
         [0..3, 9..10, 5000..90_000].into_iter().for_each(|run| blocks.insert(run));
         let (id, epoch) = (MigrationId([7; 16]), 1 << 40);
         vec![
-            Standing::Owner { epoch },
+            Standing::Owner { epoch, revoked: None },
+            Standing::Owner { epoch, revoked: Some(id) },
             Standing::HandedOver { id, epoch, dirty: vec![blocks, BlockSet::default()] },
             Standing::Gone { id, epoch },
             Standing::Arrived { id, epoch },

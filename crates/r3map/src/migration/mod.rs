@@ -310,8 +310,8 @@ impl Migration {
     /// `Conflict` if the ledger does not say that they were handed over; when it cannot be read or written.
     pub fn take_back(&self) -> Result<()> {
         match (&self.ledger, self.standing()?) {
-            (Some(ledger), Some(Standing::HandedOver { epoch, .. })) => {
-                ledger.save(&Standing::Owner { epoch: epoch.saturating_add(1) })
+            (Some(ledger), Some(Standing::HandedOver { id, epoch, .. })) => {
+                ledger.save(&Standing::Owner { epoch: epoch.saturating_add(1), revoked: Some(id) })
             }
             _ => Err(Error::new(ErrorKind::Conflict, Operation::Open, "nothing was handed over")),
         }

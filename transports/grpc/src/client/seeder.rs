@@ -99,12 +99,13 @@ impl SeederClient {
         Ok(client)
     }
 
-    /// A region's bytes. They are read for the migration of the last call.
+    /// A region's bytes. All regions are read for the migration that was named last, here or in a call.
     ///
     /// # Panics
     /// If there is no region of that number.
     #[must_use]
-    pub fn region(&self, index: usize) -> Arc<dyn Backend> {
+    pub fn region(&self, index: usize, id: [u8; 16]) -> Arc<dyn Backend> {
+        self.calls.pass.read_for(id);
         self.regions[index].clone()
     }
 
@@ -127,7 +128,8 @@ impl SeederClient {
             chunk_size: geometry.chunk_size(),
         };
         let regions = self.names.iter().zip(&self.geometries).map(region).collect();
-        Ok(Seeded { epoch: now.epoch, regions, precopy: !self.go, busy: now.busy, lease })
+        let revoked = now.revoked.as_ref().try_into().ok();
+        Ok(Seeded { epoch: now.epoch, regions, precopy: !self.go, busy: now.busy, lease, revoked })
     }
 
     fn check(&self, now: &migration::DescribeReply) -> Result<()> {

@@ -93,15 +93,14 @@ impl Session {
     }
 
     /// Reads, which is a sign of life of the leecher that it is done for.
-    pub(crate) async fn heard<T>(&self, reading: impl Future<Output = T>) -> T {
-        let heard = || {
-            if let Some(Caller { calls, reads_for: Some(id) }) = &self.caller {
-                calls.heard(*id);
-            }
+    pub(crate) async fn heard<T>(&self, reading: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+        let heard = || match &self.caller {
+            Some(Caller { calls, reads_for: Some(id) }) => answer(calls.heard(*id)),
+            _ => Ok(()),
         };
-        heard();
+        heard()?;
         let read = reading.await;
-        heard();
+        heard()?;
         read
     }
 
@@ -121,6 +120,7 @@ impl Session {
             regions: regions.collect(),
             busy: seeded.busy,
             lease_milliseconds: seeded.lease.map_or(0, milliseconds),
+            revoked: seeded.revoked.map(|id| id.to_vec().into()).unwrap_or_default(),
         };
         Ok(message::encode(&reply))
     }

@@ -29,6 +29,8 @@ use crate::common::{LIMIT, any_port, raw, serve, tonic_go};
 /// Not a multiple of anything.
 const SIZE: usize = 10 * 4096 + 100;
 const ID: [u8; 16] = [7; 16];
+/// The migration from which the regions were taken back.
+const REVOKED: [u8; 16] = [66; 16];
 
 fn filled(size: usize, seed: u64) -> Arc<Memory> {
     let memory = Memory::new(size as u64).unwrap();
@@ -80,7 +82,14 @@ impl Seeding for Scripted {
     async fn describe(&self) -> Result<Seeded> {
         let region = |name: &str, size| SeededRegion { name: name.into(), size, chunk_size: ChunkSize::MIN };
         let regions = vec![region("memory", SIZE as u64), region("disk", 5000)];
-        Ok(Seeded { epoch: 5, regions, precopy: true, busy: true, lease: Some(Duration::from_millis(1500)) })
+        Ok(Seeded {
+            epoch: 5,
+            regions,
+            precopy: true,
+            busy: true,
+            lease: Some(Duration::from_millis(1500)),
+            revoked: Some(REVOKED),
+        })
     }
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
@@ -103,8 +112,12 @@ impl Script {
 
 #[async_trait]
 impl Leeching for Script {
-    fn heard(&self, id: [u8; 16]) {
+    fn heard(&self, id: [u8; 16]) -> Result<()> {
         self.called(format!("heard {}", id[0]));
+        match id == REVOKED {
+            true => Err(Error::new(ErrorKind::Conflict, Operation::Open, "it was taken back")),
+            false => Ok(()),
+        }
     }
 
     async fn track(&self, id: [u8; 16]) -> Result<()> {
@@ -171,9 +184,9 @@ async fn every_call_and_every_region_goes_there_and_back() {
     assert_eq!(calls, ["track 7", "dirty 7 3", "dirty 7 3", "finalize 7 3", "finalize 7 3", "confirm 7", "abort 9"]);
     for (index, (size, seed)) in [(SIZE, 1), (5000, 2)].into_iter().enumerate() {
         let mut bytes = vec![0; size];
-        client.region(index).read_at(0, &mut bytes).await.unwrap();
+        client.region(index, ID).read_at(0, &mut bytes).await.unwrap();
         fill::check(&bytes, 0, seed).unwrap();
-        assert!(client.region(index).write_at(0, &[1]).await.is_err(), "it is only read");
+        assert!(client.region(index, ID).write_at(0, &[1]).await.is_err(), "it is only read");
     }
 }
 
@@ -182,15 +195,19 @@ async fn reads_say_for_whom_they_are_made() {
     let seeder = Scripted::new(b"");
     let (_server, target) = seed(seeder.clone()).await;
     let client = connect(&target, b"", ClientSettings::default()).await.unwrap();
-    let read = async |region: &dyn Backend| region.read_at(0, &mut [0; 10]).await.unwrap();
-    read(&*client.region(0)).await;
-    assert_eq!(seeder.take_calls(), [""; 0], "it has asked for nothing yet");
-    for (id, track, heard) in [(ID, "track 7", "heard 7"), ([8; 16], "track 8", "heard 8")] {
-        client.track(id).await.unwrap();
-        read(&*client.region(1)).await;
-        assert_eq!(seeder.take_calls(), [track, heard, heard], "before it and after it");
+    let read = async |region: &dyn Backend| region.read_at(0, &mut [0; 10]).await;
+    for (id, heard) in [(ID, "heard 7"), ([8; 16], "heard 8")] {
+        read(&*client.region(1, id)).await.unwrap();
+        assert_eq!(seeder.take_calls(), [heard, heard], "before it and after it");
     }
-    read(&Client::connect(target.clone(), ClientSettings::default()).await.unwrap()).await;
+    let region = client.region(0, ID);
+    client.track([9; 16]).await.unwrap();
+    read(&*region).await.unwrap();
+    assert_eq!(seeder.take_calls(), ["track 9", "heard 9", "heard 9"], "it is known by another name now");
+    let refused = read(&*client.region(0, REVOKED)).await.unwrap_err();
+    assert!(refused.kind() == ErrorKind::Conflict && refused.to_string().contains("it was taken back"), "{refused}");
+    assert_eq!(seeder.take_calls(), ["heard 66"]);
+    read(&Client::connect(target.clone(), ClientSettings::default()).await.unwrap()).await.unwrap();
     let mut go = go_leecher(&target).await;
     go.read_at(ReadAtArgs { length: 8192, off: 0 }).await.unwrap();
     assert_eq!(seeder.take_calls(), [""; 0], "somebody else");
@@ -279,7 +296,7 @@ async fn after_the_server_was_started_again_calls_go_on() {
     let server = Server::seeding(seeder, settings).await.unwrap();
     server.listen(&target).await.unwrap();
     assert_eq!(client.finalize(ID, 0).await.unwrap().epoch, 6);
-    client.region(1).read_at(0, &mut [0; 10]).await.unwrap();
+    client.region(1, ID).read_at(0, &mut [0; 10]).await.unwrap();
 }
 
 async fn go_leecher(target: &Target) -> GoLeecher<tonic::transport::Channel> {
@@ -404,7 +421,7 @@ async fn a_seeder_in_go_is_understood() {
     client.track(ID).await.unwrap();
     assert!(client.dirty(ID, 1).await.is_err());
     let mut bytes = vec![0; SIZE];
-    client.region(0).read_at(0, &mut bytes).await.unwrap();
+    client.region(0, ID).read_at(0, &mut bytes).await.unwrap();
     fill::check(&bytes, 0, 1).unwrap();
     client.abort(ID).await.expect("it has not been asked to stop");
     let handed = client.finalize(ID, 0).await.unwrap();

@@ -109,8 +109,6 @@ pub(crate) struct Link {
     /// Bytes that were read.
     pub(crate) read: AtomicU64,
     finalized: AtomicBool,
-    /// The migration of the last call, for which whoever reads does so.
-    migration: Mutex<Option<MigrationId>>,
     pub(crate) struck: AtomicU32,
     half: Duration,
     pub(crate) lies: Mutex<Lies>,
@@ -129,7 +127,6 @@ impl Link {
             fill_disk: Notify::new(),
             read: AtomicU64::new(0),
             finalized: AtomicBool::new(false),
-            migration: Mutex::default(),
             struck: AtomicU32::new(0),
             half: Duration::from_millis(5),
             lies: Mutex::default(),
@@ -152,10 +149,6 @@ impl Link {
 
     pub(crate) fn seeder(&self) -> Result<Seeder> {
         self.seeder.lock().unwrap().clone().ok_or_else(down)
-    }
-
-    fn reads_for(&self, id: MigrationId) {
-        *self.migration.lock().unwrap() = Some(id);
     }
 
     fn strikes(&self, step: Step) -> Fault {
@@ -273,8 +266,8 @@ impl Peer for MortalEnd {
         self.end().await.abort(id).await
     }
 
-    fn region(&self, index: usize) -> Arc<dyn Backend> {
-        End(self.0.clone()).region(index)
+    fn region(&self, index: usize, id: MigrationId) -> Arc<dyn Backend> {
+        End(self.0.clone()).region(index, id)
     }
 }
 
@@ -290,12 +283,10 @@ impl Peer for End {
     }
 
     async fn track(&self, id: MigrationId) -> Result<()> {
-        self.0.reads_for(id);
         self.0.call(Step::Track, move |seeder| async move { seeder.admit(b"")?.track(id).await }).await
     }
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
-        self.0.reads_for(id);
         self.0.call(Step::Dirty, move |seeder| async move { seeder.admit(b"")?.dirty(id, round).await }).await
     }
 
@@ -318,8 +309,8 @@ impl Peer for End {
         self.0.call(Step::Abort, move |seeder| async move { seeder.admit(b"")?.abort(id).await }).await
     }
 
-    fn region(&self, index: usize) -> Arc<dyn Backend> {
-        Arc::new(Remote { link: self.0.clone(), index })
+    fn region(&self, index: usize, id: MigrationId) -> Arc<dyn Backend> {
+        Arc::new(Remote { link: self.0.clone(), index, id })
     }
 }
 
@@ -327,6 +318,8 @@ impl Peer for End {
 struct Remote {
     link: Arc<Link>,
     index: usize,
+    /// The migration for which whoever reads does so.
+    id: MigrationId,
 }
 
 #[async_trait]
@@ -337,13 +330,12 @@ impl Backend for Remote {
 
     async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let step = if self.link.finalized.load(Ordering::SeqCst) { Step::ReadAfter } else { Step::ReadBefore };
-        let (index, len, migration) = (self.index, buf.len(), *self.link.migration.lock().unwrap());
+        let (index, len, id) = (self.index, buf.len(), self.id);
         let read = move |seeder: Seeder| async move {
             let (reader, mut bytes) = (seeder.admit(b"")?, vec![0; len]);
-            let heard = || migration.into_iter().for_each(|id| reader.heard(id));
-            heard();
+            reader.heard(id)?;
             seeder.region(index).read_at(offset, &mut bytes).await?;
-            heard();
+            reader.heard(id)?;
             Ok(bytes)
         };
         buf.copy_from_slice(&self.link.call(step, read).await?);

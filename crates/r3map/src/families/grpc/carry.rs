@@ -49,9 +49,10 @@ struct GrpcSeeder {
 #[async_trait]
 impl Seeding for GrpcSeeder {
     async fn describe(&self) -> Result<Seeded> {
-        let Description { epoch, regions, precopy, busy, lease } = self.seeder.describe().await?;
+        let Description { epoch, regions, precopy, busy, lease, revoked } = self.seeder.describe().await?;
         let region = |RegionFacts { name, size, chunk_size }| SeededRegion { name, size, chunk_size };
-        Ok(Seeded { epoch, regions: regions.into_iter().map(region).collect(), precopy, busy, lease })
+        let (regions, revoked) = (regions.into_iter().map(region).collect(), revoked.map(|id| id.0));
+        Ok(Seeded { epoch, regions, precopy, busy, lease, revoked })
     }
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
@@ -77,8 +78,8 @@ struct GrpcLeecher(Admitted);
 
 #[async_trait]
 impl Leeching for GrpcLeecher {
-    fn heard(&self, id: [u8; 16]) {
-        self.0.heard(MigrationId(id));
+    fn heard(&self, id: [u8; 16]) -> Result<()> {
+        self.0.heard(MigrationId(id))
     }
 
     async fn track(&self, id: [u8; 16]) -> Result<()> {
@@ -121,9 +122,10 @@ struct GrpcPeer(SeederClient);
 #[async_trait]
 impl Peer for GrpcPeer {
     async fn describe(&self) -> Result<Description> {
-        let Seeded { epoch, regions, precopy, busy, lease } = self.0.describe().await?;
+        let Seeded { epoch, regions, precopy, busy, lease, revoked } = self.0.describe().await?;
         let facts = |SeededRegion { name, size, chunk_size }| RegionFacts { name, size, chunk_size };
-        Ok(Description { epoch, regions: regions.into_iter().map(facts).collect(), precopy, busy, lease })
+        let (regions, revoked) = (regions.into_iter().map(facts).collect(), revoked.map(MigrationId));
+        Ok(Description { epoch, regions, precopy, busy, lease, revoked })
     }
 
     async fn track(&self, id: MigrationId) -> Result<()> {
@@ -147,8 +149,8 @@ impl Peer for GrpcPeer {
         self.0.abort(id.0).await
     }
 
-    fn region(&self, index: usize) -> Arc<dyn Backend> {
-        self.0.region(index)
+    fn region(&self, index: usize, id: MigrationId) -> Arc<dyn Backend> {
+        self.0.region(index, id.0)
     }
 }
 
