@@ -349,6 +349,8 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        // That would outlive the device, and be found by whoever has its number next.
+        let _ = run("blockdev", &["--setrw".as_ref(), self.0.as_os_str()]);
         let _ = run("losetup", &["-d".as_ref(), self.0.as_os_str()]);
     }
 }

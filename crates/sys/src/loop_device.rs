@@ -21,6 +21,7 @@ use crate::{abi, apart};
 
 const LOOP_CONFIGURE: Opcode = raw::LOOP_CONFIGURE;
 const LOOP_CTL_GET_FREE: Opcode = raw::LOOP_CTL_GET_FREE;
+const BLKROSET: Opcode = linux_raw_sys::ioctl::BLKROSET;
 
 const _: () = {
     assert!(size_of::<raw::loop_config>() == 304);
@@ -49,8 +50,8 @@ pub struct LoopSpec {
 #[derive(Debug)]
 pub struct Loop {
     number: u32,
-    /// Dropped, it ends the thread that holds the device.
-    orders: Sender<Order>,
+    /// Dropped, it ends the thread that holds the device. Nothing once that has let go.
+    orders: Option<Sender<Order>>,
 }
 
 /// To be flushed and closed, with where to tell how that went.
@@ -68,7 +69,7 @@ impl Loop {
         let backing = backing.to_owned();
         apart::start(move || hold(&backing, spec, &tell, &received))?;
         let number = answer(&told, limit)?;
-        Ok(Self { number, orders })
+        Ok(Self { number, orders: Some(orders) })
     }
 
     /// The number in `/dev/loopN`.
@@ -83,11 +84,15 @@ impl Loop {
     /// `ResourceBusy` if it is mounted or otherwise claimed: nothing has changed then. `TimedOut` if the file does not
     /// take everything within `limit`, and what the flush answers: it is let go all the same.
     pub fn detach(&mut self, limit: Duration) -> io::Result<()> {
+        let Some(orders) = self.orders.take() else { return Ok(()) };
         let (tell, told) = channel();
-        match self.orders.send(tell) {
-            Ok(()) => answer(&told, limit),
-            Err(_) => Ok(()), // let go already
+        // Where nobody takes the order any more, nobody answers it either.
+        let _ = orders.send(tell);
+        let detached = answer(&told, limit);
+        if detached.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy) {
+            self.orders = Some(orders);
         }
+        detached
     }
 }
 
@@ -176,6 +181,12 @@ fn configure(device: &File, backing: &File, spec: LoopSpec) -> io::Result<()> {
     };
     // SAFETY: that is the struct that the ioctl takes, and there are no addresses in it.
     unsafe { abi::call::<LOOP_CONFIGURE, _>(device, &mut config) }?;
+    if !spec.read_only {
+        // Whoever had this number before may have left it read-only (`blockdev --setro`), which outlives his device.
+        let mut off: libc::c_int = 0;
+        // SAFETY: the ioctl takes the address of an int.
+        unsafe { abi::call::<BLKROSET, _>(device, &mut off) }?;
+    }
     Ok(())
 }
 
@@ -240,6 +251,44 @@ mod tests {
         });
         wait_until("it is detached", || !is_attached(number, &path));
         device.detach(LIMIT).expect("again is the same as once");
+    }
+
+    #[test]
+    fn a_number_that_was_left_read_only_can_be_written_again() {
+        let file = tempfile::NamedTempFile::new().expect("there is room");
+        file.as_file().set_len(4096).expect("there is room");
+        let again = || {
+            let number = {
+                let mut device = attach(file.path(), spec())?;
+                let mut on: libc::c_int = 1;
+                let opened = open(device.number(), true, 0).expect("it is there");
+                // SAFETY: the ioctl takes the address of an int.
+                unsafe { abi::call::<BLKROSET, _>(opened, &mut on) }.expect("root may");
+                device.detach(LIMIT).expect("nobody has it");
+                device.number()
+            };
+            wait_until("it is detached", || !is_attached(number, file.path()));
+            // The kernel gives the first that is free. Somebody else may be faster.
+            let mut others = Vec::new();
+            while let Some(device) = attach(file.path(), spec()).filter(|_| others.len() < 8) {
+                if device.number() == number {
+                    return Some(Some(device));
+                }
+                others.push(device);
+            }
+            Some(None)
+        };
+        for _ in 0..20 {
+            match again() {
+                None => return, // there are none
+                Some(None) => {}
+                Some(Some(device)) => {
+                    let mut opened = open(device.number(), false, 0).expect("it is there");
+                    return io::Write::write_all(&mut opened, &[1; 512]).expect("it can be written");
+                }
+            }
+        }
+        panic!("the same number is never to be had again");
     }
 
     #[test]

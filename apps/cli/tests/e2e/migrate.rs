@@ -724,7 +724,7 @@ fn on_a_terminal(arguments: &[&str]) -> Process {
 #[test]
 fn both_sides_draw_a_bar_on_a_terminal() {
     Scene::with_fuse(SOON, |scene| {
-        make_file(&scene.path("disk.img"), 2 * MIB, 1);
+        make_file(&scene.path("disk.img"), SIZE, 1);
         let (region, here) = (format!("file:{}", scene.name("disk.img")), scene.name("here"));
         let mut seeder = on_a_terminal(&["seed", &region, &here, LISTEN[0], LISTEN[1]]);
         let ready = seeder.wait_for_line(SOON, "to be taken over at ");
@@ -741,7 +741,7 @@ fn both_sides_draw_a_bar_on_a_terminal() {
         assert!(leecher.wait(SOON).success());
         for (program, bar) in [(&mut seeder, "sending ["), (&mut leecher, "copying [")] {
             let said = program.stdout().join("\n");
-            assert!(said.contains(bar) && said.contains("2.00 MiB"), "{said:?}");
+            assert!(said.contains(bar) && said.contains("8.00 MiB"), "{said:?}");
         }
     });
 }
