@@ -718,7 +718,9 @@ fn enter_moves_it_and_every_step_is_said_in_words() {
 /// Runs the command on a terminal of its own.
 fn on_a_terminal(arguments: &[&str]) -> Process {
     let command = format!("stty columns 150; exec {} {}", env!("CARGO_BIN_EXE_r3map"), arguments.join(" "));
-    Process::start(Command::new("script").args(["--quiet", "--flush", "--return", "--command", &command, "/dev/null"]))
+    let script = ["--quiet", "--flush", "--return", "--command", &command, "/dev/null"];
+    // Where the terminal is not known nothing is drawn.
+    Process::start(Command::new("script").args(script).env("TERM", "xterm"))
 }
 
 #[test]
