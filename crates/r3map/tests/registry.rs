@@ -154,22 +154,30 @@ async fn serves_nbd_and_grpc_at_once() {
     }
 }
 
-/// The region tells of what it has lost once, as a remote does that was restarted.
+/// The region tells of what it has lost once, as a remote does that was restarted; also where all that arrives of that over
+/// NBD is an error.
 #[tokio::test]
 async fn what_a_served_region_has_lost_is_told_to_the_clients_of_every_listener() {
     let faults = Faults::new(open("memory:?size=8KiB", OpenOptions::default()).await.unwrap());
-    let uris = ["grpc://127.0.0.1:0", "nbd://127.0.0.1:0/disk", "grpc://127.0.0.1:0"].map(|uri| uri.parse().unwrap());
-    let listeners = Registry::standard().listen(&uris, faults.clone(), &ListenOptions::default()).await.unwrap();
-    let mut clients = Vec::new();
-    for listener in &listeners {
-        let client = open(&listener.uri(), OpenOptions::default()).await.unwrap();
-        client.write_at(0, b"lost").await.unwrap();
-        clients.push(client);
-    }
-    faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
-    for (client, listener) in clients.iter().zip(&listeners) {
-        let told = [client.flush().await, client.flush().await];
-        assert!(told[0].is_err() && told[1].is_ok(), "{}: {told:?}", listener.uri());
+    let listen = async |uris: &[&str], region: Arc<dyn Backend>| {
+        let uris: Vec<_> = uris.iter().map(|uri| uri.parse().unwrap()).collect();
+        Registry::standard().listen(&uris, region, &ListenOptions::default()).await.unwrap()
+    };
+    let elsewhere = listen(&["nbd://127.0.0.1:0/disk"], faults.clone()).await;
+    let remote = open(&elsewhere[0].uri(), OpenOptions::default()).await.unwrap();
+    for region in [faults.clone() as Arc<dyn Backend>, remote] {
+        let listeners = listen(&["grpc://127.0.0.1:0", "nbd://127.0.0.1:0/disk", "grpc://127.0.0.1:0"], region).await;
+        let mut clients = Vec::new();
+        for listener in &listeners {
+            let client = open(&listener.uri(), OpenOptions::default()).await.unwrap();
+            client.write_at(0, b"lost").await.unwrap();
+            clients.push(client);
+        }
+        faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
+        for (client, listener) in clients.iter().zip(&listeners) {
+            let told = [client.flush().await, client.flush().await];
+            assert!(told[0].is_err() && told[1].is_ok(), "{}: {told:?}", listener.uri());
+        }
     }
 }
 

@@ -32,15 +32,20 @@ pub(crate) enum Failure {
 impl Failure {
     /// As an error of ours, about `peer`.
     pub(crate) fn into_error(self, operation: Operation, peer: &dyn std::fmt::Display) -> Error {
-        let (kind, what) = match self {
+        let (kind, what) = self.says();
+        Error::new(kind, operation, format!("{peer}: {what}"))
+    }
+
+    /// What the caller can do, and what happened.
+    pub(crate) fn says(self) -> (ErrorKind, String) {
+        match self {
             Self::Refused(errno, message) if message.is_empty() => (errno.kind(), errno.to_string()),
             Self::Refused(errno, message) => (errno.kind(), format!("{errno}: {}", message.replace(['\r', '\n'], " "))),
             Self::Closed(why) | Self::GivenUp(why) => {
                 (ErrorKind::Unavailable, format!("the connection is lost: {why}"))
             }
             Self::Corrupt(what) => (ErrorKind::Corrupt, format!("the server answered with {what}")),
-        };
-        Error::new(kind, operation, format!("{peer}: {what}"))
+        }
     }
 }
 

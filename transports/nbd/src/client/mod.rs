@@ -31,7 +31,7 @@ use r3map_core::{
 
 use crate::stream::{Duplex, Vanished};
 use crate::uri::NbdUri;
-use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, StateFlags, TransmissionFlags};
+use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, Errno, StateFlags, TransmissionFlags};
 use calls::{Asked, Failure};
 use link::Link;
 use links::{Links, Source};
@@ -78,7 +78,8 @@ impl Default for ClientSettings {
 /// until the server's end of it is closed, or for a minute if the server never closes it.
 ///
 /// `flush` fails with `Conflict`, once, when a connection broke after it had acknowledged writes that no other connection
-/// makes durable: the server may have restarted, so these may be lost and must be written again.
+/// makes durable: the server may have restarted, so these may be lost and must be written again. So it does when the server
+/// answers a flush of writes with an error: NBD does not say that the next flush would include them.
 ///
 /// A server that comes back with another export (size, abilities) is refused with `Conflict`. One that breaks the
 /// protocol's rules is `Corrupt`, and the connection is dropped.
@@ -254,19 +255,22 @@ impl Backend for Client {
         }
         let mark = self.links.unflushed().mark();
         let asked = self.to_flush(&mark).await?;
-        try_join_all(asked.iter().map(|link| self.flush_on(link))).await?;
-        self.links.unflushed().settled(&mark);
-        match mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written))) {
-            true => Ok(()),
-            false => {
-                let message = format!(
-                    "{}: the connection broke since these writes, so the server may have restarted: they may be lost, \
-                     write them again",
-                    self.links.peer()
-                );
-                Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
+        let why = match try_join_all(asked.iter().map(|link| self.flush_on(link))).await {
+            Ok(_) if mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written))) => None,
+            Ok(_) => Some("the connection broke since then, so the server may have restarted".to_owned()),
+            // No rule has a server keep for the next flush what it could not make durable, and most do not.
+            Err(Failure::Refused(errno, why)) if errno != Errno::Shutdown && !mark.is_empty() => {
+                Some(Failure::Refused(errno, why).says().1)
             }
-        }
+            Err(failure) => return Err(self.failed(Operation::Flush, failure)),
+        };
+        self.links.unflushed().settled(&mark);
+        let Some(why) = why else { return Ok(()) };
+        let message = format!(
+            "{}: {why}: what was written since the last flush may be lost, write it again",
+            self.links.peer()
+        );
+        Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
     }
 }
 
@@ -292,10 +296,9 @@ impl Client {
         written.covered_by(link.name(), self.links.facts().has(TransmissionFlags::CAN_MULTI_CONN))
     }
 
-    async fn flush_on(&self, link: &Link) -> Result<()> {
+    async fn flush_on(&self, link: &Link) -> Result<(), Failure> {
         let asked = Asked { command: Command::Flush, offset: 0, length: 0 };
-        let reply = link.request(asked, CommandFlags::empty(), &[], None).await;
-        reply.map(|_| ()).map_err(|failure| self.failed(Operation::Flush, failure))
+        link.request(asked, CommandFlags::empty(), &[], None).await.map(|_| ())
     }
 }
 
