@@ -266,10 +266,8 @@ impl Backend for Client {
         };
         self.links.unflushed().settled(&mark);
         let Some(why) = why else { return Ok(()) };
-        let message = format!(
-            "{}: {why}: what was written since the last flush may be lost, write it again",
-            self.links.peer()
-        );
+        let message =
+            format!("{}: {why}: what was written since the last flush may be lost, write it again", self.links.peer());
         Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
     }
 }
