@@ -1,8 +1,10 @@
 //! A region as an open file without a path: for a program that wants a descriptor to read, write or map, or to hand on.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use r3map_core::{Backend, Error, Operation, Result};
@@ -10,7 +12,10 @@ use r3map_sys::apart;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
+use crate::filesystem::Shape;
 use crate::mount::{Mounted, wait_outside_runtime};
+use crate::prepared::Detached;
+use crate::session::Session;
 use crate::settings::{FileSettings, Show};
 use r3map_pipeline::blocking::{off_runtime, spawn};
 
@@ -29,7 +34,7 @@ pub struct OpenedFile {
 
 struct Open {
     file: File,
-    mounted: Mounted,
+    session: Session,
 }
 
 impl OpenedFile {
@@ -53,7 +58,7 @@ impl OpenedFile {
     /// # Errors
     /// As [`FileMount::invalidate`](crate::FileMount::invalidate).
     pub async fn invalidate(&self, range: Range<u64>) -> Result<()> {
-        self.get().mounted.session.invalidate(range).await
+        self.get().session.invalidate(range).await
     }
 
     /// Hands over what the kernel still holds, flushes the backend, and closes the file. Clones of the descriptor and
@@ -74,22 +79,44 @@ impl OpenedFile {
 }
 
 impl Open {
+    /// On no path at all, so that a process which is killed meanwhile leaves nothing; or for a moment on one, where the
+    /// kernel or the user's rights ask for that.
     fn start(backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
-        let cannot = |error| Error::from_io(Operation::Open, "the region cannot be opened as a file", error);
-        let writable = !settings.read_only;
-        let directory = TempDir::with_prefix("r3map-").map_err(cannot)?;
+        match Detached::new(Shape::of(&*backend), settings, runtime.clone()) {
+            Ok(Detached { mount, session, .. }) => {
+                session.bind(backend);
+                let file = open(Path::new(&format!("/proc/self/fd/{}", mount.as_raw_fd())), settings)?;
+                Ok(Self { file, session })
+            }
+            Err(error) => {
+                tracing::debug!(%error, "it is mounted on a path for a moment");
+                Self::start_on_a_path(backend, settings, runtime)
+            }
+        }
+    }
+
+    fn start_on_a_path(backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
+        let directory = TempDir::with_prefix("r3map-").map_err(cannot_open)?;
         let mounted = Mounted::mount(backend, &directory.path().join("region"), settings, runtime)?;
-        let opened = OpenOptions::new().read(true).write(writable).open(mounted.file());
+        let opened = open(mounted.file(), settings);
         mounted.hide()?;
-        Ok(Self { file: opened.map_err(cannot)?, mounted })
+        Ok(Self { file: opened?, session: mounted.session })
     }
 
     fn close(self) -> Result<()> {
         let cannot = "what was written to the opened file cannot be flushed";
-        let synced = self.mounted.session.synced(apart::sync_file(&self.file), cannot);
+        let synced = self.session.synced(apart::sync_file(&self.file), cannot);
         drop(self.file);
-        synced.and(self.mounted.session.settle())
+        synced.and(self.session.settle())
     }
+}
+
+fn open(path: &Path, settings: &FileSettings) -> Result<File> {
+    OpenOptions::new().read(true).write(!settings.read_only).open(path).map_err(cannot_open)
+}
+
+fn cannot_open(error: io::Error) -> Error {
+    Error::from_io(Operation::Open, "the region cannot be opened as a file", error)
 }
 
 impl Deref for OpenedFile {

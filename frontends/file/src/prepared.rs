@@ -31,10 +31,10 @@ pub struct PreparedMount {
 }
 
 /// A file system that is served, on no path.
-struct Detached {
+pub(crate) struct Detached {
     /// With the last descriptor of it that is closed it ends, unless it is on a path then.
-    mount: Arc<OwnedFd>,
-    session: Session,
+    pub(crate) mount: Arc<OwnedFd>,
+    pub(crate) session: Session,
     device: String,
 }
 
@@ -93,7 +93,7 @@ impl PreparedMount {
 }
 
 impl Detached {
-    fn new(shape: Shape, settings: &FileSettings, runtime: Handle) -> Result<Self> {
+    pub(crate) fn new(shape: Shape, settings: &FileSettings, runtime: Handle) -> Result<Self> {
         let cannot = |error| Error::from_io(Operation::Mount, "it cannot be mounted without a path", error);
         let entry = match &settings.show {
             Show::File => None,

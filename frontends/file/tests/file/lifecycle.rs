@@ -395,6 +395,25 @@ fn a_killed_process_leaves_nothing_of_an_opened_file() {
     assert!(left.iter().all(|path| fs::read_dir(path).unwrap().next().is_none()), "{left:?}");
 }
 
+/// So that a process which is killed as it opens one leaves nothing either.
+#[test]
+fn an_opened_file_needs_no_folder_where_it_can_be_mounted_on_no_path() {
+    if let Some(beside) = crash::role("opener") {
+        let world = World::beside(&beside);
+        let file = opened(&world, &filled(SIZE, 1), FileSettings::default());
+        crash::stop(&format!("opened {}", file.metadata().unwrap().len()));
+    }
+    need_fuse!();
+    if !rustix::process::geteuid().is_root() {
+        return skip("only root mounts FUSE on no path");
+    }
+    let world = World::new();
+    let test = "lifecycle::an_opened_file_needs_no_folder_where_it_can_be_mounted_on_no_path";
+    let beside = world.path();
+    let mut opener = crash::child_through(&["env", "TMPDIR=/nowhere"], test, "opener", beside.to_str().unwrap());
+    opener.wait_for_line(LIMIT, &format!("opened {SIZE}"));
+}
+
 const NOBODY: [&str; 4] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
 /// Runs a role of a test as an ordinary user, with a directory of its own.
