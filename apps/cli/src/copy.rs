@@ -2,8 +2,8 @@
 
 use std::num::NonZeroUsize;
 
-use anyhow::{Result, bail};
-use r3map::{CopySettings, OpenOptions, Registry, RetrySettings, size};
+use anyhow::{Error, Result, anyhow, bail};
+use r3map::{CopySettings, ErrorKind, OpenOptions, Registry, RetrySettings, size};
 use serde_json::json;
 
 use crate::args;
@@ -28,7 +28,15 @@ pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -
         () = signals.next() => bail!("stopped before the end; run it again with --skip-same to go on"),
     };
     bar.finish();
-    let copied = copied?;
+    let copied = copied.map_err(|error| {
+        let first = match error.kind() {
+            // It would be as wrong again.
+            ErrorKind::InvalidInput => return error.into(),
+            ErrorKind::Exhausted => "make room, and ",
+            _ => "",
+        };
+        anyhow!("{:#}; {first}run it again with --skip-same to go on", Error::from(error))
+    })?;
     let human = format!(
         "copied {}: {} written, {} already the same, {} zeros not sent",
         size::format(copied.size),

@@ -66,6 +66,25 @@ fn copy_goes_on_where_it_was_killed() {
     });
 }
 
+/// What went wrong, and in the same line how to go on.
+#[test]
+fn copy_goes_on_when_there_is_room_again() {
+    Scene::with_root(LONG, |scene| {
+        let expected = make_file(&scene.path("source"), SIZE, 2);
+        let disk = scene.tmpfs("disk", 8 * MIB);
+        let (source, there) = (format!("file:{}", scene.name("source")), format!("file:{}", scene.name("disk/there")));
+        let outcome = scene.ended(&["copy", &source, &there]);
+        assert!(outcome.code == Some(1) && outcome.err.len() == 1, "{outcome:?}");
+        for words in ["No space left", "--skip-same"] {
+            assert!(outcome.err[0].contains(words), "{outcome:?}");
+        }
+        scene.run(SOON, "mount", &["-o", "remount,size=64M", &scene.name("disk")]);
+        let copied = scene.r3map(&["--json", "copy", "--skip-same", &source, &there]).end_well(LONG).event("copied");
+        assert!(copied["same"].as_u64() >= Some(MIB) && copied["written"].as_u64() >= Some(MIB), "{copied}");
+        expected.check_file(&disk.join("there"));
+    });
+}
+
 #[test]
 fn copy_keeps_holes() {
     Scene::play(LONG, |scene| {
