@@ -351,9 +351,9 @@ mod tests {
     fn what_prost_writes_is_read_and_the_other_way_round() {
         let data = Bytes::from((0..=255).collect::<Vec<u8>>());
         let runs = vec![region::Run { length: 256, crc32c: Some(0) }, region::Run { length: 9, crc32c: None }];
-        let whole = region::ReadReply { runs: runs.clone(), data: data.clone() };
+        let whole = region::ReadReply { runs: runs.clone(), crc32c: 7, data: data.clone() };
         let (reply, bulk) = receive::<region::ReadReply>(&encode(&whole).into_bytes(), 50, 64).unwrap();
-        assert_eq!((&reply.runs, bulk.as_slice()), (&runs, &data[..]));
+        assert_eq!((&reply.runs, reply.crc32c, bulk.as_slice()), (&runs, 7, &data[..]));
         let framed = encode_bulk(&reply, data.into());
         assert_eq!(framed.into_bytes(), encode(&whole).into_bytes());
     }

@@ -27,6 +27,7 @@ mod seeding;
 mod server;
 mod status;
 mod stream;
+mod sum;
 mod target;
 
 pub use client::{Client, ClientSettings, GoRegion, GoRequests, SeederClient};

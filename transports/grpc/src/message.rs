@@ -25,7 +25,7 @@ pub(crate) trait Bulk: Message + Default {
 }
 
 impl Bulk for region::ReadReply {
-    const FIELD: u32 = 2;
+    const FIELD: u32 = 3;
 }
 
 impl Bulk for region::WriteRequest {

@@ -16,7 +16,7 @@ use r3map_local::Memory;
 use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::faults::Rule;
 use r3map_testkit::process::Process;
-use r3map_testkit::{crash, fill};
+use r3map_testkit::{crash, fill, skip};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 

@@ -17,10 +17,10 @@ use crate::client::reply::Reply;
 use crate::client::unflushed::Unflushed;
 use crate::message::{self, Malformed};
 use crate::pass::Pass;
-use crate::path;
 use crate::proto::{go, region};
 use crate::rope::Rope;
 use crate::target::Target;
+use crate::{path, sum};
 
 /// Calls to one server.
 #[derive(Debug)]
@@ -84,7 +84,7 @@ impl Calls {
         let path = if operation == Operation::Trim { path::TRIM } else { path::WRITE_ZEROES };
         async move {
             let link = shared.links.first(operation).await?;
-            let request = message::encode(&region::RangeRequest { offset, length });
+            let request = message::encode(&range_request(offset, length));
             let reply: Result<region::WriteReply> = shared.small(&link, operation, path, request).await;
             shared.written(operation, reply).map_err(|error| error.at(offset, length))
         }
@@ -96,7 +96,7 @@ impl Calls {
 
     pub(crate) async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>> {
         let link = self.shared.links.first(Operation::Extents).await?;
-        let request = message::encode(&region::RangeRequest { offset, length });
+        let request = message::encode(&range_request(offset, length));
         let reply: region::ExtentsReply = self.shared.small(&link, Operation::Extents, path::EXTENTS, request).await?;
         extents(&reply, offset, length).ok_or_else(|| {
             let message = format!("{} answered with extents that do not fit the request", self.target());
@@ -147,7 +147,7 @@ impl Shared {
 
     async fn region_write(&self, offset: u64, bytes: Bytes) -> Result<()> {
         let link = self.links.first(Operation::Write).await?;
-        let head = region::WriteRequest { offset, crc32c: crc_fast::crc32_iscsi(&bytes), data: Bytes::new() };
+        let head = region::WriteRequest { offset, crc32c: sum::write(offset, &bytes), data: Bytes::new() };
         let request = message::encode_bulk(&head, bytes.into());
         let reply: Result<region::WriteReply> = self.small(&link, Operation::Write, path::WRITE, request).await;
         self.written(Operation::Write, reply)
@@ -210,7 +210,14 @@ impl Shared {
     }
 }
 
+fn range_request(offset: u64, length: u64) -> region::RangeRequest {
+    region::RangeRequest { offset, length, crc32c: sum::range(offset, length) }
+}
+
 fn extents(reply: &region::ExtentsReply, offset: u64, length: u64) -> Option<Vec<Extent>> {
+    if reply.crc32c != sum::extents(offset, length, &reply.extents) {
+        return None;
+    }
     let end = offset + length;
     let mut at = offset;
     let mut extents = Vec::with_capacity(reply.extents.len());

@@ -13,6 +13,7 @@ use crate::client::links::OpenLink;
 use crate::exchange::{Arriving, Failure, Fields};
 use crate::proto::{go, region};
 use crate::rope::Rope;
+use crate::sum;
 
 /// What bytes are lent to.
 pub(crate) type Visit<'v> = dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send + 'v;
@@ -94,7 +95,12 @@ where
     B: Body<Data = Bytes, Error = hyper::Error> + Unpin,
 {
     let mut data = fields.bulk().await?.unwrap_or(0);
-    let mut runs = fields.message()?.runs.into_iter();
+    let head = fields.message()?;
+    if head.crc32c != sum::runs(ranges.iter().copied(), &head.runs) {
+        let (offset, len) = (ranges.first().map_or(0, |range| range.0), ranges.iter().map(|range| range.1).sum());
+        return Err(corrupt("the checksum does not agree with the reply to this request", offset, len));
+    }
+    let mut runs = head.runs.into_iter();
     for &(start, len) in ranges {
         let (mut at, end) = (start, start + len);
         while at < end {
@@ -220,7 +226,18 @@ mod tests {
         ranges: &[(u64, u64)],
         step: usize,
     ) -> (Vec<(u64, Vec<u8>)>, Result<(), Wrong>) {
-        let head = region::ReadReply { runs, data: Bytes::new() };
+        lend_answer(runs, data, [ranges, ranges], step).await
+    }
+
+    /// The same where the server has heard of other ranges than were asked for.
+    async fn lend_answer(
+        runs: Vec<Run>,
+        data: &'static [u8],
+        [heard, ranges]: [&[(u64, u64)]; 2],
+        step: usize,
+    ) -> (Vec<(u64, Vec<u8>)>, Result<(), Wrong>) {
+        let crc32c = sum::runs(heard.iter().copied(), &runs);
+        let head = region::ReadReply { runs, crc32c, data: Bytes::new() };
         let mut message = encode_bulk(&head, Bytes::from_static(data).into());
         message.split_to(PREFIX);
         let length = message.len();
@@ -267,6 +284,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_at_another_place_is_not_lent() {
+        for (heard, asked) in [([(8, 4)], [(0, 4)]), ([(0, 4)], [(1 << 40, 4)])] {
+            for runs in [vec![run(4, b"abcd")], vec![zeros(4)]] {
+                let data: &[u8] = if runs[0].crc32c.is_some() { b"abcd" } else { b"" };
+                let (lent, result) = lend_answer(runs, data, [&heard, &asked], 100).await;
+                assert_eq!(kind(&result.unwrap_err()), Some((ErrorKind::Corrupt, Some(asked[0]))));
+                assert_eq!(lent, []);
+            }
+        }
+    }
+
+    #[tokio::test]
     async fn a_reply_that_is_not_exactly_what_was_asked_for_is_corrupt() {
         for (runs, data, ranges) in [
             (vec![], b"".as_ref(), vec![(0, 1)]),
@@ -288,7 +317,8 @@ mod tests {
 
     #[tokio::test]
     async fn data_that_does_not_arrive_is_a_failure() {
-        let head = region::ReadReply { runs: vec![run(4, b"abcd")], data: Bytes::new() };
+        let runs = vec![run(4, b"abcd")];
+        let head = region::ReadReply { crc32c: sum::runs([(0, 4)], &runs), runs, data: Bytes::new() };
         let mut message = encode_bulk(&head, Bytes::from_static(b"abcd").into());
         message.split_to(PREFIX);
         let length = message.len();

@@ -13,7 +13,7 @@ use crate::rope::Rope;
 use crate::server::Shared;
 use crate::server::budget::{Buffer, Share, room};
 use crate::server::session::Session;
-use crate::{VERSION, status};
+use crate::{VERSION, status, sum};
 
 /// Ranges in one read.
 const MAX_RANGES: u32 = 1024;
@@ -36,7 +36,7 @@ impl Session {
 
     pub(crate) async fn write(&self, (head, data): (region::WriteRequest, Buffer)) -> Result<Rope, Status> {
         let bytes = data.used();
-        if crc_fast::crc32_iscsi(bytes) != head.crc32c {
+        if sum::write(head.offset, bytes) != head.crc32c {
             return Err(Status::data_loss("the checksum does not agree with the bytes, nothing was written"));
         }
         answer(self.shared.check_change(Operation::Write, head.offset, bytes.len() as u64))?;
@@ -51,7 +51,7 @@ impl Session {
     }
 
     pub(crate) async fn trim(&self, request: region::RangeRequest) -> Result<Rope, Status> {
-        let region::RangeRequest { offset, length } = request;
+        let (offset, length) = place(&request)?;
         answer(self.shared.check_range(Operation::Trim, offset, length))?;
         let Some(trim) = self.shared.backend.capabilities().trim else { return Err(unable()) };
         let _passing = self.gate.pass().await?;
@@ -60,7 +60,7 @@ impl Session {
     }
 
     pub(crate) async fn write_zeroes(&self, request: region::RangeRequest) -> Result<Rope, Status> {
-        let region::RangeRequest { offset, length } = request;
+        let (offset, length) = place(&request)?;
         answer(self.shared.check_range(Operation::WriteZeroes, offset, length))?;
         let Some(zeroes) = self.shared.backend.capabilities().write_zeroes else { return Err(unable()) };
         let _passing = self.gate.pass().await?;
@@ -69,15 +69,26 @@ impl Session {
     }
 
     pub(crate) async fn extents(&self, request: region::RangeRequest) -> Result<Rope, Status> {
-        let region::RangeRequest { offset, length } = request;
+        let (offset, length) = place(&request)?;
         answer(check_range(Operation::Extents, self.shared.geometry.size(), offset, length))?;
         let Some(extents) = self.shared.backend.capabilities().extents else { return Err(unable()) };
         let found = answer(extents.extents(offset, length).await)?;
-        let reply = found.into_iter().take(MAX_EXTENTS).map(|extent| region::Extent {
+        let told = found.into_iter().take(MAX_EXTENTS).map(|extent| region::Extent {
             length: extent.range.end - extent.range.start,
             hole: extent.kind == ExtentKind::Hole,
         });
-        Ok(message::encode(&region::ExtentsReply { extents: reply.collect() }))
+        let extents: Vec<_> = told.collect();
+        let crc32c = sum::extents(offset, length, &extents);
+        Ok(message::encode(&region::ExtentsReply { extents, crc32c }))
+    }
+}
+
+/// The offset and the length, if that is what was sent.
+fn place(request: &region::RangeRequest) -> Result<(u64, u64), Status> {
+    let &region::RangeRequest { offset, length, crc32c } = request;
+    match sum::range(offset, length) == crc32c {
+        true => Ok((offset, length)),
+        false => Err(Status::data_loss("the checksum does not agree with the range, nothing was done")),
     }
 }
 
@@ -145,6 +156,7 @@ impl Shared {
             reply.runs.extend(runs);
             data.append(bytes);
         }
+        reply.crc32c = sum::runs(ranges.iter().map(|range| (range.offset, range.length)), &reply.runs);
         Ok(message::encode_bulk(&reply, data))
     }
 

@@ -11,7 +11,7 @@ use crate::common::peer::go::backend_server::{Backend as GoBackend, BackendServe
 use crate::common::peer::go::{ReadAtArgs, ReadAtReply, SyncArgs, SyncReply, WriteAtArgs, WriteAtReply};
 use crate::common::peer::region::{Extent, Run};
 use crate::common::tonic_go::serve_with;
-use crate::common::tonic_region::Fake;
+use crate::common::tonic_region::{self, Fake};
 use crate::common::{connect, connect_error, go_settings, settings};
 
 const SIZE: u64 = 100_000;
@@ -28,7 +28,7 @@ async fn an_honest_server_of_somebody_else_is_understood() {
     client.write_at(5, b"bytes").await.unwrap();
     let written = fake.written.lock().unwrap().take().unwrap();
     assert_eq!((written.offset, written.data.as_ref()), (5, b"bytes".as_ref()));
-    assert_eq!(written.crc32c, crc_fast::crc32_iscsi(b"bytes"));
+    assert_eq!(written, tonic_region::write(5, b"bytes"));
     client.flush().await.unwrap();
 
     let abilities = client.capabilities();
@@ -75,6 +75,15 @@ async fn a_reply_that_is_not_what_was_asked_for_is_corrupt_and_nothing_is_lent()
         let error = pieces.read_pieces(1000, 5000, &mut visit).await.expect_err("it is a lie");
         assert_eq!((error.kind(), lent), (ErrorKind::Corrupt, 0), "lie {number}: {error}");
     }
+}
+
+/// As where a bit of the request has flipped on its way, or the answer is somebody else's.
+#[tokio::test]
+async fn a_reply_to_something_else_is_corrupt() {
+    let client = connect(&Fake { flipped: 1, ..Fake::new(SIZE) }.serve().await).await;
+    let read = client.read_at(1000, &mut [0; 10]).await.unwrap_err();
+    let extents = client.capabilities().extents.unwrap().extents(10, 10).await.unwrap_err();
+    assert_eq!([read.kind(), extents.kind()], [ErrorKind::Corrupt; 2], "{read}, {extents}");
 }
 
 #[tokio::test]

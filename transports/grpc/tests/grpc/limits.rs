@@ -12,6 +12,7 @@ use tonic::{Code, Status};
 
 use crate::common::peer::go::ReadAtArgs;
 use crate::common::peer::region::{DescribeRequest, Range, RangeRequest, ReadRequest, WriteRequest};
+use crate::common::tonic_region::range;
 use crate::common::{LIMIT, connect, lasting, serve, tonic_go, tonic_region};
 
 const SIZE: u64 = 300_000;
@@ -35,15 +36,16 @@ async fn somebody_elses_client_reads_and_writes() {
     assert_eq!(description.instance.len(), 16);
 
     let bytes = fill::bytes(70_000, 1000, 1);
-    let crc32c = crc_fast::crc32_iscsi(&bytes);
-    let write = WriteRequest { offset: 70_000, crc32c, data: bytes.clone().into() };
-    let reply = client.write(write).await.unwrap().into_inner();
+    let reply = client.write(tonic_region::write(70_000, &bytes)).await.unwrap().into_inner();
     assert_eq!(reply.instance, description.instance);
     let ranges = vec![Range { offset: 0, length: 65_536 }, Range { offset: 70_000, length: 1000 }];
     let reply = client.read(ReadRequest { ranges }).await.unwrap().into_inner();
     assert_eq!(reply.data, bytes, "and no byte for the zeros");
     let runs: Vec<_> = reply.runs.iter().map(|run| (run.length, run.crc32c)).collect();
+    let crc32c = tonic_region::sum(&[], &bytes);
     assert_eq!(runs, [(65_536, None), (1000, Some(crc32c))]);
+    let numbers = [0, 65_536, 70_000, 1000, 65_536, 1 << 32, 1000, crc32c.into()];
+    assert_eq!(reply.crc32c, tonic_region::sum(&numbers, &[]));
 }
 
 #[tokio::test]
@@ -62,19 +64,23 @@ async fn what_cannot_be_is_refused_before_anything_is_allocated_or_done() {
     let ranges = vec![Range { offset: 0, length: 1 }; 1025];
     refused(client.read(ReadRequest { ranges }).await, Code::InvalidArgument);
 
-    let write = |len: usize, offset| {
-        let data = vec![1; len];
-        WriteRequest { offset, crc32c: crc_fast::crc32_iscsi(&data), data: data.into() }
-    };
+    let write = |len: usize, offset| tonic_region::write(offset, &vec![1; len]);
     refused(client.write(write(100_001, 0)).await, Code::InvalidArgument);
     refused(client.write(write(1 << 20, 0)).await, Code::InvalidArgument);
     refused(client.write(write(2, SIZE - 1)).await, Code::InvalidArgument);
     refused(client.write(write(1, u64::MAX)).await, Code::InvalidArgument);
     refused(client.write(WriteRequest { crc32c: 1, ..write(1, 0) }).await, Code::DataLoss);
+    // A bit that flips on the way, in the place and not in the bytes.
+    refused(client.write(WriteRequest { offset: 4096, ..write(1, 0) }).await, Code::DataLoss);
+    for flipped in [RangeRequest { offset: 4096, ..range(0, 10) }, RangeRequest { length: 11, ..range(0, 10) }] {
+        refused(client.trim(flipped).await, Code::DataLoss);
+        refused(client.write_zeroes(flipped).await, Code::DataLoss);
+        refused(client.extents(flipped).await, Code::DataLoss);
+    }
     for (offset, length) in [(SIZE, 1), (0, u64::MAX), (u64::MAX, 2)] {
-        refused(client.trim(RangeRequest { offset, length }).await, Code::InvalidArgument);
-        refused(client.write_zeroes(RangeRequest { offset, length }).await, Code::InvalidArgument);
-        refused(client.extents(RangeRequest { offset, length }).await, Code::InvalidArgument);
+        refused(client.trim(range(offset, length)).await, Code::InvalidArgument);
+        refused(client.write_zeroes(range(offset, length)).await, Code::InvalidArgument);
+        refused(client.extents(range(offset, length)).await, Code::InvalidArgument);
     }
     let link = DescribeRequest { link: vec![0; 15].into(), ..DescribeRequest::default() };
     refused(client.describe(link).await, Code::InvalidArgument);
@@ -89,11 +95,9 @@ async fn a_read_only_server_denies_changes_to_those_who_do_not_ask() {
     let settings = ServerSettings { read_only: true, ..lasting() };
     let (_server, target) = serve(memory(), settings).await;
     let mut client = tonic_region::connect(&target).await;
-    let range = || RangeRequest { offset: 0, length: 1 };
-    let write = WriteRequest { offset: 0, crc32c: crc_fast::crc32_iscsi(b"x"), data: b"x".as_ref().into() };
-    refused(client.write(write).await, Code::PermissionDenied);
-    refused(client.trim(range()).await, Code::PermissionDenied);
-    refused(client.write_zeroes(range()).await, Code::PermissionDenied);
+    refused(client.write(tonic_region::write(0, b"x")).await, Code::PermissionDenied);
+    refused(client.trim(range(0, 1)).await, Code::PermissionDenied);
+    refused(client.write_zeroes(range(0, 1)).await, Code::PermissionDenied);
     let mut client = tonic_go::connect(&target).await;
     let write = crate::common::peer::go::WriteAtArgs { off: 0, p: b"x".as_ref().into() };
     refused(client.write_at(write).await, Code::PermissionDenied);

@@ -23,6 +23,8 @@ pub(crate) struct Fake {
     pub(crate) read: fn(&mut ReadReply),
     pub(crate) write: fn(&mut WriteReply),
     pub(crate) extents: fn(&mut ExtentsReply),
+    /// What is wrong with the checksums over all of a reply, which agree with what the test makes of it otherwise.
+    pub(crate) flipped: u32,
     /// Reads so far.
     pub(crate) reads: Arc<AtomicUsize>,
     /// The last write.
@@ -50,6 +52,7 @@ impl Fake {
             read: |_| {},
             write: |_| {},
             extents: |_| {},
+            flipped: 0,
             reads: Arc::default(),
             written: Arc::default(),
         }
@@ -64,6 +67,29 @@ impl Fake {
         let mut reply = WriteReply { instance: self.description.instance.clone() };
         (self.write)(&mut reply);
         Ok(Response::new(reply))
+    }
+}
+
+/// The checksum of these numbers, and of `bytes` behind them.
+pub(crate) fn sum(numbers: &[u64], bytes: &[u8]) -> u32 {
+    let numbers: Vec<_> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    crc_fast::crc32_iscsi(&[&numbers, bytes].concat())
+}
+
+/// A request about a range, as it must be.
+pub(crate) fn range(offset: u64, length: u64) -> RangeRequest {
+    RangeRequest { offset, length, crc32c: sum(&[offset, length], &[]) }
+}
+
+/// A write, as it must be.
+pub(crate) fn write(offset: u64, bytes: &[u8]) -> WriteRequest {
+    WriteRequest { offset, crc32c: sum(&[offset], bytes), data: bytes.to_vec().into() }
+}
+
+fn check(request: &RangeRequest) -> Result<(), Status> {
+    match *request == range(request.offset, request.length) {
+        true => Ok(()),
+        false => Err(Status::data_loss("its checksum is wrong")),
     }
 }
 
@@ -90,6 +116,9 @@ impl Region for Fake {
         }
         reply.data = data.into();
         (self.read)(&mut reply);
+        let asked = request.get_ref().ranges.iter().flat_map(|range| [range.offset, range.length]);
+        let found = reply.runs.iter().flat_map(|run| [run.length, run.crc32c.map_or(1 << 32, u64::from)]);
+        reply.crc32c = sum(&asked.chain(found).collect::<Vec<_>>(), &[]) ^ self.flipped;
         Ok(Response::new(reply))
     }
 
@@ -102,18 +131,24 @@ impl Region for Fake {
         Ok(Response::new(FlushReply { instance: self.description.instance.clone() }))
     }
 
-    async fn trim(&self, _: Request<RangeRequest>) -> Result<Response<WriteReply>, Status> {
+    async fn trim(&self, request: Request<RangeRequest>) -> Result<Response<WriteReply>, Status> {
+        check(request.get_ref())?;
         self.written()
     }
 
-    async fn write_zeroes(&self, _: Request<RangeRequest>) -> Result<Response<WriteReply>, Status> {
+    async fn write_zeroes(&self, request: Request<RangeRequest>) -> Result<Response<WriteReply>, Status> {
+        check(request.get_ref())?;
         self.written()
     }
 
     async fn extents(&self, request: Request<RangeRequest>) -> Result<Response<ExtentsReply>, Status> {
-        let extent = super::peer::region::Extent { length: request.get_ref().length, hole: false };
-        let mut reply = ExtentsReply { extents: vec![extent] };
+        let &RangeRequest { offset, length, .. } = request.get_ref();
+        check(request.get_ref())?;
+        let extent = super::peer::region::Extent { length, hole: false };
+        let mut reply = ExtentsReply { extents: vec![extent], crc32c: 0 };
         (self.extents)(&mut reply);
+        let found = reply.extents.iter().flat_map(|extent| [extent.length, u64::from(extent.hole)]);
+        reply.crc32c = sum(&[offset, length].into_iter().chain(found).collect::<Vec<_>>(), &[]) ^ self.flipped;
         Ok(Response::new(reply))
     }
 }
