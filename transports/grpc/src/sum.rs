@@ -30,6 +30,11 @@ pub(crate) fn range(offset: u64, length: u64) -> u32 {
     finish(&numbers([offset, length]))
 }
 
+/// Of a record of what was written.
+pub(crate) fn record(runs: &[u64]) -> u32 {
+    finish(&numbers(runs.iter().copied()))
+}
+
 /// Of what a read answers to these ranges (offset and length).
 pub(crate) fn runs(ranges: impl IntoIterator<Item = (u64, u64)>, runs: &[region::Run]) -> u32 {
     let asked = ranges.into_iter().flat_map(|(offset, length)| [offset, length]);
@@ -53,6 +58,7 @@ mod tests {
         let number = |number: u64| number.to_le_bytes();
         assert_eq!(write(0x0102, b"bytes"), sum(&[&[2, 1, 0, 0, 0, 0, 0, 0], b"bytes"]));
         assert_eq!(range(5, 6), sum(&[&number(5), &number(6)]));
+        assert_eq!(record(&[5, 6, 7]), sum(&[&[5, 6, 7].map(number).concat()]));
         let [data, zeros] = [Some(7), None].map(|crc32c| region::Run { length: 9, crc32c });
         let found = [number(9), number(7), number(9), [0, 0, 0, 0, 1, 0, 0, 0]].concat();
         assert_eq!(runs([(5, 6), (1, 2)], &[data, zeros]), sum(&[&[5, 6, 1, 2].map(number).concat(), &found]));

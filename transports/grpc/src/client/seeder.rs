@@ -19,7 +19,7 @@ use crate::proto::{go_seeder, migration};
 use crate::rope::Rope;
 use crate::seeding::{Handed, Seeded, SeededRegion, from_runs};
 use crate::target::Target;
-use crate::{MAX_RECORD, MIGRATION_VERSION, message, path};
+use crate::{MAX_RECORD, MIGRATION_VERSION, message, path, sum};
 
 /// The longest secret: it is shown with every call, and servers take headers of 16 KiB.
 const MAX_SECRET: usize = 4 << 10;
@@ -246,11 +246,16 @@ impl SeederClient {
             return Err(self.calls.corrupt("a record of another number of regions"));
         }
         let records = regions.iter().zip(&self.geometries).map(|(record, region)| {
-            let blocks = from_runs(&record.runs, region.block_count());
-            blocks.ok_or_else(|| self.calls.corrupt("a record that no region fits"))
+            let blocks = blocks(record, region.block_count());
+            blocks.ok_or_else(|| self.calls.corrupt("a record that no region fits, or that has changed on its way"))
         });
         records.collect()
     }
+}
+
+/// What a record of a region of `count` blocks names, if it is as it was sent.
+fn blocks(record: &migration::Blocks, count: u64) -> Option<BlockSet> {
+    from_runs(&record.runs, count).filter(|_| sum::record(&record.runs) == record.crc32c)
 }
 
 impl Calls {
@@ -352,4 +357,22 @@ async fn ask(link: &Link) -> Result<migration::DescribeReply, CallError> {
     let request = message::encode(&migration::DescribeRequest { major, minor });
     let reply = link.call(path::MIGRATION_DESCRIBE, request, SMALL).await?;
     message::decode(reply.into_bytes()).map_err(|why| CallError::Malformed(format!("answered with {}", why.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_that_has_changed_on_its_way_names_nothing() {
+        let runs = vec![3, 1, 2, 4];
+        let record = migration::Blocks { crc32c: sum::record(&runs), runs };
+        assert_eq!(blocks(&record, 10).unwrap().runs().collect::<Vec<_>>(), [3..4, 6..10]);
+        assert!(blocks(&record, 9).is_none(), "past the end");
+        for index in 0..4 {
+            let mut flipped = record.clone();
+            flipped.runs[index] ^= 2;
+            assert!(blocks(&flipped, 100).is_none(), "{flipped:?}");
+        }
+    }
 }

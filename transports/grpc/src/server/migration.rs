@@ -15,7 +15,7 @@ use crate::rope::Rope;
 use crate::seeding::{Leeching, Seeding, Service, coarser, to_runs};
 use crate::server::region::answer;
 use crate::server::session::Session;
-use crate::{MIGRATION_VERSION, message, pass, path};
+use crate::{MIGRATION_VERSION, message, pass, path, sum};
 
 /// What Go leechers are called, who have no name: they are all one.
 const GO_LEECHER: [u8; 16] = *b"a leecher in Go\0";
@@ -224,7 +224,8 @@ fn done(result: Result<()>) -> Result<Rope, Status> {
 }
 
 fn blocks(dirty: &[BlockSet]) -> Vec<migration::Blocks> {
-    dirty.iter().map(|dirty| migration::Blocks { runs: to_runs(dirty) }).collect()
+    let record = |runs: Vec<u64>| migration::Blocks { crc32c: sum::record(&runs), runs };
+    dirty.iter().map(|dirty| record(to_runs(dirty))).collect()
 }
 
 /// A reply with a record, of at most so many bytes. What was written can be too scattered to be told; since the record has
