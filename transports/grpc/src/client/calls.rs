@@ -14,7 +14,7 @@ use crate::client::ClientSettings;
 use crate::client::facts::{Facts, Protocol, SMALL};
 use crate::client::links::{Links, OpenLink};
 use crate::client::reply::Reply;
-use crate::client::unflushed::Unflushed;
+use crate::client::unflushed::{Mark, Unflushed};
 use crate::message::{self, Malformed};
 use crate::pass::Pass;
 use crate::proto::{go, region};
@@ -184,19 +184,36 @@ impl Shared {
             }
             Protocol::Go => {
                 let request = message::encode(&go::SyncArgs {});
-                let _: go::SyncReply = self.small(&link, Operation::Flush, path::GO_SYNC, request).await?;
-                link.serial
+                let synced = self.small::<go::SyncReply>(&link, Operation::Flush, path::GO_SYNC, request).await;
+                return self.go_synced(&mark, link.serial, synced.map(drop));
             }
         };
-        if self.unflushed.flushed(&mark, instance) {
-            return Ok(());
+        match self.unflushed.flushed(&mark, instance) {
+            true => Ok(()),
+            false => Err(self.lost("the server restarted since these writes, or what it serves did")),
         }
-        let what = match self.protocol {
-            Protocol::Region { .. } => "the server restarted since these writes, or what it serves did",
-            Protocol::Go => "the connection broke since these writes, so the server may have restarted",
-        };
+    }
+
+    /// What an answer of a Go program to a flush means, over the connection `serial`.
+    fn go_synced(&self, mark: &Mark, serial: u128, synced: Result<()>) -> Result<()> {
+        match synced {
+            Ok(()) if self.unflushed.flushed(mark, serial) => Ok(()),
+            Ok(()) => Err(self.lost("the connection broke since these writes, so the server may have restarted")),
+            Err(error) if error.kind().is_retryable() => Err(error),
+            // It syncs a file. What that could not make durable once is not tried again, and the next sync succeeds.
+            Err(error) => match self.unflushed.given_up(mark) {
+                true => {
+                    let message = format!("{}: these writes may be lost, write them again", error.message());
+                    Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
+                }
+                false => Err(error),
+            },
+        }
+    }
+
+    fn lost(&self, what: &str) -> Error {
         let message = format!("{}: {what}: they may be lost, write them again", self.links.target());
-        Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
+        Error::new(ErrorKind::Conflict, Operation::Flush, message)
     }
 
     fn instance(&self, operation: Operation, bytes: &Bytes) -> Result<u128> {

@@ -43,6 +43,14 @@ impl Unflushed {
         state.writes.retain(|write| !mark.0.contains(write));
         mark.0.iter().all(|(other, _)| *other == instance)
     }
+
+    /// The flush that began at `mark` failed for good. Returns whether there was anything to flush, all of which counts as
+    /// reported.
+    pub(crate) fn given_up(&self, mark: &Mark) -> bool {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.writes.retain(|write| !mark.0.contains(write));
+        !mark.0.is_empty()
+    }
 }
 
 #[cfg(test)]

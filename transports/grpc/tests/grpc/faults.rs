@@ -222,6 +222,22 @@ async fn a_lost_connection_to_a_go_server_between_write_and_flush_fails_the_flus
     client.flush().await.unwrap();
 }
 
+/// A program in Go that could not sync may have forgotten what it had; that the next sync succeeds says nothing.
+#[tokio::test]
+async fn what_a_go_server_could_not_sync_counts_as_lost() {
+    let faults = Faults::new(memory());
+    let target = crate::common::tonic_go::serve(faults.clone()).await;
+    let client = Client::connect(target, go_settings(SIZE)).await.unwrap();
+    let fail = || faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Internal));
+    fail();
+    assert_eq!(client.flush().await.unwrap_err().kind(), ErrorKind::Internal, "nothing was written");
+    client.write_at(0, b"lost").await.unwrap();
+    fail();
+    let error = client.flush().await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Conflict && error.message().contains("write them again"), "{error}");
+    client.flush().await.expect("that was told");
+}
+
 #[tokio::test]
 async fn another_region_in_the_same_place_is_refused_until_the_first_is_back() {
     let memory = memory();
