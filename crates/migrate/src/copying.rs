@@ -226,26 +226,26 @@ impl<T: Target> Copying<T> {
     /// Has the seeder record under a new name, if it does not record for somebody else. Whether it was not stopped before.
     async fn track(&mut self, former: MigrationId, stop: &CancellationToken) -> Result<bool> {
         let Some(given_up) = stop.run_until_cancelled(self.give_up(former)).await else { return Ok(false) };
-        given_up?;
+        let last = given_up?;
         let id = former.next();
         // Until there is an answer this one may have to be given up too, be it by a process that comes after this one.
         (self.id, self.former) = (id, Some(id));
         self.write_down().await?;
         let (peer, before) = (&self.peer, &self.settings.before);
-        let tracking = retrying(before, Operation::Open, || peer.track(id));
+        let tracking = retrying(before, Operation::Open, || peer.track(id, last));
         let Some(tracked) = stop.run_until_cancelled(tracking).await else { return Ok(false) };
         tracked?;
         self.former = None;
         Ok(true)
     }
 
-    /// Sees to it that whatever was asked under a name, and is still on its way, changes nothing.
-    async fn give_up(&self, id: MigrationId) -> Result<()> {
+    /// Sees to it that whatever was asked under a name, and is still on its way, changes nothing. For whom was recorded last.
+    async fn give_up(&self, id: MigrationId) -> Result<Option<MigrationId>> {
         let (peer, before) = (&self.peer, &self.settings.before);
         retrying(before, Operation::Open, || peer.abort(id)).await?;
-        match retrying(before, Operation::Open, || peer.describe()).await?.busy {
-            false => Ok(()),
-            true => {
+        match retrying(before, Operation::Open, || peer.describe()).await? {
+            Description { busy: false, last, .. } => Ok(last),
+            Description { busy: true, .. } => {
                 let message = "the seeder no longer records for this migration: another leecher has come";
                 Err(Error::new(ErrorKind::Conflict, Operation::Open, message))
             }

@@ -24,17 +24,20 @@ pub(crate) struct Pulse {
 }
 
 /// Who reads.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Readers {
     /// Whose signs of life count.
     holder: Option<MigrationId>,
+    /// Who was the last one.
+    last: MigrationId,
     /// From whom the regions were taken back.
     revoked: Option<MigrationId>,
 }
 
 impl Pulse {
     pub(crate) fn new() -> Self {
-        Self { began: Instant::now(), readers: Mutex::default(), last: AtomicU64::new(0), read: AtomicU64::new(0) }
+        let readers = Readers { holder: None, last: MigrationId::NONE, revoked: None };
+        Self { began: Instant::now(), readers: Mutex::new(readers), last: AtomicU64::new(0), read: AtomicU64::new(0) }
     }
 
     fn readers(&self) -> MutexGuard<'_, Readers> {
@@ -43,8 +46,15 @@ impl Pulse {
 
     /// It is `holder` that has the lease from now on.
     pub(crate) fn hold(&self, holder: Option<MigrationId>) {
-        self.readers().holder = holder;
+        let mut readers = self.readers();
+        (readers.holder, readers.last) = (holder, holder.unwrap_or(readers.last));
+        drop(readers);
         self.beat();
+    }
+
+    /// Who has the lease, or had it last.
+    pub(crate) fn last(&self) -> MigrationId {
+        self.readers().last
     }
 
     /// The regions were taken back from whoever reads for this migration.
@@ -62,7 +72,7 @@ impl Pulse {
     /// # Errors
     /// `Conflict` if it has the regions no more.
     pub(crate) fn heard(&self, id: MigrationId) -> Result<()> {
-        let Readers { holder, revoked } = *self.readers();
+        let Readers { holder, revoked, .. } = *self.readers();
         if holder == Some(id) {
             self.beat();
         }

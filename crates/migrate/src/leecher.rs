@@ -19,6 +19,9 @@ use crate::seeder::{bytes, is_refusal};
 use crate::settings::PullPhase;
 use crate::{Downtime, Ledger, LeecherSettings, Peer, PullProgress, Report, Shown, Standing, Target, source};
 
+/// How often others may come first.
+const TURNS: u32 = 8;
+
 /// What can be plugged into a leecher.
 #[derive(Clone, Default)]
 pub struct LeecherParts {
@@ -237,7 +240,7 @@ impl<T: Target> Leecher<Pulling<T>> {
         let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
         let mut lanes = lanes(&description, targets(&description).await?, &parts)?;
         lanes.iter_mut().try_for_each(Lane::clear)?;
-        retrying(&settings.before, Operation::Open, || peer.track(id)).await?;
+        track(&*peer, id, description.last, &settings).await?;
         let copying = Copying::new(peer, id, lanes, &description, settings, &parts);
         Ok(Self::copy(copying, parts))
     }
@@ -450,6 +453,30 @@ fn lanes<T: Target>(description: &Description, targets: Vec<T>, parts: &LeecherP
     let priorities = parts.priorities.iter().cloned().chain(std::iter::repeat(Priority::None));
     let lanes = targets.into_iter().zip(regions).zip(priorities);
     Ok(lanes.map(|((target, region), priority)| Lane::new(target, region, priority)).collect())
+}
+
+/// Has the seeder record for `id`, in place of whomever it recorded for last, which is `last` as far as is known.
+async fn track(
+    peer: &dyn Peer,
+    id: MigrationId,
+    mut last: Option<MigrationId>,
+    settings: &LeecherSettings,
+) -> Result<()> {
+    let before = &settings.before;
+    for _ in 0..TURNS {
+        let refused = match retrying(before, Operation::Open, || peer.track(id, last)).await {
+            Err(error) if error.kind() == ErrorKind::Conflict => error,
+            answer => return answer,
+        };
+        // Somebody has come since.
+        let now = retrying(before, Operation::Open, || peer.describe()).await?.last;
+        if now == last {
+            return Err(refused);
+        }
+        last = now;
+    }
+    let message = "other leechers come all the time: see to it that there is one only";
+    Err(Error::new(ErrorKind::Conflict, Operation::Open, message))
 }
 
 /// Asks for the regions. An error leaves it to `asked` whether they may have been handed over.

@@ -18,11 +18,11 @@ pub trait Peer: Send + Sync + 'static {
     /// `Unavailable` when it does not answer; so for all calls.
     async fn describe(&self) -> Result<Description>;
 
-    /// Starts the migration `id`.
+    /// Starts the migration `id`, in place of the one that was the [last](Description::last), if that is said.
     ///
     /// # Errors
-    /// `Denied` if this leecher may not; `Conflict` if the seeder no longer owns the region.
-    async fn track(&self, id: MigrationId) -> Result<()>;
+    /// `Denied` if this leecher may not; `Conflict` if the seeder no longer owns the region, or another was the last one.
+    async fn track(&self, id: MigrationId, after: Option<MigrationId>) -> Result<()>;
 
     /// The record number `round`, counted from one, for each region.
     ///

@@ -36,7 +36,9 @@
 //! # Lost replies
 //! Each call may be made again with the same arguments and gives the same answer. `dirty` is numbered: the same number
 //! gives the same record again, the next number says that the last one arrived. `finalize` says how many arrived. A call
-//! that comes late, after its caller has gone on, finds another state and changes nothing.
+//! that comes late, after its caller has gone on, finds another state and changes nothing. So does a `track`: it says for whom
+//! the seeder recorded [last](Description::last) when its caller looked. Whoever comes replaces a leecher that he knows of, and
+//! never one that has come since.
 //!
 //! # Silence
 //! Recording costs the application a little, so that a seeder does not do it for ever: when nothing was heard of a leecher
@@ -69,6 +71,9 @@ use r3map_pipeline::BlockSet;
 pub struct MigrationId(pub [u8; 16]);
 
 impl MigrationId {
+    /// Nobody's name.
+    pub const NONE: Self = Self([0; 16]);
+
     /// The name of the attempt that follows this one.
     #[must_use]
     pub fn next(self) -> Self {
@@ -116,6 +121,9 @@ pub struct Description {
     pub lease: Option<Duration>,
     /// The migration for which the regions were handed over, and taken back since. Whoever it is must not run.
     pub revoked: Option<MigrationId>,
+    /// The migration for which it records, or has last: [`MigrationId::NONE`] where there was none yet, nothing where it does
+    /// not say. A leecher that comes names it, and is refused if it is another one by then.
+    pub last: Option<MigrationId>,
 }
 
 impl Description {
@@ -196,6 +204,7 @@ mod tests {
             busy: false,
             lease: None,
             revoked: None,
+            last: None,
         };
         assert_eq!(description(&[1, 4097]).check().unwrap().len(), 2);
         let epoch = |epoch| Description { epoch, ..description(&[1]) };

@@ -20,6 +20,8 @@ pub(crate) struct Seat {
     ended: VecDeque<MigrationId>,
     /// The migration from which the regions were taken back last.
     revoked: Option<MigrationId>,
+    /// The migration that was recorded for last.
+    last: MigrationId,
 }
 
 #[derive(Debug, Clone)]
@@ -103,12 +105,12 @@ impl Seat {
             }
         };
         check_epoch(epoch)?;
-        Ok(Self { epoch, state, ended: VecDeque::new(), revoked })
+        Ok(Self { epoch, state, ended: VecDeque::new(), revoked, last: MigrationId::NONE })
     }
 
     /// The same in another state.
     fn changed(&self, epoch: u64, state: State) -> Self {
-        Self { epoch, state, ended: self.ended.clone(), revoked: self.revoked }
+        Self { epoch, state, ended: self.ended.clone(), ..*self }
     }
 
     /// The epoch of the present owner.
@@ -151,21 +153,23 @@ impl Seat {
         }
     }
 
-    /// Without a lease a name may come again: all leechers in Go have the same one.
-    pub(crate) fn track(&self, id: MigrationId, leased: bool) -> Result<Track> {
+    /// Without a lease a name may come again: all leechers in Go have the same one. `after` is for whom was recorded last as
+    /// far as the leecher knows, if it says that.
+    pub(crate) fn track(&self, id: MigrationId, leased: bool, after: Option<MigrationId>) -> Result<Track> {
         match &self.state {
             State::Owner | State::Tracked { .. } if leased && self.ended.contains(&id) => Err(over()),
-            State::Owner => Ok(Track::Start),
             // Not anew: a call that comes late must not empty a record that the leecher counts on.
             State::Tracked { id: now, .. } if *now == id => Ok(Track::Already),
-            State::Tracked { .. } => Ok(Track::Start),
+            // Nor one that is kept for somebody who came later.
+            State::Owner | State::Tracked { .. } if after.is_some_and(|after| after != self.last) => Err(overtaken()),
+            State::Owner | State::Tracked { .. } => Ok(Track::Start),
             State::HandedOver { .. } | State::Gone { .. } => Err(self.elsewhere()),
         }
     }
 
     pub(crate) fn tracked(&mut self, id: MigrationId, leased: bool) {
         self.untracked();
-        self.state = State::Tracked { id, rounds: 0, leased };
+        (self.state, self.last) = (State::Tracked { id, rounds: 0, leased }, id);
     }
 
     /// Nobody is recorded for any more.
@@ -270,6 +274,10 @@ fn over() -> Error {
     )
 }
 
+fn overtaken() -> Error {
+    conflict("another leecher has come since this one looked: look again")
+}
+
 /// What is answered to whoever has the regions no more.
 pub(crate) fn revoked() -> Error {
     conflict("the region was taken back here: whoever it was handed over to must not use it any more")
@@ -316,12 +324,29 @@ mod tests {
     #[test]
     fn a_late_track_empties_nothing_and_a_new_leecher_takes_over() {
         let mut seat = tracked(2);
-        assert_eq!(seat.track(A, true).unwrap(), Track::Already);
-        assert_eq!(seat.track(B, true).unwrap(), Track::Start);
+        assert_eq!(seat.track(A, true, None).unwrap(), Track::Already);
+        assert_eq!(seat.track(B, true, Some(A)).unwrap(), Track::Start);
         seat.tracked(B, true);
         assert!(seat.dirty(A, 3).is_err() && seat.finalize(A, 2).is_err());
         assert_eq!(seat.abort(A).unwrap(), Abort::Nothing, "the one who was replaced");
-        assert!(seat.track(A, true).is_err(), "a call that comes late takes nothing over again");
+        assert!(seat.track(A, true, None).is_err(), "a call that comes late takes nothing over again");
+    }
+
+    #[test]
+    fn a_late_track_replaces_nobody_who_came_later() {
+        let mut seat = seat();
+        let (late, never) = (MigrationId([3; 16]), MigrationId([4; 16]));
+        seat.tracked(A, true);
+        assert_eq!(seat.track(A, true, Some(MigrationId::NONE)).unwrap(), Track::Already, "it is asked again");
+        for after in [MigrationId::NONE, B] {
+            assert_eq!(seat.track(late, true, Some(after)).unwrap_err().kind(), ErrorKind::Conflict);
+        }
+        assert_eq!(seat.track(late, true, None).unwrap(), Track::Start, "it does not say what it knew");
+        seat.untracked();
+        assert!(seat.track(late, true, Some(MigrationId::NONE)).is_err());
+        assert_eq!(seat.track(late, true, Some(A)).unwrap(), Track::Start);
+        let seat = handed().taken_back();
+        assert!(seat.track(never, true, Some(MigrationId::NONE)).is_err());
     }
 
     #[test]
@@ -335,7 +360,7 @@ mod tests {
         let Finalize::Again(answer) = seat.finalize(A, 0).unwrap() else { panic!("it was done") };
         assert_eq!((answer.epoch, seat.epoch()), (8, 8));
         for refused in
-            [seat.finalize(B, 0).err(), seat.track(A, true).err(), seat.dirty(A, 1).err(), seat.confirm(B).err()]
+            [seat.finalize(B, 0).err(), seat.track(A, true, None).err(), seat.dirty(A, 1).err(), seat.confirm(B).err()]
         {
             assert_eq!(refused.unwrap().kind(), ErrorKind::Conflict);
         }
@@ -353,7 +378,7 @@ mod tests {
         assert_eq!(handed().confirm(A).unwrap(), Confirm::Gone);
         let gone = handed().gone(A);
         assert_eq!(gone.confirm(A).unwrap(), Confirm::Already);
-        assert!(gone.abort(A).is_err() && gone.finalize(A, 0).is_err() && gone.track(B, true).is_err());
+        assert!(gone.abort(A).is_err() && gone.finalize(A, 0).is_err() && gone.track(B, true, None).is_err());
     }
 
     #[test]
@@ -362,17 +387,17 @@ mod tests {
         assert!(seat.is_leased(A) && !seat.is_leased(B));
         seat.untracked();
         assert!(seat.dirty(A, 1).is_err() && seat.finalize(A, 0).is_err());
-        let late = seat.track(A, true).unwrap_err();
+        let late = seat.track(A, true, None).unwrap_err();
         assert_eq!(late.kind(), ErrorKind::Conflict, "there is a gap in what would be recorded for it: {late}");
-        assert!(handed().taken_back().track(A, true).is_err());
-        assert_eq!(seat.track(A, false).unwrap(), Track::Start, "all leechers in Go are called the same");
+        assert!(handed().taken_back().track(A, true, None).is_err());
+        assert_eq!(seat.track(A, false, None).unwrap(), Track::Start, "all leechers in Go are called the same");
         seat.tracked(A, false);
         assert!(!seat.is_leased(A));
         for id in 0..100 {
             seat.tracked(MigrationId([id; 16]), true);
         }
         assert_eq!(seat.ended.len(), REMEMBERED);
-        assert!(seat.track(MigrationId([98; 16]), true).is_err());
+        assert!(seat.track(MigrationId([98; 16]), true, None).is_err());
     }
 
     #[test]

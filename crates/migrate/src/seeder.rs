@@ -201,8 +201,9 @@ impl Seeder {
         let regions = self.shared.names.iter().zip(&self.shared.sources).map(facts).collect();
         let SeederProgress { epoch, phase, .. } = *self.shared.progress.borrow();
         let busy = matches!(phase, SeederPhase::Tracked | SeederPhase::Suspending);
-        let (lease, revoked) = (Some(self.shared.lease()), self.shared.pulse.revoked());
-        Ok(Description { epoch, regions, precopy: true, busy, lease, revoked })
+        let (lease, pulse) = (Some(self.shared.lease()), &self.shared.pulse);
+        let (revoked, last) = (pulse.revoked(), Some(pulse.last()));
+        Ok(Description { epoch, regions, precopy: true, busy, lease, revoked, last })
     }
 
     /// A region's bytes, for a transport to serve: it lets in who reads, and says whose [sign of life](Admitted::heard) that
@@ -300,8 +301,8 @@ impl Admitted {
     ///
     /// # Errors
     /// As [`crate::Peer::track`].
-    pub async fn track(&self, id: MigrationId) -> Result<()> {
-        self.shared.run(move |shared| async move { shared.track(id, true).await }).await
+    pub async fn track(&self, id: MigrationId, after: Option<MigrationId>) -> Result<()> {
+        self.shared.run(move |shared| async move { shared.track(id, true, after).await }).await
     }
 
     /// The same for a leecher that gives no sign of life while it waits, as those in Go: what is recorded for it is
@@ -310,7 +311,7 @@ impl Admitted {
     /// # Errors
     /// As [`crate::Peer::track`].
     pub async fn track_for_ever(&self, id: MigrationId) -> Result<()> {
-        self.shared.run(move |shared| async move { shared.track(id, false).await }).await
+        self.shared.run(move |shared| async move { shared.track(id, false, None).await }).await
     }
 
     /// As [`crate::Peer::dirty`].
@@ -370,9 +371,9 @@ impl Shared {
         })
     }
 
-    async fn track(self: &Arc<Self>, id: MigrationId, leased: bool) -> Result<()> {
+    async fn track(self: &Arc<Self>, id: MigrationId, leased: bool, after: Option<MigrationId>) -> Result<()> {
         let mut work = self.work.lock().await;
-        let track = work.seat.track(id, leased)?;
+        let track = work.seat.track(id, leased, after)?;
         self.pulse.beat();
         if track == Track::Start {
             let tracked = within(self.limit(), "starting to record what is written", async {

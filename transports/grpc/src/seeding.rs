@@ -22,6 +22,8 @@ pub struct Seeded {
     pub lease: Option<Duration>,
     /// The migration from which the regions were taken back.
     pub revoked: Option<[u8; 16]>,
+    /// The migration for which it records, or has last: zeros where there was none yet, nothing where it does not say.
+    pub last: Option<[u8; 16]>,
 }
 
 /// One region of a seeder.
@@ -86,11 +88,11 @@ pub trait Leeching: Send + Sync + 'static {
     /// As the seeder has it where he may not have what he reads.
     fn heard(&self, id: [u8; 16]) -> Result<()>;
 
-    /// Starts to record for `id`.
+    /// Starts to record for `id`, if `after` is the one that it has recorded for last; nothing: whoever that was.
     ///
     /// # Errors
     /// See above.
-    async fn track(&self, id: [u8; 16]) -> Result<()>;
+    async fn track(&self, id: [u8; 16], after: Option<[u8; 16]>) -> Result<()>;
 
     /// The same for a leecher in Go, which gives no sign of life while it waits, and of which another may come under the
     /// same name.

@@ -40,7 +40,7 @@ async fn a_handover_that_was_refused_is_in_no_ledger_afterwards() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     disk.fail_ledger_late(0, 1);
     assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled);
     assert_eq!(app.host().await, Some("A"));
@@ -66,7 +66,7 @@ async fn as_long_as_a_ledger_may_say_something_else_nothing_changes_hands() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     // The handover, what held before it, and that twice again.
     disk.fail_ledger_late(0, 4);
     for _ in 0..2 {
@@ -98,7 +98,7 @@ async fn nobody_is_refused_while_a_ledger_is_in_doubt() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     let others = [(id, u64::MAX), (fresh_id(), 0)];
     // The handover, what held before it, that once more, and once for each who asks.
     disk.fail_ledger_late(0, 3 + 2);
@@ -118,7 +118,7 @@ async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     app.write(3).await;
     disk.fail_ledger_late(0, u32::MAX);
     calls.finalize(id, 0).await.unwrap_err();
@@ -141,7 +141,7 @@ async fn whoever_stops_a_seeder_whose_ledger_is_in_doubt_has_it_written_once_mor
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     // The handover, and what held before it, twice.
     disk.fail_ledger_late(0, 3);
     calls.finalize(id, 0).await.unwrap_err();
@@ -156,7 +156,7 @@ async fn a_ledger_that_takes_nothing_keeps_nobody_from_running() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     disk.fail_ledger(0, u32::MAX);
     for _ in 0..2 {
         assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled);
@@ -169,7 +169,7 @@ async fn an_abort_counts_only_when_the_ledger_says_so() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (_here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     disk.fail_ledger_late(0, 4);
     calls.finalize(id, 0).await.unwrap_err();
     assert_eq!(calls.abort(id).await.unwrap_err().kind(), ErrorKind::Unavailable);

@@ -93,7 +93,7 @@ async fn one_who_waits_to_be_finalized_keeps_its_lease_however_seldom_it_would_a
 async fn reads_alone_keep_a_lease_of_whoever_holds_it() {
     let (_app, _running, seeder, _) = busy(Link::healthy).await;
     let (region, calls, id) = (seeder.region(0), seeder.admit(b"").unwrap(), fresh_id());
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     let read_for = async |id: MigrationId| {
         sleep(LEASE * 2 / 3).await;
         calls.heard(id).unwrap();
@@ -184,6 +184,41 @@ async fn who_was_replaced_does_not_replace_the_other() {
     assert_eq!(second.progress().borrow().restarts, 0);
     second.finalize().await.unwrap().pulled().await.unwrap();
     assert_eq!(seeder.progress().borrow().phase, SeederPhase::Gone);
+}
+
+/// Nor does one who is dead, with a call that comes late.
+#[tokio::test(start_paused = true)]
+async fn a_late_call_of_one_who_is_dead_replaces_nobody() {
+    let (app, _running, seeder, link) = busy(|seeder| Link::new(seeder, Step::Track, Fault::LateOfTheDead, 0, 1)).await;
+    let life = Life::new();
+    tokio::select! {
+        _ = leech(&link, &life, settings()) => panic!("it is killed while it asks"),
+        () = link.kill_leecher.notified() => life.kill(),
+    }
+    let second = leech(&link, &Life::new(), settings()).await;
+    second.ready().await.unwrap();
+    sleep(LEASE).await;
+    let progress = second.progress().borrow().clone();
+    assert!(progress.restarts == 0 && progress.phase == PullPhase::Ready, "{progress:?}");
+    let running = second.finalize().await.unwrap();
+    app.resume("B", running.regions()[0].guarded.front()).await;
+    running.pulled().await.unwrap();
+    app.check().await.unwrap();
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::Gone);
+}
+
+/// One who lives looks again, and replaces whoever came while he made ready.
+#[tokio::test(start_paused = true)]
+async fn who_was_overtaken_while_he_made_ready_looks_again() {
+    let (_app, _running, seeder, link) = busy(Link::healthy).await;
+    let (peer, calls) = (Arc::new(MortalEnd(link, Life::new())), seeder.admit(b"").unwrap());
+    let targets = async |_: &Description| {
+        calls.track(fresh_id(), None).await?;
+        Ok(vec![Place { disk: Disk::new() }])
+    };
+    let leecher = Leecher::start(peer, fresh_id(), targets, settings(), LeecherParts::default()).await.unwrap();
+    leecher.ready().await.unwrap();
+    leecher.finalize().await.unwrap().pulled().await.unwrap();
 }
 
 /// What was handed over is the leecher's, however long it is silent.

@@ -178,7 +178,7 @@ async fn only_who_was_told_to_stop_is_trusted_to_have_stopped() {
         let (source, id) = (watched().await, fresh_id());
         let seeder = seeder(&source, SeederParts { hooks, fencing: set, ..SeederParts::default() }).await;
         let calls = seeder.admit(b"").unwrap();
-        calls.track(id).await.unwrap();
+        calls.track(id, None).await.unwrap();
         calls.finalize(id, 0).await.unwrap();
         assert_eq!(*source.fencings.lock().unwrap(), [fencing]);
     }
@@ -194,7 +194,7 @@ async fn whatever_panics_at_the_handover_the_application_goes_on() {
         let seeder =
             seeder(&source, SeederParts { hooks, ledger: Some(source.clone()), ..SeederParts::default() }).await;
         let calls = seeder.admit(b"").unwrap();
-        calls.track(id).await.unwrap();
+        calls.track(id, None).await.unwrap();
         source.inner.front().write_at(0, &[1]).await.unwrap();
         place.iter().for_each(|call| source.fails(*call, Fault::Panic));
         assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled, "{place:?}");
@@ -223,8 +223,8 @@ async fn whatever_hangs_is_given_up_and_forgets_nothing() {
     let seeder = seeder(&source, SeederParts { hooks, limit: Some(LIMIT), ..SeederParts::default() }).await;
     let calls = seeder.admit(b"").unwrap();
     source.fails(Call::Track, Fault::Hang);
-    given_up(ends(calls.track(id)).await);
-    calls.track(id).await.unwrap();
+    given_up(ends(calls.track(id, None)).await);
+    calls.track(id, None).await.unwrap();
     let write = async |block: u64| source.inner.front().write_at(block << 12, &[1]).await;
     write(0).await.unwrap();
     source.fails(Call::Take, Fault::Hang);
@@ -248,7 +248,7 @@ async fn whatever_hangs_is_given_up_and_forgets_nothing() {
     source.fails(Call::Unfence, Fault::Hang);
     ends(calls.abort(id)).await.unwrap();
     assert!(source.is_done() && seeder.owns() && resumed.load(Ordering::SeqCst) == 5);
-    calls.track(fresh_id()).await.unwrap();
+    calls.track(fresh_id(), None).await.unwrap();
     source.fails(Call::Untrack, Fault::Hang);
     ends(seeder.stop_tracking()).await.unwrap();
     assert_eq!(seeder.progress().borrow().phase, SeederPhase::Owner);
@@ -262,7 +262,7 @@ async fn one_region_that_hangs_or_panics_keeps_no_other_from_being_written() {
         let parts = SeederParts { limit: Some(LIMIT), ..SeederParts::default() };
         let seeder = Seeder::new(regions, parts).await.unwrap();
         let calls = seeder.admit(b"").unwrap();
-        calls.track(id).await.unwrap();
+        calls.track(id, None).await.unwrap();
         bad.fails(Call::Untrack, fault);
         bad.fails(Call::Unfence, fault);
         ends(calls.finalize(id, 0)).await.unwrap();
@@ -277,7 +277,7 @@ async fn a_seeder_that_is_started_again_does_not_hang_where_its_region_does() {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
-    calls.track(id).await.unwrap();
+    calls.track(id, None).await.unwrap();
     calls.finalize(id, 0).await.unwrap();
     let source = Watched::new(&here.guarded);
     source.fails(Call::Fence, Fault::Hang);

@@ -128,8 +128,8 @@ impl SeederClient {
             chunk_size: geometry.chunk_size(),
         };
         let regions = self.names.iter().zip(&self.geometries).map(region).collect();
-        let revoked = now.revoked.as_ref().try_into().ok();
-        Ok(Seeded { epoch: now.epoch, regions, precopy: !self.go, busy: now.busy, lease, revoked })
+        let [revoked, last] = [&now.revoked, &now.last].map(|id| id.as_ref().try_into().ok());
+        Ok(Seeded { epoch: now.epoch, regions, precopy: !self.go, busy: now.busy, lease, revoked, last })
     }
 
     fn check(&self, now: &migration::DescribeReply) -> Result<()> {
@@ -144,16 +144,20 @@ impl SeederClient {
         }
     }
 
-    /// Has the seeder record for `id`.
+    /// Has the seeder record for `id`, in place of the one that was the [last](Seeded::last), if that is said.
     ///
     /// # Errors
     /// As the call; so for all.
-    pub async fn track(&self, id: [u8; 16]) -> Result<()> {
+    pub async fn track(&self, id: [u8; 16], after: Option<[u8; 16]>) -> Result<()> {
         if self.go {
             let request = message::encode(&go_seeder::TrackArgs {});
             return self.calls.call::<go_seeder::TrackReply>(path::GO_SEEDER_TRACK, request, SMALL).await.map(drop);
         }
-        self.step(path::MIGRATION_TRACK, id).await
+        let after = after.map(|id| Bytes::copy_from_slice(&id)).unwrap_or_default();
+        self.calls.pass.read_for(id);
+        let request = migration::StepRequest { id: Bytes::copy_from_slice(&id), after, round: 0 };
+        let request = message::encode(&request);
+        self.calls.call::<migration::StepReply>(path::MIGRATION_TRACK, request, SMALL).await.map(drop)
     }
 
     /// The record of that number, for each region.
@@ -306,7 +310,8 @@ impl Calls {
 
     fn request(&self, id: [u8; 16], round: u64) -> Rope {
         self.pass.read_for(id);
-        message::encode(&migration::StepRequest { id: Bytes::copy_from_slice(&id), round })
+        let id = Bytes::copy_from_slice(&id);
+        message::encode(&migration::StepRequest { id, round, ..migration::StepRequest::default() })
     }
 
     async fn call<M>(&self, path: &'static str, request: Rope, limit: usize) -> Result<M>

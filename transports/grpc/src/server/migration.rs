@@ -121,12 +121,13 @@ impl Session {
             busy: seeded.busy,
             lease_milliseconds: seeded.lease.map_or(0, milliseconds),
             revoked: seeded.revoked.map(|id| id.to_vec().into()).unwrap_or_default(),
+            last: seeded.last.map(|id| id.to_vec().into()).unwrap_or_default(),
         };
         Ok(message::encode(&reply))
     }
 
     pub(crate) async fn migration_track(&self, request: migration::StepRequest) -> Result<Rope, Status> {
-        done(self.calls()?.track(name(&request)?).await)
+        done(self.calls()?.track(name(&request)?, request.after.as_ref().try_into().ok()).await)
     }
 
     pub(crate) async fn migration_dirty(&self, request: migration::StepRequest) -> Result<Rope, Status> {

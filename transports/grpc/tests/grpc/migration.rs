@@ -89,6 +89,7 @@ impl Seeding for Scripted {
             busy: true,
             lease: Some(Duration::from_millis(1500)),
             revoked: Some(REVOKED),
+            last: Some([0; 16]),
         })
     }
 
@@ -120,8 +121,9 @@ impl Leeching for Script {
         }
     }
 
-    async fn track(&self, id: [u8; 16]) -> Result<()> {
-        self.called(format!("track {}", id[0]));
+    async fn track(&self, id: [u8; 16], after: Option<[u8; 16]>) -> Result<()> {
+        let after = after.map_or(String::new(), |id| format!(" after {}", id[0]));
+        self.called(format!("track {}{after}", id[0]));
         Ok(())
     }
 
@@ -175,13 +177,15 @@ async fn every_call_and_every_region_goes_there_and_back() {
     let (_server, target) = seed(seeder.clone()).await;
     let client = connect(&target, b"sesame", ClientSettings::default()).await.unwrap();
     assert_eq!(client.describe().await.unwrap(), seeder.describe().await.unwrap());
-    client.track(ID).await.unwrap();
+    client.track(ID, None).await.unwrap();
+    client.track(ID, Some([0; 16])).await.unwrap();
     assert_eq!(client.dirty(ID, 3).await.unwrap(), seeder.script.dirty(ID, 3).await.unwrap());
     assert_eq!(client.finalize(ID, 3).await.unwrap(), seeder.script.finalize(ID, 3).await.unwrap());
     client.confirm(ID).await.unwrap();
     client.abort([9; 16]).await.unwrap();
     let calls = seeder.take_calls();
-    assert_eq!(calls, ["track 7", "dirty 7 3", "dirty 7 3", "finalize 7 3", "finalize 7 3", "confirm 7", "abort 9"]);
+    assert_eq!(calls[..2], ["track 7", "track 7 after 0"]);
+    assert_eq!(calls[2..], ["dirty 7 3", "dirty 7 3", "finalize 7 3", "finalize 7 3", "confirm 7", "abort 9"]);
     for (index, (size, seed)) in [(SIZE, 1), (5000, 2)].into_iter().enumerate() {
         let mut bytes = vec![0; size];
         client.region(index, ID).read_at(0, &mut bytes).await.unwrap();
@@ -201,7 +205,7 @@ async fn reads_say_for_whom_they_are_made() {
         assert_eq!(seeder.take_calls(), [heard, heard], "before it and after it");
     }
     let region = client.region(0, ID);
-    client.track([9; 16]).await.unwrap();
+    client.track([9; 16], None).await.unwrap();
     read(&*region).await.unwrap();
     assert_eq!(seeder.take_calls(), ["track 9", "heard 9", "heard 9"], "it is known by another name now");
     let refused = read(&*client.region(0, REVOKED)).await.unwrap_err();
@@ -290,7 +294,7 @@ async fn after_the_server_was_started_again_calls_go_on() {
     let server = Server::seeding(seeder.clone(), settings.clone()).await.unwrap();
     let target = server.listen(&any_port()).await.unwrap();
     let client = connect(&target, b"", ClientSettings::default()).await.unwrap();
-    client.track(ID).await.unwrap();
+    client.track(ID, None).await.unwrap();
     server.close(LIMIT).await.unwrap();
     assert_eq!(client.finalize(ID, 0).await.unwrap_err().kind(), ErrorKind::Unavailable);
     let server = Server::seeding(seeder, settings).await.unwrap();
@@ -418,7 +422,7 @@ async fn a_seeder_in_go_is_understood() {
     let client = connect(&target, b"", ClientSettings { go, ..ClientSettings::default() }).await.unwrap();
     let seeded = client.describe().await.unwrap();
     assert_eq!((seeded.precopy, seeded.regions.len(), seeded.regions[0].size), (false, 1, SIZE as u64));
-    client.track(ID).await.unwrap();
+    client.track(ID, None).await.unwrap();
     assert!(client.dirty(ID, 1).await.is_err());
     let mut bytes = vec![0; SIZE];
     client.region(0, ID).read_at(0, &mut bytes).await.unwrap();

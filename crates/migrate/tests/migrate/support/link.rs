@@ -246,8 +246,8 @@ impl Peer for MortalEnd {
         self.end().await.describe().await
     }
 
-    async fn track(&self, id: MigrationId) -> Result<()> {
-        self.end().await.track(id).await
+    async fn track(&self, id: MigrationId, after: Option<MigrationId>) -> Result<()> {
+        self.end().await.track(id, after).await
     }
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
@@ -282,8 +282,8 @@ impl Peer for End {
         Ok(description)
     }
 
-    async fn track(&self, id: MigrationId) -> Result<()> {
-        self.0.call(Step::Track, move |seeder| async move { seeder.admit(b"")?.track(id).await }).await
+    async fn track(&self, id: MigrationId, after: Option<MigrationId>) -> Result<()> {
+        self.0.call(Step::Track, move |seeder| async move { seeder.admit(b"")?.track(id, after).await }).await
     }
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {

@@ -49,10 +49,10 @@ struct GrpcSeeder {
 #[async_trait]
 impl Seeding for GrpcSeeder {
     async fn describe(&self) -> Result<Seeded> {
-        let Description { epoch, regions, precopy, busy, lease, revoked } = self.seeder.describe().await?;
+        let Description { epoch, regions, precopy, busy, lease, revoked, last } = self.seeder.describe().await?;
         let region = |RegionFacts { name, size, chunk_size }| SeededRegion { name, size, chunk_size };
-        let (regions, revoked) = (regions.into_iter().map(region).collect(), revoked.map(|id| id.0));
-        Ok(Seeded { epoch, regions, precopy, busy, lease, revoked })
+        let ([revoked, last], regions) = ([revoked, last].map(|id| id.map(|id| id.0)), regions.into_iter().map(region));
+        Ok(Seeded { epoch, regions: regions.collect(), precopy, busy, lease, revoked, last })
     }
 
     fn region(&self, index: usize) -> Arc<dyn Backend> {
@@ -82,8 +82,8 @@ impl Leeching for GrpcLeecher {
         self.0.heard(MigrationId(id))
     }
 
-    async fn track(&self, id: [u8; 16]) -> Result<()> {
-        self.0.track(MigrationId(id)).await
+    async fn track(&self, id: [u8; 16], after: Option<[u8; 16]>) -> Result<()> {
+        self.0.track(MigrationId(id), after.map(MigrationId)).await
     }
 
     async fn track_for_ever(&self, id: [u8; 16]) -> Result<()> {
@@ -122,14 +122,15 @@ struct GrpcPeer(SeederClient);
 #[async_trait]
 impl Peer for GrpcPeer {
     async fn describe(&self) -> Result<Description> {
-        let Seeded { epoch, regions, precopy, busy, lease, revoked } = self.0.describe().await?;
+        let Seeded { epoch, regions, precopy, busy, lease, revoked, last } = self.0.describe().await?;
         let facts = |SeededRegion { name, size, chunk_size }| RegionFacts { name, size, chunk_size };
-        let (regions, revoked) = (regions.into_iter().map(facts).collect(), revoked.map(MigrationId));
-        Ok(Description { epoch, regions, precopy, busy, lease, revoked })
+        let ([revoked, last], regions) =
+            ([revoked, last].map(|id| id.map(MigrationId)), regions.into_iter().map(facts));
+        Ok(Description { epoch, regions: regions.collect(), precopy, busy, lease, revoked, last })
     }
 
-    async fn track(&self, id: MigrationId) -> Result<()> {
-        self.0.track(id.0).await
+    async fn track(&self, id: MigrationId, after: Option<MigrationId>) -> Result<()> {
+        self.0.track(id.0, after.map(|id| id.0)).await
     }
 
     async fn dirty(&self, id: MigrationId, round: u64) -> Result<Vec<BlockSet>> {
