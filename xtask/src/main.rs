@@ -32,7 +32,7 @@ enum Task {
     Vm(vm::Options),
     /// Installs what tests need from Debian (as root); elsewhere says what to install.
     Setup,
-    /// Formatting, clippy, documentation, layering, licences and sources of dependencies.
+    /// Formatting, clippy, fuzz targets, documentation, layering, licences and sources of dependencies.
     Lint,
     /// Model-checks the chunk state under loom.
     Model,
@@ -68,11 +68,21 @@ fn run(task: Task) -> Result<()> {
 fn lint() -> Result<()> {
     step("formatting", cargo(&["fmt", "--all", "--", "--check"]))?;
     step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    fuzz()?;
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
     doc.env("RUSTDOCFLAGS", "-D warnings");
     step("documentation", doc)?;
     println!("== hygiene");
     hygiene::check()
+}
+
+/// What is fuzzed by hand has to compile: it is no member of the workspace. libFuzzer itself, which would take a C++
+/// compiler, is left out.
+fn fuzz() -> Result<()> {
+    let mut check =
+        cargo(&["check", "--manifest-path", "transports/nbd/fuzz/Cargo.toml", "--target-dir", "target/fuzz"]);
+    check.env("CUSTOM_LIBFUZZER_PATH", "none/libfuzzer.a").env("RUSTFLAGS", "-D warnings");
+    step("fuzz targets", check)
 }
 
 fn model() -> Result<()> {

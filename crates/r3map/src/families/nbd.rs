@@ -65,7 +65,6 @@ pub async fn nbd_attach(uri: &Uri, attach: NbdAttach) -> Result<PathBuf> {
         let device = attach.device.as_deref().map(kernel::index_of).transpose()?;
         kernel::probe()?;
         let identifier = Some(identity(uri.clone())).filter(|name| name.len() <= kernel::LONGEST_IDENTIFIER);
-        let (sockets, disk) = kernel::connect(uri, attach.connections, limit).await?;
         let settings = Settings {
             interface: Interface::Netlink,
             device,
@@ -74,11 +73,12 @@ pub async fn nbd_attach(uri: &Uri, attach: NbdAttach) -> Result<PathBuf> {
             identifier,
             ..Settings::default()
         };
+        let to_take_over = attach.take_over.then(|| to_take_over(&settings)).transpose()?;
+        let (sockets, disk) = kernel::connect(uri, attach.connections, limit).await?;
         blocking(move || {
-            let device = if attach.take_over {
-                kernel::take_over(to_take_over(&settings)?, sockets, disk, &settings)?
-            } else {
-                kernel::attach(sockets, disk, &settings)?
+            let device = match to_take_over {
+                Some(index) => kernel::take_over(index, sockets, disk, &settings)?,
+                None => kernel::attach(sockets, disk, &settings)?,
             };
             let path = device.path();
             device.keep()?;

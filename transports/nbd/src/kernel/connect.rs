@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 
-use super::{Disk, LARGEST_BLOCK, SECTOR, block_size};
+use super::{Disk, LARGEST_BLOCK, SECTOR, block_size, part};
 use crate::client::facts::Facts;
 use crate::client::links::{Source, in_time};
 use crate::stream::Vanished;
-use crate::uri::NbdUri;
+use crate::uri::{Address, NbdUri};
 use crate::wire::TransmissionFlags;
 
 /// The longest request in bytes that the kernel makes by itself: `max_sectors_kb` of its queue, which root may raise.
@@ -20,7 +20,7 @@ const LONGEST_REQUEST: u32 = 128 << 10;
 const SILENCE: Duration = Duration::from_secs(30);
 
 /// Connects to a server as often as is wanted, and as the server allows ([`TransmissionFlags::CAN_MULTI_CONN`]), and
-/// begins transmission with simple replies on each.
+/// begins transmission with simple replies on each. Where that comes to nothing, the server is told goodbye.
 ///
 /// # Errors
 /// As [`crate::Client::connect`]; `InvalidInput` where the server has TLS, which the kernel does not speak, and for an
@@ -36,16 +36,33 @@ pub async fn connect(uri: NbdUri, connections: NonZeroUsize, limit: Duration) ->
     }
     let peer = uri.address.clone();
     let source = Source::server(uri)?;
-    let (first, facts) = in_time(limit, &peer, one(&source)).await?;
-    let disk = disk(&facts, &peer)?;
-    let mut sockets = vec![first];
+    let mut sockets = Vec::new();
+    match connect_all(&source, &peer, connections, limit, &mut sockets).await {
+        Ok(disk) => Ok((sockets, disk)),
+        Err(why) => {
+            part(&sockets);
+            Err(why)
+        }
+    }
+}
+
+async fn connect_all(
+    source: &Source,
+    peer: &Address,
+    connections: NonZeroUsize,
+    limit: Duration,
+    sockets: &mut Vec<OwnedFd>,
+) -> Result<Disk> {
+    let (first, facts) = in_time(limit, peer, one(source)).await?;
+    sockets.push(first);
+    let disk = disk(&facts, peer)?;
     let wanted = if facts.has(TransmissionFlags::CAN_MULTI_CONN) { connections.get() } else { 1 };
     while sockets.len() < wanted {
-        let (socket, other) = in_time(limit, &peer, one(&source)).await?;
-        facts.same_region(&other, &source)?;
+        let (socket, other) = in_time(limit, peer, one(source)).await?;
         sockets.push(socket);
+        facts.same_region(&other, source)?;
     }
-    Ok((sockets, disk))
+    Ok(disk)
 }
 
 async fn one(source: &Source) -> Result<(OwnedFd, Facts)> {

@@ -33,7 +33,7 @@ impl Serving {
     /// `EBUSY` if it is in use, or all are; otherwise as [`NbdDevice`]'s calls.
     pub(super) fn start(
         wanted: Option<u32>,
-        sockets: Vec<OwnedFd>,
+        sockets: Arc<Vec<OwnedFd>>,
         disk: Disk,
         timeout: u64,
     ) -> io::Result<(u32, Self)> {

@@ -33,15 +33,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use r3map_core::{Error, ErrorKind, Operation, Result};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::{Shutdown, shutdown, sockopt};
+use rustix::net::{SendFlags, Shutdown, shutdown, sockopt};
 
 use crate::stream::milliseconds;
-use crate::wire::TransmissionFlags;
+use crate::wire::{Command, CommandFlags, Framing, Request as WireRequest, TransmissionFlags};
 pub use connect::connect;
 use ioctl::Serving;
 pub use netlink::DeadLinks;
@@ -152,22 +153,28 @@ pub struct Device {
     ours: bool,
 }
 
-/// Makes a block device of connections on which transmission with simple replies has begun, all of one export.
+/// Makes a block device of connections on which transmission with simple replies has begun, all of one export. Where that
+/// fails, the server is told goodbye on each.
 ///
 /// # Errors
 /// `NotFound` if the kernel has no NBD client loaded or no such device; `Denied` without `CAP_SYS_ADMIN`; `Conflict` if
 /// the device is in use, or all are; `InvalidInput` for sizes that no block device can have, several connections
 /// without [`TransmissionFlags::CAN_MULTI_CONN`], or an identifier too long; `Unavailable` if it does not get ready.
 pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
-    check(&sockets, disk, settings)?;
-    limit_delivery(&sockets, settings);
+    let sockets = Arc::new(sockets);
+    attach_to(&sockets, disk, settings).inspect_err(|_| part(&sockets))
+}
+
+fn attach_to(sockets: &Arc<Vec<OwnedFd>>, disk: Disk, settings: &Settings) -> Result<Device> {
+    check(sockets, disk, settings)?;
+    limit_delivery(sockets, settings);
     let waiter = Waiter::new(settings.readiness).map_err(|error| explain(settings.device, error))?;
     let device = match settings.interface {
-        Interface::Ioctl => by_ioctl(sockets, disk, settings)?,
-        Interface::Netlink => by_netlink(open()?, &sockets, disk, settings)?,
+        Interface::Ioctl => by_ioctl(sockets.clone(), disk, settings)?,
+        Interface::Netlink => by_netlink(open()?, sockets, disk, settings)?,
         Interface::Auto => match Control::open() {
-            Ok(control) => by_netlink(control, &sockets, disk, settings)?,
-            Err(_) => by_ioctl(sockets, disk, settings)?,
+            Ok(control) => by_netlink(control, sockets, disk, settings)?,
+            Err(_) => by_ioctl(sockets.clone(), disk, settings)?,
         },
     };
     let ready = waiter.wait(device.index, disk.size, settings.ready_limit);
@@ -177,14 +184,21 @@ pub fn attach(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<
 
 /// Gives an attached device new connections to the same export in place of dead ones, so that its requests go on: how a
 /// restarted server takes its device over. The settings that are used are the identifier and the two time-outs; where
-/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own. Where it is refused, the connections are shut
-/// down and the device is as it was.
+/// [`Settings::dead_connection_timeout`] is zero, the device keeps its own. Where it is refused, the connections are ended
+/// and the device is as it was.
 ///
 /// # Errors
 /// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live, or if that
-/// cannot be told because another program attached it without a time-out; otherwise as [`attach`].
+/// cannot be told because another program attached it without a time-out and there is no debugfs; otherwise as [`attach`].
 pub fn take_over(index: u32, sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
-    check(&sockets, disk, settings)?;
+    // The kernel may have taken some although it is refused: without a word, or before something else went wrong. Nobody
+    // would know that it serves the device over them.
+    take_over_with(index, &sockets, disk, settings).inspect_err(|_| part(&sockets))?;
+    Ok(Device { index, serving: None, ours: true })
+}
+
+fn take_over_with(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<()> {
+    check(sockets, disk, settings)?;
     if !sysfs::is_attached(index) {
         return Err(error(ErrorKind::NotFound, format!("{} is not attached", sysfs::node(index).display())));
     }
@@ -193,31 +207,30 @@ pub fn take_over(index: u32, sockets: Vec<OwnedFd>, disk: Disk, settings: &Setti
         let what = format!("{} has another size ({size:?} bytes)", sysfs::node(index).display());
         return Err(error(ErrorKind::InvalidInput, what));
     }
-    limit_delivery(&sockets, settings);
-    let given = give(&mut open()?, index, &sockets, settings);
-    if given.is_err() {
-        // The kernel may have taken some all the same: without a word, or before something else went wrong. Nobody would
-        // know that it serves the device over them.
-        for socket in &sockets {
-            let _ = shutdown(socket, Shutdown::Both);
-        }
-    }
-    given.map(|()| Device { index, serving: None, ours: true })
+    limit_delivery(sockets, settings);
+    give(&mut open()?, index, sockets, settings)
 }
 
 /// Has the kernel take new connections in place of dead ones.
 fn give(control: &mut Control, index: u32, sockets: &[OwnedFd], settings: &Settings) -> Result<()> {
     // The size is left as it is: setting it, even to the same, would have the kernel forget what it knows of the device.
-    // The connections come first, and alone: the kernel would set time-outs whether or not it takes a connection.
+    // The connections come first, and alone: the kernel would set time-outs whether or not it takes a connection. Only
+    // where there is none one comes with them, which is never over, because it shows what was taken.
     let identifier = settings.identifier.as_deref();
-    let connections = Request { sockets, identifier, ..Request::default() };
-    control.reconfigure(index, &connections).map_err(|io| explain_take_over(index, io))?;
+    let unlimited = sysfs::is_unlimited(index);
+    let timeout = unlimited.then_some(NO_LIMIT.as_secs());
+    let given = control.reconfigure(index, &Request { sockets, identifier, timeout, ..Request::default() });
     let taken: Vec<_> = sockets.iter().filter(|socket| is_taken(socket)).collect();
+    if unlimited && taken.is_empty() {
+        let none = Request { timeout: Some(0), identifier, ..Request::default() };
+        control.reconfigure(index, &none).map_err(|io| explain_take_over(index, io))?;
+    }
+    given.map_err(|io| explain_take_over(index, io))?;
     if taken.is_empty() {
         let node = sysfs::node(index);
         let what = format!(
             "{0} is served: its connections live; or it was attached without a time-out, and whether they do cannot be \
-             told: then detach it (r3map nbd detach {0}) and attach it again",
+             told without /sys/kernel/debug: then detach it (r3map nbd detach {0}) and attach it again",
             node.display()
         );
         return Err(error(ErrorKind::Conflict, what));
@@ -232,6 +245,19 @@ fn give(control: &mut Control, index: u32, sockets: &[OwnedFd], settings: &Setti
         let _ = sockopt::set_socket_timeout(socket, sockopt::Timeout::Send, Some(limit));
     }
     Ok(())
+}
+
+/// Ends connections that nobody is to use any more, with the word that the protocol wants.
+fn part(sockets: &[OwnedFd]) {
+    let (flags, command) = (CommandFlags::empty(), Command::Disconnect);
+    let request = WireRequest { flags, command, cookie: 0, offset: 0, length: 0 };
+    let mut goodbye = Vec::new();
+    request.encode(Framing::Simple, &mut goodbye).expect("nothing is short enough for any framing");
+    for socket in sockets {
+        // Where that fails the server has gone itself.
+        let _ = rustix::net::send(socket, &goodbye, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        let _ = shutdown(socket, Shutdown::Both);
+    }
 }
 
 /// Has TCP give up what it could not deliver when the request's time is over and it is made elsewhere: once the way to
@@ -405,7 +431,7 @@ fn by_netlink(mut control: Control, sockets: &[OwnedFd], disk: Disk, settings: &
     }
 }
 
-fn by_ioctl(sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
+fn by_ioctl(sockets: Arc<Vec<OwnedFd>>, disk: Disk, settings: &Settings) -> Result<Device> {
     match Serving::start(settings.device, sockets, disk, request_seconds(settings)) {
         Ok((index, serving)) => Ok(Device { index, serving: Some(serving), ours: true }),
         Err(error) => Err(explain(settings.device, error)),

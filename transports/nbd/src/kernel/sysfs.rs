@@ -38,6 +38,14 @@ pub(super) fn size(index: u32) -> Option<u64> {
     sectors.checked_mul(super::SECTOR)
 }
 
+/// Whether the device is known to have no time-out of requests: what is asked here is the block layer's, which is the same
+/// then as for 30 s, and the NBD client's own, which takes debugfs.
+pub(super) fn is_unlimited(index: u32) -> bool {
+    let says = |path: String, value| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
+    says(format!("/sys/kernel/debug/nbd/nbd{index}/timeout"), "0")
+        && says(format!("/sys/block/nbd{index}/queue/io_timeout"), "30000")
+}
+
 /// What whoever attached the device called its backend, where that was said and the kernel keeps it (Linux 5.14).
 pub(super) fn identifier(index: u32) -> Option<String> {
     let text = fs::read_to_string(format!("/sys/block/nbd{index}/backend")).ok()?;

@@ -1,17 +1,20 @@
 //! What a server sends wrong is an error, never other bytes than it has: cuts at every byte, bits that flip, chunks that
 //! contradict what was asked for.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use r3map_core::{Backend, ErrorKind, Extents};
+use r3map_nbd::kernel::{self, Settings};
 use r3map_nbd::wire::{
     Chunk, ClientFlags, Command, Descriptor, Errno, Framing, Greeting, HandshakeFlags, Info, OptionCode, OptionHeader,
     OptionReply, ReplyError, ReplyFlags, Request, SimpleReply, Text, TransmissionFlags,
 };
-use r3map_nbd::{Client, ClientSettings};
+use r3map_nbd::{Client, ClientSettings, NbdUri};
 use r3map_testkit::random::Random;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixListener;
 use tokio::sync::Notify;
 
 use crate::liar::{CONTEXT, Liar, bytes, chunk, holey, honest};
@@ -214,7 +217,7 @@ async fn a_server_that_is_being_shut_down_is_left() {
 }
 
 /// A server that knows no option but `GO`, to which it says `to_go`; gives back the last thing that the client said.
-async fn last_words(mut stream: DuplexStream, to_go: OptionReply) -> Last {
+async fn last_words(mut stream: impl AsyncRead + AsyncWrite + Unpin, to_go: OptionReply) -> Last {
     let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
     stream.write_all(&Greeting { flags }.encode()).await.unwrap();
     stream.read_exact(&mut [0; ClientFlags::LEN]).await.unwrap();
@@ -261,6 +264,32 @@ async fn a_session_that_comes_to_nothing_is_ended_with_a_word() {
         let error = Client::over(here, "x", ClientSettings::default()).await.unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
         assert_eq!(tokio::time::timeout(LONG, server).await.expect("stuck").unwrap(), last);
+    }
+}
+
+/// The same where the kernel is to go on with the connections: an export that cannot be a device, and devices that
+/// cannot be had.
+#[tokio::test]
+async fn a_device_that_comes_to_nothing_is_ended_with_a_word() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    for (size, takes_over) in [(1000, false), (1 << 20, false), (1 << 20, true)] {
+        let uri: NbdUri = format!("nbd+unix:///?socket={}", socket.display()).parse().unwrap();
+        let export = OptionReply::Info(Info::Export { size, flags: TransmissionFlags::HAS_FLAGS });
+        let server = async { last_words(listener.accept().await.unwrap().0, export).await };
+        let client = async {
+            let (sockets, disk) = kernel::connect(uri, NonZeroUsize::MIN, LONG).await?;
+            let nowhere = Settings { device: Some(u32::MAX), ..Settings::default() };
+            match takes_over {
+                true => kernel::take_over(u32::MAX, sockets, disk, &nowhere).map(drop),
+                false => kernel::attach(sockets, disk, &nowhere).map(drop),
+            }
+        };
+        let both = async { tokio::join!(server, client) };
+        let (last, refused) = tokio::time::timeout(LONG, both).await.expect("stuck");
+        refused.expect_err("there is no such device");
+        assert_eq!(last, Last::Command(Command::Disconnect), "{size}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{fill, in_vm};
 use rustix::fs::OFlags;
+use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
@@ -240,31 +242,102 @@ fn nbd_client_attaches_our_exports() {
     }
 }
 
-/// For such a device the kernel does not say whether it has taken connections: they must not be left to it.
+/// A device that another program has attached without a time-out, whose server can be started again.
+struct Foreign {
+    own: Option<Own>,
+    folder: TempDir,
+    calls: Arc<Faults>,
+    index: u32,
+}
+
+impl Foreign {
+    fn new(index: u32) -> Self {
+        let own = Own::new(Store::new(SIZE).filled(1));
+        let calls = own.calls.clone();
+        let mut foreign = Self { own: Some(own), folder: tempfile::tempdir().unwrap(), calls, index };
+        foreign.listen();
+        let socket = foreign.socket();
+        run("nbd-client", &["-unix", socket.to_str().unwrap(), node(index).to_str().unwrap(), "-name", ""]);
+        until("it is attached", || kernel::is_attached(index).unwrap() && read_direct(&node(index), 0).is_ok());
+        foreign
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    fn listen(&mut self) {
+        let Own { runtime, server, .. } = self.own.as_ref().unwrap();
+        runtime.block_on(server.listen(&Address::Unix(self.socket()))).unwrap();
+    }
+
+    /// Another server in place of the first one, once the kernel has noticed that that is gone.
+    fn restart(&mut self) {
+        let dead_links = kernel::dead_links().unwrap();
+        let Own { runtime, server, calls } = self.own.take().unwrap();
+        runtime.block_on(server.close(LONG)).unwrap();
+        assert_eq!(dead_links.next(LONG).unwrap(), Some(self.index));
+        let server = Server::new(vec![ServerExport::new("", calls.clone())], ServerSettings::default()).unwrap();
+        self.own = Some(Own { runtime, server, calls });
+        self.listen();
+    }
+
+    fn take_over(&self, settings: &Settings) -> r3map_core::Result<Device> {
+        let (sockets, disk) = connect_to(&format!("nbd+unix:///?socket={}", self.socket().display()), 1);
+        kernel::take_over(self.index, sockets, disk, settings)
+    }
+
+    fn connections(&self) -> usize {
+        self.own.as_ref().unwrap().server.connections()
+    }
+}
+
+/// The time-out of requests in the NBD client's own words.
+fn client_timeout(index: u32) -> String {
+    std::fs::read_to_string(format!("/sys/kernel/debug/nbd/nbd{index}/timeout")).unwrap().trim().to_owned()
+}
+
 #[test]
-fn a_device_that_others_attached_without_a_time_out_is_refused_and_left_as_it_was() {
+fn a_device_that_others_attached_without_a_time_out_is_taken_over_when_it_is_not_served() {
     if !in_vm() {
         return;
     }
-    let Own { runtime, server, calls } = Own::new(Store::new(SIZE).filled(1));
-    let folder = tempfile::tempdir().unwrap();
-    let (socket, index) = (folder.path().join("socket"), 14);
-    runtime.block_on(server.listen(&Address::Unix(socket.clone()))).unwrap();
-    let dead_links = kernel::dead_links().unwrap();
-    run("nbd-client", &["-unix", socket.to_str().unwrap(), node(index).to_str().unwrap(), "-name", ""]);
-    until("it is attached", || kernel::is_attached(index).unwrap() && read_direct(&node(index), 0).is_ok());
+    let mut foreign = Foreign::new(14);
+    let index = foreign.index;
     let before = io_timeout(index);
-    runtime.block_on(server.close(LONG)).unwrap();
-    assert_eq!(dead_links.next(LONG).unwrap(), Some(index));
+    let error = foreign.take_over(&Settings::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    until("only the first is connected", || foreign.connections() == 1);
+    assert_eq!((io_timeout(index), client_timeout(index)), (before, "0".to_owned()), "it is as it was");
+    fill::check(&read_direct(&node(index), 8192).unwrap(), 8192, 1).unwrap();
 
-    let server = Server::new(vec![ServerExport::new("", calls)], ServerSettings::default()).unwrap();
-    runtime.block_on(server.listen(&Address::Unix(socket.clone()))).unwrap();
-    let (sockets, disk) = connect_to(&format!("nbd+unix:///?socket={}", socket.display()), 1);
-    let error = kernel::take_over(index, sockets, disk, &Settings::default()).unwrap_err();
+    foreign.restart();
+    read_direct(&node(index), 1 << 20).expect_err("nobody serves it");
+    let device = foreign.take_over(&Settings::default()).unwrap();
+    fill::check(&read_direct(&node(index), 1 << 20).unwrap(), 1 << 20, 1).unwrap();
+    assert_eq!(Duration::from_millis(io_timeout(index)), Settings::default().request_timeout.unwrap());
+    assert!(foreign.calls.count(Operation::Read) > 0);
+    device.detach().unwrap();
+}
+
+/// Without debugfs the kernel does not say of such a device whether it has taken connections: they must not be left to it.
+#[test]
+fn a_device_that_others_attached_without_a_time_out_is_refused_without_debugfs_and_left_as_it_was() {
+    if !in_vm() {
+        return;
+    }
+    let mut foreign = Foreign::new(14);
+    let index = foreign.index;
+    let before = io_timeout(index);
+    foreign.restart();
+    run("umount", &["/sys/kernel/debug"]);
+    let refused = foreign.take_over(&Settings::default());
+    run("mount", &["-t", "debugfs", "debugfs", "/sys/kernel/debug"]);
+    let error = refused.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
     assert!(error.message().contains("without a time-out"), "{error}");
-    until("nobody is connected", || server.connections() == 0);
-    assert_eq!(io_timeout(index), before);
+    until("nobody is connected", || foreign.connections() == 0);
+    assert_eq!((io_timeout(index), client_timeout(index)), (before, "0".to_owned()));
     read_direct(&node(index), 8192).expect_err("nobody serves it");
     let _ = kernel::detach(index, true);
     until("it is free", || !kernel::is_attached(index).unwrap());
