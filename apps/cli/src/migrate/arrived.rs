@@ -1,14 +1,15 @@
 //! After the regions have changed hands: what is missing is fetched, then they are shown until somebody says stop, or
 //! until the next host takes them over.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use futures_util::future::select_all;
-use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running};
-use r3map::{Outage, Registry, size};
+use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running, Seeding};
+use r3map::{Outage, Registry, Uri, size};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -23,6 +24,9 @@ use crate::signals::Signals;
 /// How long a seeder is told that the regions arrived after somebody has said stop: as long as one attempt to tell it may
 /// take, and a few more.
 const TELL_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long to wait before an address that is taken is tried again.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Says that the application may run here.
 pub(super) fn tell_running(running: &Leecher<Running<Arrived>>, paths: &[PathBuf], output: Output) {
@@ -301,14 +305,14 @@ impl Site {
     /// Offers them to the next host.
     async fn seed_on(self, registry: &Registry, signals: &mut Signals) -> Result<()> {
         let Self { running, args, caches, next, output } = self;
-        let (regions, seeding) = next.release(registry, &args.then_seed, running).await?;
-        for uri in seeding.uris() {
-            output.event("seeding", &format!("seeding: to be taken over at {uri}"), json!({ "uri": uri }));
-        }
+        let (regions, mut seeding) = next.release(registry, &[], running).await?;
         let mounts = mounts(&regions).collect();
         let (former, seeder) = (seeding.former(), seeding.seeder().clone());
         let host = Host { seeder, mounts, volatile: caches.is_empty(), output };
-        let ended = host.until_gone(signals).await?;
+        let ended = tokio::select! {
+            ended = host.until_gone(signals) => ended?,
+            never = offer(&mut seeding, registry, &args.then_seed, output) => match never {},
+        };
         host::close_listeners(seeding, ended, output).await?;
         debug_assert_ne!(ended, Ended::Returned, "they are shown");
         let limit = match ended {
@@ -320,6 +324,32 @@ impl Site {
             None => Ok(()),
         }
     }
+}
+
+/// Offers regions that are used here, at each place as soon as that can be had: they must not end because one is taken just
+/// now. Never returns.
+async fn offer(seeding: &mut Seeding, registry: &Registry, places: &[Uri], output: Output) -> Infallible {
+    let mut told = false;
+    for place in places {
+        let uri = loop {
+            match seeding.listen(registry, place).await {
+                Ok(uri) => break uri,
+                Err(error) => {
+                    if !std::mem::replace(&mut told, true) {
+                        output.note(
+                            "waiting",
+                            &format!(
+                                "the region is used here and cannot be offered yet, which is tried again: {error}"
+                            ),
+                        );
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        };
+        output.event("seeding", &format!("seeding: to be taken over at {uri}"), json!({ "uri": uri }));
+    }
+    std::future::pending().await
 }
 
 /// For how long a seeder is told that the regions arrived when somebody has said stop.

@@ -18,6 +18,10 @@ pub(crate) async fn run(registry: &Registry, args: args::Leech, output: Output) 
     let mut signals = Signals::new()?;
     let mut trigger = Trigger::new(args.finalize)?;
     let plan = Plan::new(args)?;
+    // Before anything moves: a region that is here already must not end for this.
+    for place in &plan.args.then_seed {
+        Migration::can_seed(registry, place).await.context("--then-seed")?;
+    }
     let running = match plan.migration.standing()? {
         Some(Standing::Asking { .. } | Standing::Arrived { .. }) => {
             match plan.go_on(registry, &mut signals, output).await? {

@@ -19,6 +19,7 @@ mod migrate;
 mod nbd;
 mod never_zeros;
 mod options;
+mod seeding_on;
 mod server_gone;
 mod slices;
 mod slow_link;

@@ -23,7 +23,7 @@ const FEW: usize = 100;
 /// `r3map seed`, or `r3map leech --then-seed`, and where it can be reached.
 pub(crate) struct Seeder {
     pub(crate) program: Program,
-    uri: String,
+    pub(crate) uri: String,
 }
 
 impl Seeder {

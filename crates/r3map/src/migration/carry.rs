@@ -42,4 +42,10 @@ pub trait Carry: Send + Sync {
     /// # Errors
     /// One line that names the address and says what to do.
     async fn seed(&self, uri: &Uri, seeder: Seeder, options: &SeedOptions) -> Result<Box<dyn Listener>>;
+
+    /// Finds out whether regions could be offered at `uri` as things are. Runs on the [engine](crate::engine).
+    ///
+    /// # Errors
+    /// As [`Self::seed`].
+    async fn can_seed(&self, uri: &Uri) -> Result<()>;
 }

@@ -188,11 +188,21 @@ impl Migration {
     ) -> Result<Seeding> {
         let parts = self.seeder_parts();
         let seeder = crate::engine::run(async move { Seeder::new(regions, parts).await }).await?;
-        self.listen(registry, uris, seeder).await
+        self.listen(registry, uris, seeder, None).await
+    }
+
+    /// Finds out whether regions could be offered at `uri` as things are: to know it before they are there.
+    ///
+    /// # Errors
+    /// As [`Registry::listen`].
+    pub async fn can_seed(registry: &Registry, uri: &Uri) -> Result<()> {
+        let (carry, uri) = (registry.carry(uri)?, uri.clone());
+        crate::engine::run(async move { carry.can_seed(&uri).await }).await
     }
 
     /// Offers the regions that have arrived here to the next leecher, once nothing is missing. The application runs on,
-    /// in the same memory and files.
+    /// in the same memory and files. An error ends the regions; with no `uris` here and [`Seeding::listen`] afterwards, an
+    /// address that is taken ends nothing.
     ///
     /// # Errors
     /// As [`Leecher::release`] and [`Registry::listen`].
@@ -205,7 +215,7 @@ impl Migration {
         let parts = self.seeder_parts();
         let names = running.regions().iter().map(|region| region.name().to_owned()).collect();
         let (regions, seeder, former) = crate::engine::run(async move { running.release(names, parts).await }).await?;
-        Ok((regions, Seeding { former: Some(former), ..self.listen(registry, uris, seeder).await? }))
+        Ok((regions, self.listen(registry, uris, seeder, Some(former)).await?))
     }
 
     fn seeder_parts(&self) -> SeederParts {
@@ -220,15 +230,19 @@ impl Migration {
         }
     }
 
-    async fn listen(self, registry: &Registry, uris: &[Uri], seeder: Seeder) -> Result<Seeding> {
+    async fn listen(
+        self,
+        registry: &Registry,
+        uris: &[Uri],
+        seeder: Seeder,
+        former: Option<Former>,
+    ) -> Result<Seeding> {
         let options = SeedOptions { identity: self.identity, open_to_go: self.open_to_go };
-        let mut listeners = Vec::new();
+        let mut seeding = Seeding { seeder, former, options, listeners: Vec::new() };
         for uri in uris {
-            let (carry, uri, seeder, options) = (registry.carry(uri)?, uri.clone(), seeder.clone(), options.clone());
-            let listening = crate::engine::run(async move { carry.seed(&uri, seeder, &options).await });
-            listeners.push(listening.await?);
+            seeding.listen(registry, uri).await?;
         }
-        Ok(Seeding { seeder, former: None, listeners })
+        Ok(seeding)
     }
 
     /// Copies what is seeded at `uri` to `places`, one for each region in the seeder's order. The application runs on
@@ -341,10 +355,24 @@ fn fresh_id() -> MigrationId {
 pub struct Seeding {
     seeder: Seeder,
     former: Option<Former>,
+    options: SeedOptions,
     listeners: Vec<Box<dyn Listener>>,
 }
 
 impl Seeding {
+    /// Offers them at one more place, and says where leechers find it.
+    ///
+    /// # Errors
+    /// As [`Registry::listen`]. What is offered elsewhere goes on.
+    pub async fn listen(&mut self, registry: &Registry, uri: &Uri) -> Result<String> {
+        let (carry, uri, seeder) = (registry.carry(uri)?, uri.clone(), self.seeder.clone());
+        let options = self.options.clone();
+        let listener = crate::engine::run(async move { carry.seed(&uri, seeder, &options).await }).await?;
+        let uri = listener.uri();
+        self.listeners.push(listener);
+        Ok(uri)
+    }
+
     /// Where leechers find it.
     #[must_use]
     pub fn uris(&self) -> Vec<String> {

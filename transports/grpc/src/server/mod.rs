@@ -179,6 +179,14 @@ impl Server {
         Ok(bound)
     }
 
+    /// Finds out whether a server could [listen](Self::listen) there, by doing so for a moment and answering nobody.
+    ///
+    /// # Errors
+    /// As [`Self::listen`].
+    pub async fn can_listen(target: &Target) -> Result<()> {
+        Listener::bind(target).await.map(drop)
+    }
+
     /// Stops listening, lets the requests that are in progress end, and waits for that, but not longer than `limit`.
     /// It does not flush the backend.
     ///

@@ -38,6 +38,11 @@ impl Carry for GrpcCarrier {
         let bound = server.listen(&target(uri)?).await?;
         Ok(Box::new(Listening { uri: format!("{}://{bound}", uri.scheme()), server }))
     }
+
+    async fn can_seed(&self, uri: &Uri) -> Result<()> {
+        uri.expect(&[], true)?;
+        Server::can_listen(&target(uri)?).await
+    }
 }
 
 /// A seeder as a server has it.

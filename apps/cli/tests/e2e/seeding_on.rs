@@ -1,0 +1,42 @@
+//! `r3map leech --then-seed`: where the regions are to be offered next.
+
+use crate::migrate::{leech, seed_file_at, tell};
+use crate::support::{MIB, SOON, Scene, is_mounted};
+
+/// What is used here does not end because an address is taken at the moment.
+#[test]
+fn a_region_that_cannot_be_offered_yet_is_used_until_it_can() {
+    Scene::with_fuse(SOON, |scene| {
+        let (seeder, _, stamps) = seed_file_at(scene, ("disk.img", "here"), MIB, &[]);
+        let address = format!("grpc+unix://{}", scene.name("next"));
+        let mut b = leech(scene, &seeder.uri, "b", &["--finalize", "manual", "--then-seed", &address]);
+        b.wait_for_event(SOON, "copied");
+        std::fs::write(scene.path("next"), "somebody else's").expect("there is room");
+        tell(&b);
+        let waiting = b.wait_for_event(SOON, "waiting");
+        assert!(waiting["message"].as_str().is_some_and(|text| text.contains("next")), "{waiting}");
+        seeder.ends();
+        stamps.check(&scene.path("b"));
+        std::fs::remove_file(scene.path("next")).expect("it is there");
+        b.wait_for_event(SOON, "seeding");
+        let mut c = leech(scene, &address, "c", &[]);
+        c.wait_for_event(SOON, "pulled");
+        stamps.check(&scene.path("c"));
+        b.end_well(SOON);
+    });
+}
+
+/// Where they never can be is said before anything moves.
+#[test]
+fn a_place_where_nothing_can_be_offered_is_refused_at_once() {
+    Scene::with_fuse(SOON, |scene| {
+        let (seeder, here, stamps) = seed_file_at(scene, ("disk.img", "here"), MIB, &[]);
+        for (place, hint) in [(seeder.uri.as_str(), "in use"), ("nbd://127.0.0.1/x", "migrated"), ("grpc://x", "PORT")]
+        {
+            let outcome = leech(scene, &seeder.uri, "b", &["--then-seed", place]).end(SOON);
+            assert!(outcome.code != Some(0) && outcome.text().contains(hint), "{place}: {outcome:?}");
+        }
+        assert!(is_mounted(&here) && !scene.path("b").exists());
+        stamps.check(&here);
+    });
+}
