@@ -223,7 +223,12 @@ impl Table {
         let (here, there) = (&self.header, found);
         let refuse = |kind, what: String| Err(refusal(kind, &opened.path, what));
         if here.identity != there.identity {
-            let what = format!("is the cache of {:?}, not of {:?}", there.identity, here.identity);
+            let (there, here) = (name(&there.identity), name(&here.identity));
+            let whose = match there == here {
+                true => format!("is the cache of another region that was at {there:?}"),
+                false => format!("is the cache of {there:?}, not of {here:?}"),
+            };
+            let what = format!("{whose}; give another file, or remove this one if what it holds is not needed");
             return refuse(ErrorKind::Conflict, what);
         }
         let (here, there) = (here.geometry, there.geometry);
@@ -485,5 +490,13 @@ impl StateRecord for CacheFile {
     async fn checkpoint(&self) -> Result<()> {
         let table = self.table.clone();
         self.window.flush_with(move |file| table.checkpoint(file)).await
+    }
+}
+
+/// What people gave a region as its name: an identity without what a server calls its bytes, which is no text for them.
+fn name(identity: &str) -> &str {
+    match identity.rsplit_once(' ') {
+        Some((name, id)) if id.bytes().all(|byte| byte.is_ascii_hexdigit()) => name,
+        _ => identity,
     }
 }

@@ -184,7 +184,7 @@ fn open_directory(path: &Path) -> Result<OwnedFd> {
 fn create(path: &Path, settings: &DirectorySettings) -> Result<(Geometry, Table)> {
     let refuse = |what: &str| Err(refusal(ErrorKind::InvalidInput, path, what));
     if !settings.create || settings.read_only {
-        return refuse("is not a chunk directory; it can be made one with a size and leave to create");
+        return refuse("is not a chunk directory; to make it one, give --create and a size");
     }
     let Some(size) = settings.size else {
         return refuse("is not a chunk directory; to make it one, say of what size");

@@ -80,7 +80,10 @@ impl Opened {
         };
         match flock(&self.file, operation) {
             Ok(()) => Ok(()),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(refusal(ErrorKind::Conflict, &self.path, what)),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let what = format!("{what}: end that first, or use it through its server");
+                Err(refusal(ErrorKind::Conflict, &self.path, what))
+            }
             Err(error) => Err(self.fault(Operation::Open, "cannot lock", error.into())),
         }
     }

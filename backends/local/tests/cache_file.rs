@@ -134,6 +134,13 @@ fn another_region_size_chunk_or_format_is_refused_and_left_alone() {
         ErrorKind::Conflict,
         "is the cache of \"grpc://host:1337\"",
     );
+    let mounted = "grpc://host:1337 66696c65";
+    drop(CacheFile::open(&dir.path().join("mounted"), mounted, geometry(300_001)).unwrap());
+    assert_says(
+        CacheFile::open(&dir.path().join("mounted"), "grpc://host:1337 66696c66", geometry(300_001)),
+        ErrorKind::Conflict,
+        "another region that was at \"grpc://host:1337\"; give another file",
+    );
     assert_says(other(host, geometry(300_000)), invalid, "is the cache of a region of 300001 bytes, not 300000");
     assert_says(other(host, chunk(4096)), invalid, "was made for chunks of 64KiB, not 4KiB");
     assert_says(other(&"x".repeat(5000), geometry(300_001)), invalid, "cannot hold an identity");

@@ -38,7 +38,9 @@ impl ChunkSize {
             _ => Err(Error::new(
                 ErrorKind::InvalidInput,
                 Operation::Open,
-                format!("chunk size {bytes} is not a power of two between 4 KiB and 64 MiB"),
+                format!(
+                    "chunk size {bytes} is not a power of two between 4 KiB and 64 MiB; write it like 64KiB, which is 65536"
+                ),
             )),
         }
     }
@@ -107,7 +109,7 @@ impl Geometry {
             Some(_) => Err(Error::new(
                 ErrorKind::InvalidInput,
                 Operation::Open,
-                format!("size {size} is above the largest region, {MAX_REGION_SIZE} bytes"),
+                format!("size {size} is above the largest region, 1 EiB ({MAX_REGION_SIZE} bytes)"),
             )),
             None => Err(Error::new(ErrorKind::InvalidInput, Operation::Open, "a region has at least one byte")),
         }

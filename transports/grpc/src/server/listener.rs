@@ -38,9 +38,11 @@ enum Socket {
 impl Listener {
     pub(crate) async fn bind(target: &Target) -> Result<Self> {
         let failed = |error: io::Error| {
-            let kind = match error.kind() {
-                io::ErrorKind::AddrNotAvailable => ErrorKind::InvalidInput,
-                kind => ErrorKind::from_io(kind),
+            let kind = match ErrorKind::from_io(error.kind()) {
+                _ if error.kind() == io::ErrorKind::AddrNotAvailable => ErrorKind::InvalidInput,
+                // A name that cannot be looked up has no kind of its own.
+                ErrorKind::Internal => ErrorKind::InvalidInput,
+                kind => kind,
             };
             Error::new(kind, Operation::Open, format!("cannot listen on {target}")).with_source(error)
         };

@@ -45,9 +45,11 @@ impl Listener {
     /// Names the address: `Conflict` if it is in use, `Denied`, `InvalidInput` if it is no address of this host.
     pub(crate) async fn bind(address: &Address) -> Result<Self> {
         let failed = |error: io::Error| {
-            let kind = match error.kind() {
-                io::ErrorKind::AddrNotAvailable => ErrorKind::InvalidInput,
-                kind => ErrorKind::from_io(kind),
+            let kind = match ErrorKind::from_io(error.kind()) {
+                _ if error.kind() == io::ErrorKind::AddrNotAvailable => ErrorKind::InvalidInput,
+                // A name that cannot be looked up has no kind of its own.
+                ErrorKind::Internal => ErrorKind::InvalidInput,
+                kind => kind,
             };
             Error::new(kind, Operation::Open, format!("cannot listen on {address}")).with_source(error)
         };
