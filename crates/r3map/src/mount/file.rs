@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, absolute};
 #[cfg(feature = "slice")]
 use std::sync::Arc;
 
@@ -15,9 +15,9 @@ use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile, Show};
 
 use super::Mount;
 use super::region::{self, Region};
-use crate::Settings;
 #[cfg(feature = "slice")]
 use crate::migration::{FileSource, Syncing};
+use crate::{Cache, Settings};
 
 impl Mount {
     /// Shows the region as the file `path`, which must not exist yet, or be empty; with
@@ -31,7 +31,7 @@ impl Mount {
         crate::engine::run(async move {
             let (settings, managed) = (self.settings.clone(), self.managed);
             // Before anything is made or pulled.
-            file_settings(&settings, managed).validate()?;
+            PathMount::check(&path, &settings, managed).await?;
             PathMount::show(region::build(self).await?, &path, &settings, managed).await
         })
         .await
@@ -94,8 +94,13 @@ impl PathMount {
     }
 
     /// Whether a region could be shown on the path. Runs on the engine.
-    #[cfg(feature = "slice")]
     pub(crate) async fn check(path: &Path, settings: &Settings, managed: bool) -> Result<()> {
+        if let Cache::File(cache) = &settings.cache
+            && absolute(cache).ok().is_some_and(|cache| absolute(path).is_ok_and(|path| path == cache))
+        {
+            let message = format!("{} cannot be the cache file and show the region too", path.display());
+            return Err(Error::new(ErrorKind::InvalidInput, Operation::Mount, message));
+        }
         Fuse::check(path, file_settings(settings, managed)).await
     }
 
