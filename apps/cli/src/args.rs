@@ -28,14 +28,17 @@ pub(crate) struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  r3map demo                                                   see it work, with nothing to set up
-  r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337 lend a file
-  r3map mount grpc://host:1337 ./region                        use it elsewhere as ./region
-  r3map mount grpc://host:1337 --as block                      use it elsewhere as a disk
-  r3map copy grpc://host:1337 file:./disk.img                  fetch all of it
-  r3map seed file:/data/disk.img ./region --listen grpc://0.0.0.0:1337
-                                                               use it here, until it is moved
-  r3map leech grpc://host:1337 ./region                        move it here while it is used there";
+  See it work, with nothing to set up:
+    r3map demo
+  Lend a file, and use it elsewhere as ./region, or as a disk:
+    r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337
+    r3map mount grpc://host:1337 ./region
+    r3map mount grpc://host:1337 --as block
+  Fetch all of it:
+    r3map copy grpc://host:1337 file:./disk.img
+  Use it here, until another host moves it there while it is used:
+    r3map seed file:/data/disk.img ./region --listen grpc://0.0.0.0:1337
+    r3map leech grpc://host:1337 ./region";
 
 /// What the command does.
 #[derive(Subcommand, Debug)]
@@ -60,12 +63,15 @@ pub(crate) enum Command {
 #[command(after_help = "\
 Examples:
   r3map serve file:/data/disk.img --listen grpc://0.0.0.0:1337
-  r3map serve file:/data/new.img --create --size 4GiB --listen grpc+unix:///run/r3map.sock
-  r3map serve memory: --size 1GiB --listen grpc://[::1]:0
-  r3map serve file:/data/disk.img --listen nbd://0.0.0.0/disk --listen 'nbd+unix:///disk?socket=/run/disk.sock'
-  r3map serve file:/data/disk.img --listen 'nbds://0.0.0.0/disk?tls-certificates=/etc/pki/nbd'
+  r3map serve file:/data/new.img --create --size 4GiB \\
+    --listen grpc+unix:///run/r3map.sock
+  r3map serve memory: --size 1GiB --listen 'grpc://[::1]:0'
+  r3map serve file:/data/disk.img --listen nbd://0.0.0.0/disk \\
+    --listen 'nbd+unix:///disk?socket=/run/disk.sock'
+  r3map serve file:/data/disk.img \\
+    --listen 'nbds://0.0.0.0/disk?tls-certificates=/etc/pki/nbd'
 
-A directory of certificates holds server-cert.pem and server-key.pem. With nbds every client must use TLS, with nbd and
+A directory of certificates holds server-cert.pem and server-key.pem. With nbds every client must use TLS, with nbd and \
 tls-certificates it may; with nbds and tls-verify-peer=1 it must show a certificate that ca-cert.pem there vouches for.")]
 pub(crate) struct Serve {
     /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337,
@@ -74,7 +80,7 @@ pub(crate) struct Serve {
     pub(crate) uri: Uri,
     /// Where to listen: grpc://ADDRESS:PORT, grpc+unix://PATH, nbd://ADDRESS[:PORT]/NAME or
     /// nbd+unix:///NAME?socket=PATH; may be given several times.
-    #[arg(long, required = true, value_name = "URI", value_parser = parse_uri)]
+    #[arg(long, required = true, value_name = "URI", value_parser = parse_place)]
     pub(crate) listen: Vec<Uri>,
     /// Refuse writes.
     #[arg(long)]
@@ -111,17 +117,23 @@ pub(crate) struct Open {
 #[command(after_help = "\
 Examples:
   r3map mount grpc://host:1337 ./region
-  r3map mount grpc://host:1337 ./region --cache /var/cache/region.cache --push-interval 5s
+  r3map mount grpc://host:1337 ./region --push-interval 5s \\
+    --cache /var/cache/region.cache
   r3map mount grpc+unix:///run/r3map.sock ./region --mode direct --read-only
-  r3map mount grpc://host:1337 --as block                      the best kind of device that works here
-  r3map mount grpc://host:1337 --as ublk /run/disk             a symbolic link to the device
-  r3map mount grpc://host:1337 --as ublk --keep 7 --mode direct   /dev/ublkb7 outlives this process: start it again
-  r3map mount grpc://host:1337 ./disks --entry sda.img           ./disks/sda.img is the region
-  r3map mount 'grpc://host:1337?size=512MiB&chunk=4KiB' ./region from a server of the Go programs
+  The region as a file in a directory, ./disks/sda.img:
+    r3map mount grpc://host:1337 ./disks --entry sda.img
+  The best kind of device that works here, or ublk with a symbolic link to it:
+    r3map mount grpc://host:1337 --as block
+    r3map mount grpc://host:1337 --as ublk /run/disk
+  A device, /dev/ublkb7, that outlives this process until it is started again:
+    r3map mount grpc://host:1337 --as ublk --keep 7 --mode direct
+  From a server of the Go programs:
+    r3map mount 'grpc://host:1337?size=512MiB&chunk=4KiB' ./region
 
 A server of the Go programs does not say what it serves: give --size, and --chunk-size as it was started with. It is asked \
 for one chunk at a time, which is right for each of them. One that cuts requests into chunks itself (-chunking, or -backend \
-file or memory) is faster to use, and needs no --chunk-size, with chunking=server in its name: grpc://host:1337?chunking=server")]
+file or memory) is faster to use, and needs no --chunk-size, with chunking=server in its name: \
+'grpc://host:1337?size=512MiB&chunking=server'")]
 pub(crate) struct Mount {
     /// The region, e.g. grpc://host:1337.
     #[arg(value_parser = parse_uri)]
@@ -145,10 +157,10 @@ pub(crate) struct Mount {
     pub(crate) block_size: Option<u32>,
     /// Queues of a ublk device, each with a thread of its own; one per processor, at most four, by default. The kernel
     /// gives no more than there are processors.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = parse_count::<NonZeroU16>, value_name = "N")]
     pub(crate) queues: Option<NonZeroU16>,
     /// How many requests each queue may have under way, up to 4096 [default: 128].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = parse_count::<NonZeroU16>, value_name = "N")]
     pub(crate) queue_depth: Option<NonZeroU16>,
     /// Make PATH a directory, and show the region as the file NAME in it.
     #[arg(long, value_name = "NAME")]
@@ -170,7 +182,7 @@ pub(crate) struct Mount {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) pull_order: Option<PathBuf>,
     /// How often changes are pushed [default: 20s].
-    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
     pub(crate) push_interval: Option<Duration>,
     /// How much may be changed and not yet pushed; writers wait beyond that [default: 256MiB].
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
@@ -179,11 +191,11 @@ pub(crate) struct Mount {
     #[arg(long, value_enum, default_value_t = Fsync::Remote)]
     pub(crate) fsync: Fsync,
     /// How long to keep trying a remote that does not answer before readers get an error: a time, or `forever`.
-    #[arg(long, default_value = "60s", value_name = "TIME|forever")]
+    #[arg(long, default_value = "60s", value_parser = parse_retry, value_name = "TIME|forever")]
     pub(crate) retry: Patience,
     /// How long to wait for an answer while nothing moves on the link, before the request is made again. However slow
     /// the link, as long as bytes move it waits.
-    #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, default_value = "10s", value_parser = parse_time, value_name = "TIME")]
     pub(crate) attempt_timeout: Duration,
     /// Open files without the kernel's cache: with --mode direct, each read and write goes to the remote, and sees what
     /// others wrote before; only mappings are cached.
@@ -222,8 +234,9 @@ pub(crate) struct Remove {
 #[command(after_help = "\
 Examples:
   r3map info grpc://host:1337
-  r3map info --map nbd://host/disk                             which parts hold data
-  r3map --json info file:/data/disk.img")]
+  r3map --json info file:/data/disk.img
+  Which parts hold data:
+    r3map info --map nbd://host/disk")]
 pub(crate) struct Info {
     /// The region.
     #[arg(value_parser = parse_uri)]
@@ -277,7 +290,8 @@ pub(crate) struct NbdList {
 Examples:
   r3map nbd attach nbd://host/disk
   r3map nbd attach nbd://host/disk /dev/nbd3 --wait 10m
-  r3map nbd attach nbd://host/disk --take-over                 after the server has restarted")]
+  After the server has restarted:
+    r3map nbd attach nbd://host/disk --take-over")]
 pub(crate) struct NbdAttach {
     /// The export, e.g. nbd://host/disk.
     #[arg(value_parser = parse_uri)]
@@ -286,11 +300,11 @@ pub(crate) struct NbdAttach {
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) device: Option<PathBuf>,
     /// The most connections, where the server allows several.
-    #[arg(long, default_value = "4")]
+    #[arg(long, default_value = "4", value_parser = parse_count::<NonZeroUsize>, value_name = "N")]
     pub(crate) connections: NonZeroUsize,
     /// How long one request may take before the connection counts as dead and another one is tried: longer than the server
     /// ever takes.
-    #[arg(long, default_value = "60s", value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, default_value = "60s", value_parser = parse_time, value_name = "TIME")]
     pub(crate) request_timeout: Duration,
     /// How long readers wait for --take-over when the server is gone, before they get an error.
     #[arg(long, default_value = "0s", value_parser = parse_duration, value_name = "TIME")]
@@ -323,7 +337,8 @@ pub(crate) struct NbdDetach {
 #[command(after_help = "\
 Examples:
   r3map copy grpc://host:1337 file:./disk.img
-  r3map copy --skip-same file:./disk.img grpc://host:1337      go on after an interruption")]
+  Go on after an interruption:
+    r3map copy --skip-same grpc://host:1337 file:./disk.img")]
 pub(crate) struct Copy {
     /// Where the bytes are.
     #[arg(value_parser = parse_uri)]
@@ -341,10 +356,10 @@ pub(crate) struct Copy {
     #[arg(long, value_parser = parse_chunk, value_name = "SIZE")]
     pub(crate) chunk_size: Option<ChunkSize>,
     /// How long to keep trying a side that does not answer: a time, or `forever`.
-    #[arg(long, default_value = "60s", value_name = "TIME|forever")]
+    #[arg(long, default_value = "60s", value_parser = parse_retry, value_name = "TIME|forever")]
     pub(crate) retry: Patience,
     /// Requests in flight.
-    #[arg(long, default_value = "16")]
+    #[arg(long, default_value = "16", value_parser = parse_count::<NonZeroU32>, value_name = "N")]
     pub(crate) in_flight: NonZeroU32,
 }
 
@@ -367,6 +382,10 @@ pub(crate) struct Demo {
 
 /// Print a completion script for a shell.
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  source <(r3map completions bash)
+  r3map completions fish > ~/.config/fish/completions/r3map.fish")]
 pub(crate) struct Completions {
     /// The shell.
     #[arg(value_enum)]
@@ -375,6 +394,9 @@ pub(crate) struct Completions {
 
 /// Write the man pages into a folder.
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  r3map man /usr/local/share/man/man1")]
 pub(crate) struct Man {
     /// The folder, e.g. /usr/local/share/man/man1.
     #[arg(value_hint = ValueHint::DirPath)]
@@ -528,7 +550,19 @@ impl FromStr for Patience {
 }
 
 fn parse_uri(text: &str) -> Result<Uri, String> {
-    text.parse().map_err(|error: r3map::Error| error.message().to_owned())
+    // The command line's own message has the text already.
+    let again = format!("{text:?}: ");
+    text.parse().map_err(|error: r3map::Error| error.message().trim_start_matches(&again).to_owned())
+}
+
+/// Where to listen: what has no scheme is no file.
+fn parse_place(text: &str) -> Result<Uri, String> {
+    let port = text.rsplit_once(':').map_or(text, |(_, port)| port);
+    match (parse_uri(text), port.parse::<u16>()) {
+        (Err(_), Ok(port)) => Err(format!("write it like grpc://0.0.0.0:{port}")),
+        (Err(_), Err(_)) => Err("write it like grpc://0.0.0.0:1337".to_owned()),
+        (Ok(uri), _) => Ok(uri),
+    }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -548,6 +582,27 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|_| format!("{text:?} is not a time; write it like 20ms, 5s or 2m"))
 }
 
+/// As [`parse_duration`], where none at all makes no sense.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("it must be longer than zero".to_owned()),
+        time => Ok(time),
+    }
+}
+
+/// As [`Patience`], where none at all makes no sense.
+fn parse_retry(text: &str) -> Result<Patience, String> {
+    match text.parse()? {
+        Patience::For(Duration::ZERO) => Err("it must be longer than zero, or `forever`".to_owned()),
+        patience => Ok(patience),
+    }
+}
+
+/// A number of which there must be one at least.
+fn parse_count<N: FromStr>(text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| format!("{text:?} is no number from 1 on, or one that is too large"))
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -557,6 +612,59 @@ mod tests {
     #[test]
     fn the_definitions_hold_together() {
         Cli::command().debug_assert();
+    }
+
+    /// Every command, with those below it.
+    fn all(command: clap::Command) -> Vec<clap::Command> {
+        let below = command.get_subcommands().cloned().flat_map(all).collect::<Vec<_>>();
+        std::iter::once(command).chain(below).collect()
+    }
+
+    /// The words of a line as a shell has them: what is in single quotes is one.
+    fn words(line: &str) -> Vec<String> {
+        let parts = line.split('\'').enumerate();
+        parts
+            .flat_map(|(number, part)| match number % 2 {
+                0 => part.split_whitespace().map(str::to_owned).collect(),
+                _ => vec![part.to_owned()],
+            })
+            .collect()
+    }
+
+    /// They fit a narrow terminal, so that they can be copied from it.
+    #[test]
+    fn the_examples_of_the_help_are_understood() {
+        let mut seen = 0;
+        for command in all(Cli::command()) {
+            let text = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let examples = text.split("\n\n").next().unwrap_or_default();
+            assert!(examples.lines().all(|line| line.len() <= 80), "{examples}");
+            for line in examples.replace("\\\n", " ").lines().map(str::trim).filter(|line| line.starts_with("r3map ")) {
+                let words = words(line.split('>').next().unwrap_or_default());
+                if let Err(error) = Cli::try_parse_from(&words) {
+                    panic!("{line}: {error}");
+                }
+                seen += 1;
+            }
+        }
+        assert!(seen > 30, "the help has only {seen} examples");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_value_is_said_once_and_to_the_point() {
+        for (line, hint) in [
+            ("info /etc/hostname", "did you mean file:/etc/hostname? try --help"),
+            ("serve null: --listen 1337", "write it like grpc://0.0.0.0:1337"),
+            ("serve null: --listen 127.0.0.1:1338", "write it like grpc://0.0.0.0:1338"),
+            ("mount null: a --retry 0s", "longer than zero, or `forever`"),
+            ("mount null: a --attempt-timeout 0s", "longer than zero"),
+            ("seed null: a --listen grpc://a:1 --lease 0s", "longer than zero"),
+            ("leech null: a --max-rounds 0", "no number from 1 on"),
+        ] {
+            let words = [&["r3map"], &line.split(' ').collect::<Vec<_>>()[..]].concat();
+            let said = crate::one_line(&Cli::try_parse_from(&words).expect_err(line));
+            assert!(said.contains(hint), "{line}: {said}");
+        }
     }
 
     #[test]

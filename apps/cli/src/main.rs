@@ -58,13 +58,19 @@ fn misused(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), DisplayHelp | DisplayHelpOnMissingArgumentOrSubcommand | DisplayVersion) {
         error.exit();
     }
+    let json = std::env::args_os().any(|argument| argument == "--json");
+    Output::new(json).note("error", &one_line(error));
+    ExitCode::from(MISUSED)
+}
+
+fn one_line(error: &clap::Error) -> String {
     let text = error.to_string();
     let telling = text.lines().take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
     let words: Vec<_> = telling.flat_map(str::split_whitespace).collect();
     let line = words.join(" ");
-    let json = std::env::args_os().any(|argument| argument == "--json");
-    Output::new(json).note("error", &format!("{}; try --help", line.trim_start_matches("error: ")));
-    ExitCode::from(MISUSED)
+    let line = line.trim_start_matches("error: ");
+    let pause = if line.ends_with('?') { "" } else { ";" };
+    format!("{line}{pause} try --help")
 }
 
 async fn run(command: Command, output: Output) -> Result<()> {

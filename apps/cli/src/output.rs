@@ -3,12 +3,12 @@
 //! Results go to standard output, everything else to standard error, so that a script can read the one and a person
 //! the other.
 
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{ErrorKind, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -62,7 +62,7 @@ impl Output {
 
     /// A step of something whose bar shows it too: said only where there is no bar.
     pub(crate) fn step(self, event: &str, human: &str, value: impl Serialize) {
-        if self.json || !std::io::stderr().is_terminal() {
+        if self.json || !has_bars() {
             self.tell(event, human, value);
         }
     }
@@ -95,6 +95,11 @@ pub(crate) fn write_out(text: &[u8]) -> Result<()> {
     }
 }
 
+/// Whether bars can be drawn: not where standard error is no terminal, nor on one that takes nothing but lines.
+fn has_bars() -> bool {
+    !ProgressDrawTarget::stderr().is_hidden()
+}
+
 /// How often progress is said where no bar can be drawn.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -111,7 +116,7 @@ pub(crate) struct Bar {
 
 impl Bar {
     fn new(output: Output, what: &'static str, size: u64) -> Self {
-        let drawn = !output.json && std::io::stderr().is_terminal();
+        let drawn = !output.json && has_bars();
         let style = "{prefix:>8} [{bar:30}] {binary_bytes:>10} of {binary_total_bytes} {binary_bytes_per_sec:>12} {left:>9} {msg}";
         let bar = drawn.then(|| {
             let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());

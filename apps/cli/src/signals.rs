@@ -1,8 +1,14 @@
 //! Ctrl-C, SIGTERM and a terminal that goes away, as something to wait for more than once.
 
 use std::io;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, timeout_at};
+
+/// Signals that come so soon after one another are one: timeout(1) and service managers send theirs to a process and then
+/// to its group, which is no second thought of anybody.
+const ONE: Duration = Duration::from_millis(50);
 
 /// Waits for the user to say stop; the second time means at once.
 pub(crate) struct Signals {
@@ -12,6 +18,8 @@ pub(crate) struct Signals {
     hangup: Option<Signal>,
     /// One has arrived. A terminal that goes away sends more than one hangup, which is no second thought of anybody.
     once: bool,
+    /// One has arrived, and until when others are the same.
+    until: Option<Instant>,
 }
 
 impl Signals {
@@ -23,11 +31,26 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             hangup,
             once: false,
+            until: None,
         })
     }
 
     /// Returns when one has arrived since the last call; a hangup only if it is the first.
     pub(crate) async fn next(&mut self) {
+        // Kept here, so that one is not forgotten where this is dropped meanwhile.
+        let until = match self.until {
+            Some(until) => until,
+            None => {
+                self.any().await;
+                *self.until.insert(Instant::now() + ONE)
+            }
+        };
+        while timeout_at(until, self.any()).await.is_ok() {}
+        self.until = None;
+        self.once = true;
+    }
+
+    async fn any(&mut self) {
         let hangup = async {
             match &mut self.hangup {
                 Some(hangup) if !self.once => hangup.recv().await,
@@ -39,7 +62,6 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = hangup => {}
         }
-        self.once = true;
     }
 }
 

@@ -9,7 +9,10 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 use r3map::{ChunkSize, Uri};
 
-use super::{As, Cache, Open, Patience, parse_chunk, parse_duration, parse_size, parse_uri};
+use super::{
+    As, Cache, Open, Patience, parse_chunk, parse_count, parse_duration, parse_place, parse_retry, parse_size,
+    parse_time, parse_uri,
+};
 
 /// Show a region as a file on this host, until another host takes it over while it is used.
 ///
@@ -24,10 +27,17 @@ Examples:
   r3map seed file:/data/disk.img ./region --listen grpc://0.0.0.0:1337
   r3map seed file:/data/disk.img ./region --listen grpc://0.0.0.0:1337 \\
     --on-suspend 'systemctl stop app' --on-resume 'systemctl start app'
-  r3map seed --cache /var/cache/region ./region --listen grpc://0.0.0.0:1337    what `leech --cache` has kept
-  r3map seed memory:?size=1GiB ./memory --also file:/data/disk.img ./disk --listen grpc://0.0.0.0:1337
-  r3map seed file:/data/disk.img /run/disk --as block --listen grpc://0.0.0.0:1337   a device, with a link to it
-  r3map seed file:/data/disk.img ./region --take-back --listen grpc://0.0.0.0:1337
+  A device, with a link to it:
+    r3map seed file:/data/disk.img /run/disk --as block \\
+      --listen grpc://0.0.0.0:1337
+  Two regions that move as one:
+    r3map seed 'memory:?size=1GiB' ./memory --also file:/data/disk.img ./disk \\
+      --listen grpc://0.0.0.0:1337
+  What `leech --cache` has kept:
+    r3map seed --cache /var/lib/region ./region --listen grpc://0.0.0.0:1337
+  What was handed over to a host that is gone for ever:
+    r3map seed file:/data/disk.img ./region --take-back \\
+      --listen grpc://0.0.0.0:1337
 
 Who owns the region is written into a ledger, a file beside it with .ledger behind its name, so that it is known after a \
 crash: started again, this goes on where it was. Until the other side has everything it serves what is missing there."
@@ -40,7 +50,7 @@ pub(crate) struct Seed {
     #[arg(value_hint = ValueHint::AnyPath)]
     pub(crate) path: PathBuf,
     /// Where to listen: grpc://ADDRESS:PORT or grpc+unix://PATH; may be given several times.
-    #[arg(long, required = true, value_name = "URI", value_parser = parse_uri)]
+    #[arg(long, required = true, value_name = "URI", value_parser = parse_place)]
     pub(crate) listen: Vec<Uri>,
     /// The region that `leech --cache FILE` has brought here.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -58,7 +68,7 @@ pub(crate) struct Seed {
     pub(crate) take_back: bool,
     /// How long a leecher that copies may be silent before nothing is recorded for it any more: then it must copy
     /// everything again.
-    #[arg(long, default_value = "5m", value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, default_value = "5m", value_parser = parse_time, value_name = "TIME")]
     pub(crate) lease: Duration,
     /// Let the r3map programs written in Go in, which cannot show the secret: whoever can connect can use their service.
     /// Without --secret-file they are let in anyway.
@@ -99,7 +109,7 @@ pub(crate) struct Application {
     pub(crate) on_resume: Option<String>,
     /// How long each of these commands, and storing what was written, may take. A command that takes longer is killed. For
     /// more than 30s, tell both sides.
-    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, default_value = "30s", value_parser = parse_time, value_name = "TIME")]
     pub(crate) hook_timeout: Duration,
     /// A file with what both sides must know. Without one, whoever can connect may read the region, and take it away.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -116,12 +126,19 @@ pub(crate) struct Application {
 #[command(after_help = "\
 Examples:
   r3map leech grpc://host:1337 ./region
-  r3map leech grpc://host:1337 ./region --cache /var/cache/region    survives kill -9: run it again
-  r3map leech grpc://host:1337 ./region --finalize manual            Enter or SIGUSR1 moves it
-  r3map leech grpc://host:1337 ./region --finalize downtime=20ms --max-time 10m --unconverged give-up
-  r3map leech grpc://host:1337 ./region --then-seed grpc://0.0.0.0:1337
-  r3map leech grpc://host:1337 /run/disk --as block                  a device, with a link to it
-  r3map leech grpc://host:1337 ./memory --also ./disk                two regions that were seeded as one
+  What survives kill -9: run the same command again:
+    r3map leech grpc://host:1337 ./region --cache /var/lib/region
+  Enter or SIGUSR1 moves it:
+    r3map leech grpc://host:1337 ./region --finalize manual
+  Only if it can be moved quickly:
+    r3map leech grpc://host:1337 ./region --finalize downtime=20ms \\
+      --max-time 10m --unconverged give-up
+  Then on to the next host:
+    r3map leech grpc://host:1337 ./region --then-seed grpc://0.0.0.0:1337
+  A device, with a link to it:
+    r3map leech grpc://host:1337 /run/disk --as block
+  Two regions that were seeded as one:
+    r3map leech grpc://host:1337 ./memory --also ./disk
 
 With --cache FILE a ledger, FILE.ledger, says after a crash who owns the region; the same command goes on where it was.")]
 pub(crate) struct Leech {
@@ -146,7 +163,7 @@ pub(crate) struct Leech {
     #[arg(long, default_value = "ready", value_name = "ready|downtime=TIME|manual")]
     pub(crate) finalize: Finalize,
     /// How often to copy again what was written meanwhile, before that counts as not converging.
-    #[arg(long, default_value = "30", value_name = "N")]
+    #[arg(long, default_value = "30", value_parser = parse_count::<NonZeroU32>, value_name = "N")]
     pub(crate) max_rounds: NonZeroU32,
     /// How long to copy before that counts as not converging; without limit by default.
     #[arg(long, value_parser = parse_duration, value_name = "TIME")]
@@ -155,13 +172,13 @@ pub(crate) struct Leech {
     #[arg(long, value_enum, default_value_t = Unconverged::Finalize)]
     pub(crate) unconverged: Unconverged,
     /// Once nothing is missing, offer the region to the next leecher here; may be given several times.
-    #[arg(long, value_name = "URI", value_parser = parse_uri)]
+    #[arg(long, value_name = "URI", value_parser = parse_place)]
     pub(crate) then_seed: Vec<Uri>,
     /// As for `r3map seed`, when the region is offered to the next leecher.
     #[arg(long, requires_all = ["then_seed", "secret_file"])]
     pub(crate) open_to_go: bool,
     /// As for `r3map seed`, when the region is offered to the next leecher.
-    #[arg(long, default_value = "5m", value_parser = parse_duration, value_name = "TIME", requires = "then_seed")]
+    #[arg(long, default_value = "5m", value_parser = parse_time, value_name = "TIME", requires = "then_seed")]
     pub(crate) lease: Duration,
     /// How long to go on asking a seeder that does not say whether it has handed over, or to tell one that does not hear
     /// that it has the region again, or that it may go; and, with --cache, to wait for one of which nothing comes while
@@ -171,10 +188,10 @@ pub(crate) struct Leech {
     pub(crate) give_up_after: Patience,
     /// How long to keep trying a seeder that does not answer: a time, or `forever`. Before the handover this gives up
     /// then, and the region stays; after it readers get an error then, and it is tried on.
-    #[arg(long, default_value = "60s", value_name = "TIME|forever")]
+    #[arg(long, default_value = "60s", value_parser = parse_retry, value_name = "TIME|forever")]
     pub(crate) retry: Patience,
     /// How long to wait for an answer while nothing moves on the link, before the request is made again.
-    #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, default_value = "10s", value_parser = parse_time, value_name = "TIME")]
     pub(crate) attempt_timeout: Duration,
     #[command(flatten)]
     pub(crate) show: Show,

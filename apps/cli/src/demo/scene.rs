@@ -50,7 +50,9 @@ impl Drop for Server {
 
 impl Scene {
     pub(super) async fn set_up(original: Option<&Path>, rtt: Duration, output: Output) -> Result<Self> {
-        let mut served = tempfile::tempfile().context("cannot create a temporary file")?;
+        let mut served = tempfile::tempfile().with_context(|| {
+            format!("cannot create a temporary file in {}; TMPDIR says where", std::env::temp_dir().display())
+        })?;
         let size = match original {
             Some(file) => copy_file(file, &mut served)?,
             None => generate(&mut served, output)?,

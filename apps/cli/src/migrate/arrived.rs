@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::select_all;
 use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running, Seeding};
 use r3map::{Outage, Registry, Uri, size};
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::host::{self, Ended, Host};
-use super::{GIVE_UP_LIMIT, TICK, rounds};
+use super::{TICK, rounds};
 use crate::args::{self, Patience};
 use crate::output::{Bar, Output};
 use crate::shown::{View, tell_refused};
@@ -285,7 +285,10 @@ impl Site {
         self.output.note("stopping", "storing what is left; Ctrl-C again gives up");
         for mount in mounts(self.running.regions()) {
             tokio::select! {
-                closed = host::close(mount, self.output) => closed?,
+                closed = host::close(mount, self.output) => if let Err(error) = closed {
+                    abandon(self.running.regions()).await;
+                    return Err(error).context("gave up, as not everything could be stored");
+                },
                 () = signals.next() => {
                     abandon(self.running.regions()).await;
                     bail!("gave up before everything was stored");
@@ -403,7 +406,5 @@ async fn unmounted(regions: &[Arc<Arrived>]) {
 }
 
 async fn abandon(regions: &[Arc<Arrived>]) {
-    for mount in mounts(regions) {
-        let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;
-    }
+    host::abandon(mounts(regions)).await;
 }

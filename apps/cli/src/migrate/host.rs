@@ -167,9 +167,7 @@ impl Host<'_> {
 
     /// There is nothing more to store: it is elsewhere, or given up.
     async fn abandon(&self) {
-        for mount in &self.mounts {
-            let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;
-        }
+        abandon(self.mounts.iter().copied()).await;
     }
 
     /// Ends what can be ended without loss.
@@ -177,7 +175,10 @@ impl Host<'_> {
         // A handover that is under way comes to its end first.
         let stopped = tokio::select! {
             stopped = self.seeder.stop_tracking() => stopped,
-            () = signals.next() => bail!("gave up while the region was changing hands: start it again"),
+            () = signals.next() => {
+                self.abandon().await;
+                bail!("gave up while the region was changing hands: start it again");
+            }
         };
         if let Err(error) = stopped {
             self.abandon().await;
@@ -193,7 +194,10 @@ impl Host<'_> {
         self.output.note("stopping", "storing what is left; Ctrl-C again gives up");
         for mount in self.mounts.iter().copied() {
             tokio::select! {
-                closed = close(mount, self.output) => closed?,
+                closed = close(mount, self.output) => if let Err(error) = closed {
+                    self.abandon().await;
+                    return Err(error).context("gave up, as not everything could be stored");
+                },
                 () = signals.next() => {
                     self.abandon().await;
                     bail!("gave up before everything was stored");
@@ -217,6 +221,13 @@ impl Host<'_> {
                 bail!("stopped while something was missing over there: start it again, or that is lost")
             }
         }
+    }
+}
+
+/// Unmounts without storing anything more.
+pub(super) async fn abandon(mounts: impl IntoIterator<Item = View<'_>>) {
+    for mount in mounts {
+        let _ = tokio::time::timeout(GIVE_UP_LIMIT, mount.abandon()).await;
     }
 }
 

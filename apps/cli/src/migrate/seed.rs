@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
-use r3map::migration::{Guarded, Migration, Source, Standing, open_cache};
+use anyhow::{Context, Result, anyhow, bail};
+use r3map::migration::{Guarded, Migration, Seeding, Source, Standing, open_cache};
 use r3map::{Backend, ChunkSize, Mount, OpenOptions, Registry, Settings, Uri, size};
+use rustix::fs::Access;
 use serde_json::json;
 
 use super::host::{self, Ended, Host};
@@ -24,7 +25,10 @@ pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -
     let mut migration = migration.lease(args.lease).open_to_go(args.open_to_go);
     let ledger = ledger(&args, &offers);
     match &ledger {
-        Some(ledger) => migration = migration.ledger(ledger),
+        Some(ledger) => {
+            check_ledger(ledger)?;
+            migration = migration.ledger(ledger);
+        }
         None if outlive(&offers, registry)? => output.note(
             "note",
             "it is written down nowhere who owns the region, so that after a crash nobody knows: give it a --ledger FILE",
@@ -36,12 +40,27 @@ pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -
     }
     // Regions that were handed over may come back: then they are shown again.
     loop {
-        let ended = tokio::select! {
-            site = Site::open(registry, &args, &offers, &migration, ledger.as_deref(), output) => {
-                site?.serve(registry, &args, &migration, &mut signals, output).await?
-            }
-            () = signals.next() => bail!("stopped before the region was shown; nothing was written"),
+        // What is shown is unmounted also where the rest fails.
+        let mut mounts = Vec::new();
+        let site = tokio::select! {
+            site = Site::open(registry, &args, &offers, &migration, ledger.as_deref(), &mut mounts, output) => site,
+            () = signals.next() => Err(anyhow!("stopped before the region was shown; nothing was written")),
         };
+        let seeding = match site {
+            Ok(site) => site.offer(registry, &args, &migration, &mounts, output).await,
+            Err(error) => Err(error),
+        };
+        let seeding = match seeding {
+            Ok(seeding) => seeding,
+            Err(error) => {
+                host::abandon(mounts.iter().map(Shown::view)).await;
+                return Err(error);
+            }
+        };
+        let mounts = mounts.iter().map(Shown::view).collect();
+        let host = Host { seeder: seeding.seeder().clone(), mounts, volatile: false, output };
+        let ended = host.until_gone(&mut signals).await?;
+        host::close_listeners(seeding, ended, output).await?;
         if ended != Ended::Returned {
             return Ok(());
         }
@@ -92,6 +111,13 @@ fn ledger(args: &args::Seed, offers: &[Offer]) -> Option<PathBuf> {
     args.ledger.clone().or_else(beside)
 }
 
+/// Refuses a ledger that could not be written when the region is to be handed over.
+fn check_ledger(ledger: &Path) -> Result<()> {
+    let folder = ledger.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)
+        .with_context(|| format!("the ledger {} could not be written; give another --ledger FILE", ledger.display()))
+}
+
 /// Whether what is seeded is still there when this process has ended.
 fn outlive(offers: &[Offer], registry: &Registry) -> Result<bool> {
     for offer in offers {
@@ -130,7 +156,6 @@ fn owns(migration: &Migration, ledger: Option<&Path>) -> Result<bool> {
 
 /// Regions that are opened, and shown if they are ours.
 struct Site {
-    mounts: Vec<Shown>,
     regions: Vec<(String, Arc<dyn Source>)>,
     /// What stays the same for as long as their bytes live.
     identity: Option<String>,
@@ -144,10 +169,11 @@ impl Site {
         offers: &[Offer],
         migration: &Migration,
         ledger: Option<&Path>,
+        mounts: &mut Vec<Shown>,
         output: Output,
     ) -> Result<Self> {
         let owner = owns(migration, ledger)?;
-        let (mut mounts, mut regions, mut identities) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut regions, mut identities) = (Vec::new(), Vec::new());
         for (index, offer) in offers.iter().enumerate() {
             let opened = offer.open(registry, args, index == 0).await?;
             identities.push(opened.identity);
@@ -163,22 +189,22 @@ impl Site {
             regions.push((opened.name, source));
         }
         let identity = identities.into_iter().collect::<Option<Vec<_>>>().map(|all| all.join(", "));
-        Ok(Self { mounts, regions, identity, owner })
+        Ok(Self { regions, identity, owner })
     }
 
-    /// Offers them until it is over.
-    async fn serve(
+    /// Offers them, and says so.
+    async fn offer(
         self,
         registry: &Registry,
         args: &args::Seed,
         migration: &Migration,
-        signals: &mut Signals,
+        mounts: &[Shown],
         output: Output,
-    ) -> Result<Ended> {
-        let Self { mounts, regions, identity, owner } = self;
+    ) -> Result<Seeding> {
+        let Self { regions, identity, owner } = self;
         let names: Vec<_> = regions.iter().map(|(name, _)| name.clone()).collect();
         let seeding = migration.clone().identity(identity).seed(registry, &args.listen, regions).await?;
-        let seeder = seeding.seeder().clone();
+        let seeder = seeding.seeder();
         let size = (0..seeder.regions()).map(|index| seeder.region(index).size()).sum::<u64>();
         let paths: Vec<_> = mounts.iter().map(|mount| mount.view().path().display().to_string()).collect();
         let links: Vec<_> =
@@ -193,10 +219,7 @@ impl Site {
             let value = json!({ "uri": uri, "regions": names, "paths": paths, "as": kinds, "links": links, "size": size, "owner": owner });
             output.event("ready", &human, value);
         }
-        let host = Host { seeder, mounts: mounts.iter().map(Shown::view).collect(), volatile: false, output };
-        let ended = host.until_gone(signals).await?;
-        host::close_listeners(seeding, ended, output).await?;
-        Ok(ended)
+        Ok(seeding)
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::support::{MIB, Outcome, SOON, Scene, make_file};
+use crate::support::{MIB, Outcome, SOON, Scene, is_mounted, make_file};
 
 const LONG: Duration = Duration::from_secs(180);
 
@@ -62,6 +62,9 @@ fn wrong_names() {
                 ("serve memory:?size=1MiB --listen grpc+unix://DIR/absent/socket", "absent"),
                 ("serve memory:?size=1MiB --listen grpc+unix://DIR/file", "file"),
                 ("serve memory:?size=1MiB --listen grpc://192.0.2.1:1", "192.0.2.1"),
+                ("serve memory:?size=1MiB --listen grpc://no-such-host.invalid:1", "(invalid input)"),
+                ("serve memory:?size=1MiB --listen nbd://no-such-host.invalid/x", "(invalid input)"),
+                ("info directory:DIR", "--create"),
             ],
         );
         assert!(scene.path("file").exists(), "what was in the way is left alone");
@@ -193,11 +196,35 @@ fn wrong_paths_to_mount_on() {
             (mount("DIR/region --entry= --cache DIR/cache"), "\"\" is not a file name"),
             (mount("DIR/region --cache DIR/absent/cache"), "absent"),
             (mount("DIR/region --cache DIR/folder"), "folder"),
+            (mount("DIR/full --cache DIR/cache"), "full"),
+            (mount("DIR/cache --cache ./cache"), "cannot be the cache file"),
         ];
         let table: Vec<_> = table.iter().map(|(line, hint)| (line.as_str(), *hint)).collect();
         refuses(scene, &table);
         assert_eq!(std::fs::read(scene.path("full")).expect("it is there"), b"precious");
         assert!(!scene.path("region").exists() && !scene.path("cache").exists(), "nothing was left behind");
+    });
+}
+
+/// What was shown already when something else failed is not left behind.
+#[test]
+fn wrong_things_to_seed() {
+    Scene::with_fuse(LONG, |scene| {
+        make_file(&scene.path("file"), MIB, 1);
+        make_file(&scene.path("other"), MIB, 2);
+        let server = scene.serve("memory:?size=1MiB", &[]);
+        let seed = |more: &str| format!("seed file:DIR/file DIR/region --listen grpc://127.0.0.1:0 {more}");
+        let table = [
+            (format!("seed file:DIR/file DIR/region --listen {}", server.uri), "in use"),
+            (seed("--also file:DIR/other DIR/region"), "mounted on it already"),
+            (seed("--also file:DIR/other DIR/absent/region"), "absent"),
+            (seed("--also file:DIR/absent DIR/other-region"), "absent"),
+            (seed("--listen nbd://127.0.0.1/x"), "migrated"),
+            (seed("--ledger DIR/absent/ledger"), "give another --ledger"),
+        ];
+        let table: Vec<_> = table.iter().map(|(line, hint)| (line.as_str(), *hint)).collect();
+        refuses(scene, &table);
+        assert!(!is_mounted(&scene.path("region")) && !scene.path("region").exists(), "nothing was left behind");
     });
 }
 
@@ -269,7 +296,7 @@ fn what_the_user_may_not() {
             ("serve memory:?size=1MiB --listen grpc+unix://DIR/other".to_owned(), "other"),
             (format!("info {socket}"), "socket"),
             (format!("mount {} DIR/region", server.uri), "region"),
-            (format!("mount {} DIR/region --cache DIR/cache", server.uri), "DIR"),
+            (format!("mount {} DIR/region --cache DIR/cache", server.uri), "region"),
             (format!("copy {} file:DIR/copy", server.uri), "copy"),
             ("man DIR".to_owned(), "DIR"),
         ];

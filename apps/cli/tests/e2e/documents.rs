@@ -170,7 +170,7 @@ fn stage(scene: &Scene, number: usize, word: &str, server: &str) -> String {
         "grpc+unix:///run/r3map.sock" => format!("grpc+unix://{}", scene.name(&format!("socket{number}"))),
         "./region" => scene.name(&format!("region{number}")),
         "./disks" => scene.name(&format!("disks{number}")),
-        _ if word.starts_with("/var/cache/") => scene.name(&format!("cache{number}")),
+        _ if word.starts_with("/var/cache/") || word.starts_with("/var/lib/") => scene.name(&format!("cache{number}")),
         _ if word.starts_with("directory:/") => format!("directory:{}", scene.name(&format!("chunks{number}"))),
         _ if word.starts_with("systemctl ") => "true".to_owned(),
         _ if word.starts_with("/usr/") || word.starts_with("./man") => scene.name("."),

@@ -38,7 +38,13 @@ fn asked_once_it_stores_everything() {
             let (server, mut mounted, mut expected) = changed(scene, &[]);
             match how {
                 "SIGINT" => mounted.program.interrupt(),
-                "SIGTERM" => mounted.program.terminate(),
+                "SIGTERM" => {
+                    // What sends more than one at once, as timeout(1) does, has not lost patience either.
+                    mounted.program.freeze();
+                    mounted.program.terminate();
+                    mounted.program.interrupt();
+                    mounted.program.thaw();
+                }
                 _ => {
                     // The shell sends one and the kernel another; neither is somebody who has lost patience.
                     server.program.freeze();
