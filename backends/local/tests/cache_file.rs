@@ -135,9 +135,9 @@ fn another_region_size_chunk_or_format_is_refused_and_left_alone() {
         "is the cache of \"grpc://host:1337\"",
     );
     let mounted = "grpc://host:1337 66696c65";
-    drop(CacheFile::open(&dir.path().join("mounted"), mounted, geometry(300_001)).unwrap());
+    drop(CacheFile::open(dir.path().join("mounted"), mounted, geometry(300_001)).unwrap());
     assert_says(
-        CacheFile::open(&dir.path().join("mounted"), "grpc://host:1337 66696c66", geometry(300_001)),
+        CacheFile::open(dir.path().join("mounted"), "grpc://host:1337 66696c66", geometry(300_001)),
         ErrorKind::Conflict,
         "another region that was at \"grpc://host:1337\"; give another file",
     );
