@@ -392,12 +392,9 @@ impl Inner {
             return Ok(());
         }
         self.check_serving(Operation::Close)?;
-        if let (Some(hook), false) = (&self.parts.hooks.on_before_close, closing.hook_called) {
-            hook().await?;
-            closing.hook_called = true;
-        }
-        if !self.read_only {
-            self.before_flush().await?;
+        if let Err(refused) = self.before_close(&mut closing).await {
+            // Whoever does not close again must not lose what was written.
+            return self.drain().await.and(Err(refused));
         }
         self.stop_pulling.cancel();
         self.set_phase(Phase::Closing);
@@ -405,6 +402,15 @@ impl Inner {
         self.drain().await?;
         self.set_phase(Phase::Closed);
         Ok(())
+    }
+
+    /// Calls the hooks that there are for it.
+    async fn before_close(&self, closing: &mut Closing) -> Result<()> {
+        if let (Some(hook), false) = (&self.parts.hooks.on_before_close, closing.hook_called) {
+            hook().await?;
+            closing.hook_called = true;
+        }
+        if self.read_only { Ok(()) } else { self.before_flush().await }
     }
 
     async fn writers_gone(&self) {

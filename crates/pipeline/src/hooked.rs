@@ -24,7 +24,7 @@ impl Hooked {
         Self { inner, hooks, closing: Mutex::new(false) }
     }
 
-    /// Says that the region is about to be closed. Flush it afterwards.
+    /// Says that the region is about to be closed. Flush it afterwards, whatever comes of it.
     ///
     /// # Errors
     /// What the hook answers; the next call calls it again.

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -187,6 +187,47 @@ async fn hooks_are_called_for_files_and_what_they_write_is_stored() {
     let mount = Mount::direct(remote()).on_before_flush(refuse).path(folder.path().join("region")).await.unwrap();
     assert_eq!(mount.flush().await.unwrap_err().kind(), ErrorKind::Conflict);
     mount.abandon().await;
+}
+
+/// Nor can whoever closes once only lose what was written by what a hook says.
+#[tokio::test]
+async fn a_hook_that_fails_before_closing_keeps_nothing_from_being_stored() {
+    if !std::path::Path::new("/dev/fuse").exists() {
+        return r3map_testkit::skip("there is no /dev/fuse");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for mode in 0..2 {
+        let remote = remote();
+        let [direct, managed] = both(&remote);
+        let refuses = Arc::new(AtomicBool::new(true));
+        let cell: Arc<OnceLock<Arc<dyn Backend>>> = Arc::default();
+        let (asked, writer) = (refuses.clone(), cell.clone());
+        let hook = move || {
+            let (refuses, region) = (asked.load(Ordering::SeqCst), writer.get().unwrap().clone());
+            async move {
+                region.write_at(70_000, b"hook").await?;
+                let error = || Error::new(ErrorKind::Denied, Operation::Close, "not now");
+                if refuses { Err(error()) } else { Ok(()) }
+            }
+        };
+        let mount = if mode == 0 { direct } else { managed }.on_before_close(hook);
+        let mount = mount.path(folder.path().join("region")).await.unwrap();
+        assert!(cell.set(mount.region().backend()).is_ok());
+        let path = mount.path().to_owned();
+        app(move || {
+            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+            file.write_all_at(b"written", 5000).unwrap();
+        })
+        .await;
+        let refused = deadline(LIMIT, "closing", mount.close()).await.unwrap_err();
+        assert!(refused.kind() == ErrorKind::Denied && refused.to_string().contains("not now"), "{refused}");
+        let mut bytes = expected();
+        apply(&mut bytes, &[(5000, b"written".to_vec()), (70_000, b"hook".to_vec())]);
+        assert!(remote.snapshot() == bytes, "mode {mode}");
+        assert!(deadline(LIMIT, "closing", mount.close()).await.is_err(), "it is asked again");
+        refuses.store(false, Ordering::SeqCst);
+        deadline(LIMIT, "closing", mount.close()).await.unwrap();
+    }
 }
 
 /// What a function finds worth most comes first.

@@ -153,8 +153,8 @@ pub struct Hooks {
     /// Before each flush that the application asks for, and before the last one of a close. It may write to the region,
     /// but not flush it. An error makes the flush fail.
     pub on_before_flush: Option<Hook>,
-    /// When closing begins, once; the region still takes writes. An error makes the close fail, and the next close calls
-    /// it again.
+    /// When closing begins, once; the region still takes writes. An error makes the close fail, which stores what was written
+    /// all the same; the next close calls it again.
     pub on_before_close: Option<Hook>,
 }
 

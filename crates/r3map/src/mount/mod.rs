@@ -145,8 +145,8 @@ impl Mount {
     }
 
     /// Calls `hook` when closing begins, and waits for it. It may write to the region as before a flush; a file is
-    /// unmounted by then. An error makes the close fail; where it can be closed again, that calls it again. What is on a
-    /// path cannot: the application's bytes were synced before, what the hook wrote may not be stored.
+    /// unmounted by then. An error makes the close fail; what was written is stored all the same, what the hook itself wrote
+    /// too. Where it can be closed again, that calls it again.
     pub fn on_before_close<F>(mut self, hook: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<()>> + Send + 'static,

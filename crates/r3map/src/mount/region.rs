@@ -141,8 +141,9 @@ impl Region {
             Copy::None(hooked) => {
                 let backend = self.backend.clone();
                 crate::engine::run(async move {
-                    hooked.before_close().await?;
-                    backend.flush().await
+                    let closing = hooked.before_close().await;
+                    // Whatever the hook says: what was written is to be stored.
+                    backend.flush().await.and(closing)
                 })
                 .await
             }

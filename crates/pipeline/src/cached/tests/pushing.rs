@@ -361,9 +361,14 @@ async fn a_hook_that_fails_fails_the_call() {
     });
     let parts =
         CachedParts { hooks: Hooks { on_before_close: Some(failing), ..Hooks::default() }, ..CachedParts::default() };
-    let cached = Cached::open(Side::vector(SIZE), Arc::new(Store::new(SIZE)), quiet(), parts).await.unwrap();
-    assert_eq!(cached.close().await.unwrap_err().kind(), ErrorKind::Conflict);
+    let store = Arc::new(Store::new(SIZE));
+    let cached = Cached::open(Side::vector(SIZE), store.clone(), quiet(), parts).await.unwrap();
     cached.write_at(0, &[1]).await.unwrap();
+    let refused = deadline(SOON, "closing", cached.close()).await.unwrap_err();
+    assert!(refused.kind() == ErrorKind::Conflict && refused.to_string().contains("not now"), "{refused}");
+    assert_eq!(store.snapshot()[..2], [1, 0], "it is stored all the same");
+    cached.write_at(1, &[2]).await.unwrap();
     deadline(SOON, "closing", cached.close()).await.unwrap();
+    assert_eq!(store.snapshot()[..2], [1, 2]);
     assert_eq!(calls.load(Ordering::SeqCst), 2);
 }
