@@ -545,7 +545,13 @@ impl FromStr for Patience {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "forever" { Ok(Self::Forever) } else { parse_duration(text).map(Self::For) }
+        match text {
+            "forever" => Ok(Self::Forever),
+            text => match parse_duration(text)? {
+                Duration::ZERO => Err("a time longer than zero is needed, or `forever`".to_owned()),
+                limit => Ok(Self::For(limit)),
+            },
+        }
     }
 }
 

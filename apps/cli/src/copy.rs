@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use anyhow::{Error, Result, anyhow, bail};
-use r3map::{CopySettings, ErrorKind, OpenOptions, Registry, RetrySettings, size};
+use r3map::{CopySettings, ErrorKind, OpenOptions, Operation, Registry, RetrySettings, size};
 use serde_json::json;
 
 use crate::args;
@@ -28,14 +28,9 @@ pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -
         () = signals.next() => bail!("stopped before the end; run it again with --skip-same to go on"),
     };
     bar.finish();
-    let copied = copied.map_err(|error| {
-        let first = match error.kind() {
-            // It would be as wrong again.
-            ErrorKind::InvalidInput => return error.into(),
-            ErrorKind::Exhausted => "make room, and ",
-            _ => "",
-        };
-        anyhow!("{:#}; {first}run it again with --skip-same to go on", Error::from(error))
+    let copied = copied.map_err(|error| match how_to_go_on(&error) {
+        Some(how) => anyhow!("{:#}; {how}", Error::from(error)),
+        None => error.into(),
     })?;
     let human = format!(
         "copied {}: {} written, {} already the same, {} zeros not sent",
@@ -47,4 +42,16 @@ pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -
     let value = json!({ "size": copied.size, "written": copied.written, "same": copied.same, "zeroes": copied.zeroes });
     output.event("copied", &human, value);
     Ok(())
+}
+
+fn how_to_go_on(error: &r3map::Error) -> Option<&'static str> {
+    match (error.kind(), error.operation()) {
+        // It would be as wrong again.
+        (ErrorKind::InvalidInput, _) => None,
+        (ErrorKind::Unavailable, _) => Some("run it again with --skip-same to go on"),
+        // What is not durable can be read all the same, until it is gone.
+        (_, Operation::Flush) => Some("what was written may be lost: run it again, without --skip-same"),
+        (ErrorKind::Exhausted, _) => Some("make room, and run it again with --skip-same to go on"),
+        _ => Some("run it again with --skip-same to go on"),
+    }
 }

@@ -142,6 +142,7 @@ fn wrong_options() {
             (mount("--pull-workers=-1"), "--pull-workers"),
             (mount("--push-interval 0s"), "--push-interval"),
             (mount("--push-interval soon"), "20ms"),
+            (mount("--retry 0s"), "or `forever`"),
             (mount("--dirty-budget 0"), "--dirty-budget"),
             (mount("--retry never"), "not a time"),
             (mount("--fsync local"), "--cache"),

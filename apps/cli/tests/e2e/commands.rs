@@ -4,10 +4,12 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
 use std::time::Duration;
 
+use r3map::{ErrorKind, Operation};
+use r3map_testkit::faults::Rule;
 use r3map_testkit::fill;
 use r3map_testkit::proxy::DelayProxy;
 
-use crate::support::{MIB, SOON, Scene, make_file};
+use crate::support::{Lent, MIB, SOON, Scene, make_file};
 
 const LONG: Duration = Duration::from_secs(180);
 const SIZE: u64 = 48 * MIB + 1;
@@ -82,6 +84,21 @@ fn copy_goes_on_when_there_is_room_again() {
         let copied = scene.r3map(&["--json", "copy", "--skip-same", &source, &there]).end_well(LONG).event("copied");
         assert!(copied["same"].as_u64() >= Some(MIB) && copied["written"].as_u64() >= Some(MIB), "{copied}");
         expected.check_file(&disk.join("there"));
+    });
+}
+
+/// It can be read all the same, so that what is to be written again would count as the same.
+#[test]
+fn a_copy_that_cannot_be_made_durable_is_made_again() {
+    Scene::play(LONG, |scene| {
+        make_file(&scene.path("source"), MIB, 2);
+        let source = format!("file:{}", scene.name("source"));
+        let lent = Lent::new("memory:?size=1MiB");
+        lent.faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Internal));
+        let outcome = scene.ended(&["copy", &source, &lent.uri]);
+        assert!(outcome.code == Some(1) && outcome.err.len() == 1, "{outcome:?}");
+        assert!(outcome.err[0].contains("without --skip-same"), "{outcome:?}");
+        scene.r3map(&["copy", &source, &lent.uri]).end_well(SOON);
     });
 }
 
