@@ -235,6 +235,7 @@ fn nobody_answers() {
         make_file(&scene.path("file"), MIB, 1);
         let silent = TcpListener::bind("127.0.0.1:0").expect("it can listen");
         let silent = format!("grpc://{}", silent.local_addr().expect("it listens"));
+        let other = scene.serve_at("memory:?size=1MiB", "nbd://127.0.0.1:0/x", &[]);
         let mount = |uri: &str| format!("mount {uri} DIR/region --retry 1s");
         let table = [
             (mount(NOBODY), "127.0.0.1:9"),
@@ -243,6 +244,7 @@ fn nobody_answers() {
             (format!("copy file:DIR/file {NOBODY}"), "127.0.0.1:9"),
             ("info grpc://no-such-host.invalid:1".to_owned(), "no-such-host.invalid"),
             (mount(&silent), "127.0.0.1"),
+            (format!("info {}", other.uri.replace("nbd:", "grpc:").replace("/x", "")), "is that a gRPC server?"),
         ];
         let table: Vec<_> = table.iter().map(|(line, hint)| (line.as_str(), *hint)).collect();
         refuses(scene, &table);

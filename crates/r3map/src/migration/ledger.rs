@@ -39,10 +39,16 @@ impl FileLedger {
     fn replace(&self, bytes: &[u8]) -> io::Result<()> {
         let mut beside = self.path.clone().into_os_string();
         beside.push(".new");
-        let mut file = File::create(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&beside, &self.path)?;
+        let write = || {
+            let mut file = File::create(&beside)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&beside, &self.path)
+        };
+        if let Err(error) = write() {
+            let _ = fs::remove_file(&beside); // its own error says nothing more
+            return Err(error);
+        }
         self.sync_folder()
     }
 
@@ -188,6 +194,19 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
         let nowhere = FileLedger::new(folder.path().join("no/such/folder"));
         assert!(nowhere.save(&standings()[0]).is_err() && nowhere.load().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_could_not_be_written_leaves_what_was_there_and_nothing_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = FileLedger::new(folder.path().join("ledger"));
+        let [first, second, ..] = &standings()[..] else { panic!("there are more") };
+        ledger.save(first).unwrap();
+        // A full disk.
+        std::os::unix::fs::symlink("/dev/full", folder.path().join("ledger.new")).unwrap();
+        assert_eq!(ledger.save(second).unwrap_err().kind(), ErrorKind::Exhausted);
+        assert_eq!(ledger.load().unwrap().as_ref(), Some(first));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
     }
 
     #[test]

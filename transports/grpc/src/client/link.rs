@@ -257,7 +257,10 @@ impl CallError {
         match self {
             Self::Status(status) => status::into_error(&status, operation, target),
             Self::Broken(reason) => {
-                Error::new(ErrorKind::Unavailable, operation, format!("the connection to {target} is lost: {reason}"))
+                // What has never answered may be anything.
+                let hint = if operation == Operation::Open { " (is that a gRPC server?)" } else { "" };
+                let message = format!("the connection to {target} is lost{hint}: {reason}");
+                Error::new(ErrorKind::Unavailable, operation, message)
             }
             Self::Malformed(what) => Error::new(ErrorKind::Corrupt, operation, format!("{target} {what}")),
         }
