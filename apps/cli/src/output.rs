@@ -47,7 +47,7 @@ impl Output {
         if self.json {
             print_json(event, &json!({ "message": human }));
         } else {
-            let _ = writeln!(std::io::stderr(), "{event}: {human}");
+            say_line(&format!("{event}: {human}"));
         }
     }
 
@@ -56,7 +56,7 @@ impl Output {
         if self.json {
             print_json(event, &value);
         } else {
-            let _ = writeln!(std::io::stderr(), "{event}: {human}");
+            say_line(&format!("{event}: {human}"));
         }
     }
 
@@ -71,6 +71,11 @@ impl Output {
     pub(crate) fn bar(self, what: &'static str, size: u64) -> Bar {
         Bar::new(self, what, size)
     }
+}
+
+/// Writes a line to standard error in one piece, so that others who write there too do not come between.
+fn say_line(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 fn print_json(event: &str, value: &impl Serialize) {
@@ -163,7 +168,7 @@ impl Bar {
         let rate = r3map::size::format(rate as u64);
         let (what, of) = (self.what, r3map::size::format(self.size));
         let left = left.map_or_else(String::new, |left| format!(", {left:.0} s left"));
-        let _ = writeln!(std::io::stderr(), "{what}: {percent} % of {of}, {rate}/s{left} {extra}");
+        say_line(format!("{what}: {percent} % of {of}, {rate}/s{left} {extra}").trim_end());
     }
 
     /// Has `say` print something while the bar is out of the way.

@@ -11,10 +11,11 @@ use r3map::{BlockOptions, Error, ErrorKind, FileOptions, Operation, Settings};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::args::{Application, As, Show};
+use crate::output::Output;
 
-/// A migration with the user's commands and secret.
+/// A migration with the user's secret, and with the commands of a leecher.
 pub(super) fn migration(application: &Application, paths: &[PathBuf]) -> Result<Migration> {
-    let migration = Migration::new().hooks(hooks(application, paths)).limit(application.hook_timeout);
+    let migration = Migration::new().hooks(hooks(application, paths, None)).limit(application.hook_timeout);
     let Some(file) = &application.secret_file else { return Ok(migration) };
     let secret = std::fs::read(file).with_context(|| format!("cannot read the secret in {}", file.display()))?;
     let secret = secret.trim_ascii();
@@ -22,6 +23,11 @@ pub(super) fn migration(application: &Application, paths: &[PathBuf]) -> Result<
         bail!("{} is empty; put a secret into it, the same on both sides", file.display());
     }
     Ok(migration.secret(secret))
+}
+
+/// The same with the commands of a seeder. That one of a leecher has failed, its caller hears; here only the user can.
+pub(super) fn seeding(migration: Migration, application: &Application, paths: &[PathBuf], output: Output) -> Migration {
+    migration.hooks(hooks(application, paths, Some(output)))
 }
 
 /// How a region is shown to the application at `path`.
@@ -47,7 +53,7 @@ pub(super) fn check(show: &Show) -> Result<()> {
     Ok(())
 }
 
-fn hooks(application: &Application, paths: &[PathBuf]) -> Hooks {
+fn hooks(application: &Application, paths: &[PathBuf], tell: Option<Output>) -> Hooks {
     let paths: Arc<[PathBuf]> = paths.into();
     let mut hooks = Hooks::default();
     if let Some(command) = application.on_suspend.clone() {
@@ -55,9 +61,34 @@ fn hooks(application: &Application, paths: &[PathBuf]) -> Hooks {
         hooks = hooks.on_suspend(move || run("--on-suspend", command.clone(), paths.clone()));
     }
     if let Some(command) = application.on_resume.clone() {
-        hooks = hooks.on_resume(move || run("--on-resume", command.clone(), paths.clone()));
+        hooks = hooks.on_resume(move || {
+            let running = run("--on-resume", command.clone(), paths.clone());
+            async move {
+                let mut failing = Failing { tell, why: "--on-resume took too long, and was killed".into() };
+                let done = running.await;
+                match &done {
+                    Ok(()) => failing.tell = None,
+                    Err(error) => failing.why = error.message().to_owned(),
+                }
+                done
+            }
+        });
     }
     hooks
+}
+
+/// Says that the application does not run, when it is dropped: a command that takes too long is.
+struct Failing {
+    tell: Option<Output>,
+    why: String,
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        if let Some(output) = self.tell {
+            output.note("warning", &format!("the application could not be resumed: {}", self.why));
+        }
+    }
 }
 
 /// Runs a command, which finds the (first) region in `R3MAP_PATH`, and all of them, one a line, in `R3MAP_PATHS`.

@@ -41,7 +41,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Leech, output: Output) 
             plan.ledger_name()
         ),
     };
-    let plan_for_next = plan.to_seed_on()?;
+    let plan_for_next = plan.to_seed_on(output)?;
     let site = Site { running, args: plan.args, caches: plan.caches, next: plan_for_next, output };
     site.stay(registry, &mut signals).await
 }
@@ -98,11 +98,12 @@ impl Plan {
     }
 
     /// As a seeder, with what stays the same for as long as the bytes live.
-    fn to_seed_on(&self) -> Result<Migration> {
+    fn to_seed_on(&self, output: Output) -> Result<Migration> {
         let facts = self.caches.iter().map(|cache| Ok(r3map::migration::describe_cache(cache)?.identity));
         let identities = facts.collect::<Result<Vec<_>>>()?;
         let identity = (!identities.is_empty()).then(|| identities.join(", "));
-        let next = self.migration.clone().identity(identity).lease(self.args.lease);
+        let next = application::seeding(self.migration.clone(), &self.args.application, &self.paths, output);
+        let next = next.identity(identity).lease(self.args.lease);
         Ok(next.open_to_go(self.args.open_to_go))
     }
 

@@ -22,6 +22,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -
     application::check(&args.show)?;
     let paths: Vec<_> = offers.iter().map(|offer| application::shown_at(&args.show, &offer.path)).collect();
     let migration = application::migration(&args.application, &paths)?;
+    let migration = application::seeding(migration, &args.application, &paths, output);
     let mut migration = migration.lease(args.lease).open_to_go(args.open_to_go);
     let ledger = ledger(&args, &offers);
     match &ledger {

@@ -1,4 +1,4 @@
-//! `r3map leech --then-seed`: where the regions are to be offered next.
+//! `r3map leech --then-seed`: where the regions are to be offered next. And what a seeder says that nobody else can know.
 
 use crate::migrate::{leech, seed_file_at, tell};
 use crate::support::{MIB, SOON, Scene, is_mounted};
@@ -38,5 +38,18 @@ fn a_place_where_nothing_can_be_offered_is_refused_at_once() {
         }
         assert!(is_mounted(&here) && !scene.path("b").exists());
         stamps.check(&here);
+    });
+}
+
+/// The region stays, and its application does not run: only the seeder's user can do something about it.
+#[test]
+fn a_seeder_says_that_its_application_could_not_be_resumed() {
+    Scene::with_fuse(SOON, |scene| {
+        let hooks = ["--on-suspend", "false", "--on-resume", "exit 3"];
+        let (mut seeder, _, _) = seed_file_at(scene, ("disk.img", "here"), MIB, &hooks);
+        let outcome = leech(scene, &seeder.uri, "there", &[]).end(SOON);
+        assert!(outcome.code != Some(0) && outcome.text().contains("--on-suspend"), "{outcome:?}");
+        let warning = seeder.program.wait_for_event(SOON, "warning");
+        assert!(warning["message"].as_str().is_some_and(|text| text.contains("--on-resume")), "{warning}");
     });
 }
