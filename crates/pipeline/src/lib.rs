@@ -2,7 +2,7 @@
 //! be tested alone. The puller and the pusher drive the cached stage in the background.
 //!
 //! Beside them is what frontends need that stand between a kernel and a backend: [`Buffers`], and [threads](blocking) for
-//! calls that may hang.
+//! calls that may hang; and what servers need that have one memory for many clients: [`Fair`].
 
 mod aligned;
 mod block_set;
@@ -10,6 +10,7 @@ pub mod blocking;
 mod buffers;
 mod cached;
 mod chunked;
+mod fair;
 mod folded;
 mod gate;
 mod hooked;
@@ -28,6 +29,7 @@ pub use cached::{
     Cached, CachedParts, CachedSettings, Durability, Hook, Hooks, Phase, Progress, PullSettings, PushSettings, Writes,
 };
 pub use chunked::Chunked;
+pub use fair::{Fair, FairShare, Taker};
 pub use gate::{Closed, Gate, WhenClosed};
 pub use hooked::Hooked;
 pub use local::{InstallNow, Local, Written};

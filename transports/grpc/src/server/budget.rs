@@ -1,49 +1,73 @@
 //! Bounded memory: every byte of data in a request or reply is accounted for before it is allocated or received, until
-//! it is sent or dropped.
+//! it is sent or dropped. Each connection gets its part, so that a client that never reads its replies leaves the others
+//! theirs.
 //!
 //! Buffers of replies are used again, because fresh memory from the system costs more than filling it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use r3map_pipeline::{Fair, FairShare, Taker};
+use tokio::sync::Mutex as Queue;
 
-/// What is counted in: coarse enough that any sum fits a semaphore.
+/// What is counted in: coarse enough that any sum fits.
 const UNIT: u64 = 4096;
 /// Buffers have a power of two of bytes, at least this many, so that most requests find one that fits.
 const SMALLEST: usize = 4 << 10;
 /// The part of the room that unused buffers may take.
 const KEPT: u64 = 4;
+/// The part of the room that one connection may take, if it holds the longest request.
+const OWN: u64 = 4;
 
 /// Room for so many bytes.
 #[derive(Debug)]
 pub(crate) struct Budget {
-    units: Arc<Semaphore>,
-    total: u32,
+    fair: Arc<Fair>,
+    unused: Arc<Unused>,
+}
+
+/// What one connection takes of a [`Budget`].
+#[derive(Debug, Clone)]
+pub(crate) struct Room {
+    taker: Arc<Queue<Taker>>,
     unused: Arc<Unused>,
 }
 
 /// Part of a [`Budget`], given back when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct Share {
-    _permit: Arc<OwnedSemaphorePermit>,
+    _taken: Option<Arc<FairShare>>,
     unused: Arc<Unused>,
 }
 
 impl Budget {
-    pub(crate) fn new(bytes: u64) -> Self {
-        let total = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX >> 3).min(u32::MAX >> 3);
+    /// Room for so many bytes, for requests of at most `longest` each.
+    pub(crate) fn new(bytes: u64, longest: u64) -> Self {
+        let own = (bytes / OWN).max(room(longest));
         let unused = Unused { limit: usize::try_from(bytes / KEPT).unwrap_or(usize::MAX), ..Unused::default() };
-        Self { units: Arc::new(Semaphore::new(total as usize)), total, unused: Arc::new(unused) }
+        Self { fair: Fair::new(units(bytes), units(own)), unused: Arc::new(unused) }
     }
 
-    /// Waits, first come first served, until there is room for so many bytes (or for all that there can be).
-    pub(crate) async fn share(&self, bytes: u64) -> Share {
-        let units = u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.total);
-        let permit = self.units.clone().acquire_many_owned(units).await;
-        let permit = permit.expect("the semaphore is never closed");
-        Share { _permit: Arc::new(permit), unused: self.unused.clone() }
+    /// Room for one connection.
+    pub(crate) fn room(&self) -> Room {
+        Room { taker: Arc::new(Queue::new(self.fair.taker())), unused: self.unused.clone() }
     }
+}
+
+impl Room {
+    /// Waits until there is room for so many bytes (or for all that one can have), within a connection first come first
+    /// served.
+    pub(crate) async fn share(&self, bytes: u64) -> Share {
+        let taken = match bytes {
+            0 => None,
+            _ => Some(Arc::new(self.taker.lock().await.take(units(bytes)).await)),
+        };
+        Share { _taken: taken, unused: self.unused.clone() }
+    }
+}
+
+fn units(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX >> 3).min(u32::MAX >> 3)
 }
 
 /// How much room a buffer for `len` bytes needs.
@@ -174,24 +198,33 @@ mod tests {
 
     #[tokio::test]
     async fn room_comes_back_with_the_last_of_its_bytes() {
-        let budget = Budget::new(3 * UNIT);
-        let share = budget.share(2 * UNIT).await;
+        let room = Budget::new(3 * UNIT, 3 * UNIT).room();
+        let share = room.share(2 * UNIT).await;
         let mut buffer = share.buffer(3);
         buffer.push(&[1, 2, 3]);
         let bytes = buffer.freeze();
         let part = bytes.slice(1..);
         drop((share, bytes));
-        assert!(budget.share(2 * UNIT).now_or_never().is_none());
-        assert!(budget.share(1).now_or_never().is_some());
+        assert!(room.share(2 * UNIT).now_or_never().is_none());
+        assert!(room.share(1).now_or_never().is_some());
         drop(part);
-        assert!(budget.share(3 * UNIT).now_or_never().is_some());
-        assert!(budget.share(u64::MAX).now_or_never().is_some(), "all that there can be");
+        assert!(room.share(3 * UNIT).now_or_never().is_some());
+        assert!(room.share(u64::MAX).now_or_never().is_some(), "all that there can be");
+    }
+
+    #[tokio::test]
+    async fn one_connection_leaves_room_for_others() {
+        let budget = Budget::new(256 << 20, 32 << 20);
+        let (one, other) = (budget.room(), budget.room());
+        let taken: Vec<_> = std::iter::from_fn(|| one.share(1 << 20).now_or_never()).collect();
+        assert_eq!(taken.len(), 64);
+        assert!(other.share(32 << 20).now_or_never().is_some());
     }
 
     #[tokio::test]
     async fn buffers_are_used_again_and_start_unused() {
-        let budget = Budget::new(4 << 20);
-        let share = budget.share(0).await;
+        let budget = Budget::new(4 << 20, 1 << 20);
+        let share = budget.room().share(0).await;
         let mut buffer = share.buffer(100_000);
         buffer.first(100_000).fill(9);
         let place = buffer.used().as_ptr();
@@ -209,8 +242,8 @@ mod tests {
 
     #[tokio::test]
     async fn only_so_much_is_kept_and_least_of_what_there_is_most_of() {
-        let budget = Budget::new(1 << 20);
-        let share = budget.share(0).await;
+        let budget = Budget::new(1 << 20, 1 << 20);
+        let share = budget.room().share(0).await;
         let buffers: Vec<_> = [64 << 10; 10].into_iter().chain([4 << 10; 8]).map(|len| share.buffer(len)).collect();
         drop(buffers);
         let kept = budget.unused.lock();

@@ -32,7 +32,7 @@ impl Session {
 
     /// Reads `len` bytes, and answers with zeros behind them up to `asked`.
     pub(crate) async fn go_read(&self, offset: u64, len: u64, asked: u64) -> Result<Rope, Status> {
-        let share = self.shared.budget.share(room(asked)).await;
+        let share = self.room.share(room(asked)).await;
         let [len, whole] = [len, asked].map(|len| usize::try_from(len).unwrap_or(usize::MAX));
         let mut buffer = share.buffer(whole);
         let bytes = buffer.first(whole);

@@ -43,7 +43,9 @@ pub struct ServerSettings {
     /// The most bytes in one request; longer ones are refused before anything is allocated. 32 MiB.
     pub max_request: u64,
     /// The most bytes of data in requests and replies that are in memory at once, over all connections; more requests
-    /// wait. At least `max_request`. 256 MiB. Beside it, each connection may fill its HTTP/2 window of 16 MiB.
+    /// wait. At least `max_request`. One connection gets a quarter of it, and the more is taken, the less the others get:
+    /// so clients that never read their replies do not hold up those who do. 256 MiB. Beside it, each connection may fill
+    /// its HTTP/2 window of 16 MiB.
     pub in_flight: u64,
     /// The most connections at once; more wait. 256.
     pub connections: NonZeroUsize,
@@ -118,7 +120,7 @@ impl Server {
     /// # Errors
     /// `InvalidInput` for settings that contradict each other or the backend.
     pub fn new(backend: Arc<dyn Backend>, settings: ServerSettings) -> Result<Self> {
-        let budget = Arc::new(Budget::new(settings.in_flight));
+        let budget = Arc::new(Budget::new(settings.in_flight, settings.max_request));
         Ok(Self::with(vec![Arc::new(Shared::new(backend, &settings, budget)?)], None, &settings))
     }
 
@@ -129,7 +131,7 @@ impl Server {
     /// # Errors
     /// As [`Self::new`], and for a seeder without regions.
     pub async fn seeding(seeder: Arc<dyn Seeding>, settings: ServerSettings) -> Result<Self> {
-        let budget = Arc::new(Budget::new(settings.in_flight));
+        let budget = Arc::new(Budget::new(settings.in_flight, settings.max_request));
         let mut regions = Vec::new();
         for (index, region) in seeder.describe().await?.regions.iter().enumerate() {
             let settings = ServerSettings {

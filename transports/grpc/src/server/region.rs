@@ -11,7 +11,7 @@ use crate::message;
 use crate::proto::region;
 use crate::rope::Rope;
 use crate::server::Shared;
-use crate::server::budget::{Buffer, Share, room};
+use crate::server::budget::{Buffer, Room, Share, room};
 use crate::server::session::Session;
 use crate::{VERSION, status, sum};
 
@@ -31,7 +31,7 @@ impl Session {
     }
 
     pub(crate) async fn read(&self, request: region::ReadRequest) -> Result<Rope, Status> {
-        answer(self.shared.read(&request.ranges).await)
+        answer(self.shared.read(&request.ranges, &self.room).await)
     }
 
     pub(crate) async fn write(&self, (head, data): (region::WriteRequest, Buffer)) -> Result<Rope, Status> {
@@ -143,9 +143,9 @@ impl Shared {
         }
     }
 
-    async fn read(&self, ranges: &[region::Range]) -> Result<Rope> {
+    async fn read(&self, ranges: &[region::Range], own: &Room) -> Result<Rope> {
         self.check_ranges(ranges)?;
-        let share = self.budget.share(ranges.iter().map(|range| room(range.length)).sum()).await;
+        let share = own.share(ranges.iter().map(|range| room(range.length)).sum()).await;
         let found = match self.backend.capabilities().pieces {
             Some(_) => try_join_all(ranges.iter().map(|range| self.read_pieces(range, &share))).await?,
             None => self.read_whole(ranges, &share).await?,
@@ -330,7 +330,7 @@ mod tests {
     const CHUNK: usize = 4096;
 
     async fn share() -> Share {
-        Budget::new(1 << 20).share(1 << 20).await
+        Budget::new(1 << 20, 1 << 20).room().share(1 << 20).await
     }
 
     fn geometry(size: usize) -> Geometry {

@@ -24,7 +24,7 @@ use tonic::Status;
 use crate::exchange::{self, Arriving, Failure, Fields, Outgoing};
 use crate::message::{self, Bulk};
 use crate::rope::Rope;
-use crate::server::budget::{Buffer, room};
+use crate::server::budget::{Buffer, Room, room};
 use crate::server::fence::Gate;
 use crate::server::migration::{Caller, GoLeecher};
 use crate::server::{Shared, Site};
@@ -72,7 +72,8 @@ pub(crate) async fn serve(
     let (gate, go) = (Arc::default(), Arc::default());
     let users: Arc<[Arc<User>]> = site.regions.iter().map(|region| Arc::new(region.losses.user())).collect();
     let user = users[0].clone();
-    let session = Session { site, users, shared, gate, user, go, caller: None, traffic: traffic.clone() };
+    let room = shared.budget.room();
+    let session = Session { site, users, shared, room, gate, user, go, caller: None, traffic: traffic.clone() };
     let connection = Builder::new(Tasks { tasks, ending: ending.clone() })
         .timer(TokioTimer::new())
         .initial_connection_window_size(WINDOW)
@@ -146,6 +147,8 @@ pub(crate) struct Session {
     users: Arc<[Arc<User>]>,
     /// The region that is asked for.
     pub(crate) shared: Arc<Shared>,
+    /// Of all regions.
+    pub(crate) room: Room,
     pub(crate) gate: Arc<Gate>,
     /// Of that region.
     pub(crate) user: Arc<User>,
@@ -237,11 +240,11 @@ impl Session {
         let mut arriving = Arriving::new(body);
         let length = arrival.length(&mut arriving, self.shared.max_request + SMALL as u64).await?;
         let mut fields = Fields::new(arriving, length, SMALL);
-        let mut data = self.shared.budget.share(0).await.buffer(0);
+        let mut data = self.room.share(0).await.buffer(0);
         while let Some(length) = arrival.step(fields.bulk()).await? {
             // Nothing is held while waiting for room.
             drop(data);
-            data = self.shared.budget.share(room(length as u64)).await.buffer(length);
+            data = self.room.share(room(length as u64)).await.buffer(length);
             while data.used().len() < length {
                 let piece = arrival.step(fields.some(length - data.used().len())).await?;
                 piece.segments().for_each(|bytes| data.push(bytes));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::future::{join_all, try_join_all};
+use prost::Message;
 use r3map_core::{Backend, Operation};
 use r3map_grpc::ServerSettings;
 use r3map_local::{Memory, Null};
@@ -13,7 +14,7 @@ use tonic::{Code, Status};
 use crate::common::peer::go::ReadAtArgs;
 use crate::common::peer::region::{DescribeRequest, Range, RangeRequest, ReadRequest, WriteRequest};
 use crate::common::tonic_region::range;
-use crate::common::{LIMIT, connect, lasting, serve, tonic_go, tonic_region};
+use crate::common::{LIMIT, connect, lasting, raw, serve, tonic_go, tonic_region};
 
 const SIZE: u64 = 300_000;
 
@@ -142,6 +143,41 @@ async fn memory_for_requests_is_bounded_and_everybody_gets_a_turn() {
     assert!(faults.most_in_flight() <= 4, "{} requests of 1 MiB in 4 MiB", faults.most_in_flight());
 }
 
+/// Each asks for all of the memory that there is, and takes none of it: it reads what comes over TCP and answers pings, but
+/// gives HTTP/2 no window for more than the beginning of each reply.
+#[tokio::test]
+async fn clients_that_never_read_their_replies_hold_up_nobody() {
+    const LENGTH: u64 = 128 << 10;
+    let memory = Memory::new(1 << 20).unwrap();
+    memory.write_at(0, &fill::bytes(0, 1 << 20, 3)).await.unwrap();
+    let settings = ServerSettings { max_request: 1 << 20, in_flight: 16 << 20, ..lasting() };
+    let (_server, target) = serve(Arc::new(memory), settings).await;
+    let ranges = vec![Range { offset: 0, length: LENGTH }];
+    let mut request = vec![0; 5];
+    ReadRequest { ranges }.encode(&mut request).unwrap();
+    request[4] = u8::try_from(request.len() - 5).unwrap();
+    let mut unread = Vec::new();
+    for _ in 0..8 {
+        let deaf = raw::Connection::open(&target).await;
+        let send = |_| tokio::spawn(deaf.send("/r3map.region.v1.Region/Read", "application/grpc", &request));
+        let mut answers: Vec<_> = (0..(16 << 20) / LENGTH).map(send).collect();
+        unread.push(deadline(LIMIT, "the first answer", &mut answers[0]).await.unwrap());
+        // Those that come are kept until all have come, which they do not.
+        tokio::spawn(join_all(answers.into_iter().skip(1)));
+    }
+    let client = deadline(LIMIT, "connecting", connect(&target)).await;
+    let others = async {
+        for _ in 0..16 {
+            let mut read = vec![0; 1 << 20];
+            client.read_at(0, &mut read).await.unwrap();
+            fill::check(&read, 0, 3).unwrap();
+            client.write_at(0, &read).await.unwrap();
+        }
+    };
+    deadline(LIMIT, "a client that reads", others).await;
+    assert_eq!(unread.len(), 8);
+}
+
 #[tokio::test]
 async fn one_long_call_is_cut_and_several_parts_are_under_way() {
     const LONG: usize = 20 << 20;
@@ -189,7 +225,6 @@ async fn what_is_no_grpc_is_refused_and_others_are_served_on() {
 
 #[tokio::test]
 async fn unknown_methods_and_malformed_requests_are_refused() {
-    use crate::common::raw;
     let (_server, target) = serve(memory(), lasting()).await;
     for (path, body, code) in [
         ("/r3map.region.v1.Region/Nothing", &[0, 0, 0, 0, 0][..], "12"),

@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use crate::server::fair::{Fair, Taken, Taker};
+use r3map_pipeline::{Fair, FairShare, Taker};
 
 /// What is counted in: coarse enough that any sum fits.
 const UNIT: u64 = 4096;
@@ -44,7 +44,7 @@ pub(crate) struct Room {
 #[derive(Debug)]
 pub(crate) struct Share {
     pool: Arc<Pool>,
-    _taken: Option<Taken>,
+    _taken: Option<FairShare>,
 }
 
 /// Bytes that hold on to their share.

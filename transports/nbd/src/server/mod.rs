@@ -2,7 +2,7 @@
 //!
 //! `Server` owns what runs: listeners and connections. `haggle` is a connection's handshake, `transmission` its
 //! requests, `check` says which of them are refused, `answer` does the others, `lend` some without copying; `export` is what is served, `buffers`
-//! bounds memory, of which `fair` gives each connection its part, `clock` notices who is too slow, `io` is what was
+//! bounds memory, of which each connection gets its part, `clock` notices who is too slow, `io` is what was
 //! received and is to be sent.
 //!
 //! The server does not retry, cache or lock: two clients that write to the same bytes disturb each other as on a disk.
@@ -13,7 +13,6 @@ mod check;
 mod clock;
 mod connection;
 mod export;
-mod fair;
 mod haggle;
 mod io;
 mod lend;

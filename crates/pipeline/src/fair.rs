@@ -10,6 +10,7 @@
 //! short lock each.
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -23,7 +24,7 @@ const RESERVE: u32 = 4;
 
 /// So many units for all, and who waits for some.
 #[derive(Debug)]
-pub(super) struct Fair {
+pub struct Fair {
     /// The most that one may have.
     own: u32,
     /// What is left then.
@@ -53,7 +54,7 @@ struct Account {
 
 /// One who takes units, one request at a time.
 #[derive(Debug)]
-pub(super) struct Taker {
+pub struct Taker {
     account: Arc<Account>,
     /// What was asked for and not taken yet; once it is no longer waited for, it has been granted.
     asked: Option<u32>,
@@ -61,20 +62,23 @@ pub(super) struct Taker {
 
 /// Units that were taken, given back when this is dropped.
 #[derive(Debug)]
-pub(super) struct Taken {
+pub struct FairShare {
     account: Arc<Account>,
     units: u32,
 }
 
 impl Fair {
     /// So many units, of which one may have at most `own`.
-    pub(super) fn new(total: u32, own: u32) -> Arc<Self> {
+    #[must_use]
+    pub fn new(total: u32, own: u32) -> Arc<Self> {
         let own = own.min(total);
         let state = Mutex::new(State { free: total, waiting: VecDeque::new() });
         Arc::new(Self { own, others: total - own, state })
     }
 
-    pub(super) fn taker(self: &Arc<Self>) -> Taker {
+    /// For one who takes units.
+    #[must_use]
+    pub fn taker(self: &Arc<Self>) -> Taker {
         Taker { account: Arc::new(Account { fair: self.clone(), held: AtomicU32::new(0) }), asked: None }
     }
 
@@ -135,8 +139,17 @@ impl State {
 }
 
 impl Taker {
-    /// Takes so many units, or as many as one may have. Ask for the same again until it is ready.
-    pub(super) fn poll_take(&mut self, context: &mut Context<'_>, wanted: u32) -> Poll<Taken> {
+    /// Takes so many units, or as many as one may have.
+    ///
+    /// # Cancellation
+    /// What was waited for is not taken.
+    pub async fn take(&mut self, wanted: u32) -> FairShare {
+        let taking = &mut Taking(self);
+        poll_fn(|context| taking.0.poll_take(context, wanted)).await
+    }
+
+    /// The same by polling: ask for the same again until it is ready.
+    pub fn poll_take(&mut self, context: &mut Context<'_>, wanted: u32) -> Poll<FairShare> {
         let fair = &self.account.fair;
         let mut state = fair.lock();
         if let Some(units) = self.asked {
@@ -145,22 +158,21 @@ impl Taker {
                 return Poll::Pending;
             }
             self.asked = None;
-            return Poll::Ready(Taken { account: self.account.clone(), units });
+            return Poll::Ready(FairShare { account: self.account.clone(), units });
         }
         let units = wanted.min(fair.own);
         if fair.fits(&state, &self.account, units) {
             self.account.take(&mut state, units);
-            return Poll::Ready(Taken { account: self.account.clone(), units });
+            return Poll::Ready(FairShare { account: self.account.clone(), units });
         }
         let (account, waker) = (self.account.clone(), context.waker().clone());
         state.waiting.push_back(Waiting { account, wanted: units, waker });
         self.asked = Some(units);
         Poll::Pending
     }
-}
 
-impl Drop for Taker {
-    fn drop(&mut self) {
+    /// Waits no longer, and gives back what was granted meanwhile.
+    fn forget(&mut self) {
         let Some(units) = self.asked.take() else { return };
         self.account.fair.give_back(|state| match state.position(&self.account) {
             Some(index) => drop(state.waiting.remove(index)),
@@ -169,7 +181,22 @@ impl Drop for Taker {
     }
 }
 
-impl Drop for Taken {
+impl Drop for Taker {
+    fn drop(&mut self) {
+        self.forget();
+    }
+}
+
+/// Forgets what is being waited for when it is dropped.
+struct Taking<'a>(&'a mut Taker);
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        self.0.forget();
+    }
+}
+
+impl Drop for FairShare {
     fn drop(&mut self) {
         self.account.fair.give_back(|state| self.account.give_back(state, self.units));
     }
@@ -180,6 +207,7 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::task::Wake;
 
+    use futures_util::FutureExt;
     use proptest::prelude::*;
 
     use super::*;
@@ -198,7 +226,7 @@ mod tests {
         }
     }
 
-    fn take(taker: &mut Taker, wanted: u32) -> Option<Taken> {
+    fn take(taker: &mut Taker, wanted: u32) -> Option<FairShare> {
         match taker.poll_take(&mut Context::from_waker(Waker::noop()), wanted) {
             Poll::Ready(taken) => Some(taken),
             Poll::Pending => None,
@@ -206,11 +234,11 @@ mod tests {
     }
 
     /// Takers that take requests of so much until they get no more, and keep them.
-    fn hogs(fair: &Arc<Fair>, count: usize, wanted: u32) -> Vec<(Taker, Vec<Taken>)> {
+    fn hogs(fair: &Arc<Fair>, count: usize, wanted: u32) -> Vec<(Taker, Vec<FairShare>)> {
         (0..count).map(|_| all_of(fair.taker(), wanted)).collect()
     }
 
-    fn all_of(mut taker: Taker, wanted: u32) -> (Taker, Vec<Taken>) {
+    fn all_of(mut taker: Taker, wanted: u32) -> (Taker, Vec<FairShare>) {
         let taken = std::iter::from_fn(|| take(&mut taker, wanted)).collect();
         (taker, taken)
     }
@@ -273,6 +301,25 @@ mod tests {
         drop(held);
         drop(second);
         assert!(take(&mut third, 2).is_some());
+    }
+
+    #[test]
+    fn who_gives_up_waiting_gets_what_it_asks_for_next() {
+        let fair = Fair::new(4, 4);
+        let (mut first, mut second) = (fair.taker(), fair.taker());
+        let held = take(&mut first, 4);
+        assert!(second.take(4).now_or_never().is_none());
+        assert!(take(&mut second, 3).is_none());
+        drop(held);
+        let later = take(&mut second, 3).expect("there is room");
+        assert_eq!(later.units, 3);
+        drop(later);
+        let held = take(&mut first, 4);
+        let mut waiting = Box::pin(second.take(4));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        drop(held);
+        drop(waiting);
+        assert_eq!(fair.lock().free, 4, "what was granted is given back");
     }
 
     #[derive(Debug, Clone)]
