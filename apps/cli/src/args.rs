@@ -545,13 +545,7 @@ impl FromStr for Patience {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "forever" => Ok(Self::Forever),
-            text => match parse_duration(text)? {
-                Duration::ZERO => Err("a time longer than zero is needed, or `forever`".to_owned()),
-                limit => Ok(Self::For(limit)),
-            },
-        }
+        if text == "forever" { Ok(Self::Forever) } else { parse_duration(text).map(Self::For) }
     }
 }
 
@@ -591,7 +585,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 /// As [`parse_duration`], where none at all makes no sense.
 fn parse_time(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
-        Duration::ZERO => Err("it must be longer than zero".to_owned()),
+        Duration::ZERO => Err("a time longer than zero is needed".to_owned()),
         time => Ok(time),
     }
 }
@@ -599,7 +593,7 @@ fn parse_time(text: &str) -> Result<Duration, String> {
 /// As [`Patience`], where none at all makes no sense.
 fn parse_retry(text: &str) -> Result<Patience, String> {
     match text.parse()? {
-        Patience::For(Duration::ZERO) => Err("it must be longer than zero, or `forever`".to_owned()),
+        Patience::For(Duration::ZERO) => Err("a time longer than zero is needed, or `forever`".to_owned()),
         patience => Ok(patience),
     }
 }
@@ -662,7 +656,7 @@ mod tests {
             ("info /etc/hostname", "did you mean file:/etc/hostname? try --help"),
             ("serve null: --listen 1337", "write it like grpc://0.0.0.0:1337"),
             ("serve null: --listen 127.0.0.1:1338", "write it like grpc://0.0.0.0:1338"),
-            ("mount null: a --retry 0s", "longer than zero, or `forever`"),
+            ("mount null: a --retry 0s", "longer than zero is needed, or `forever`"),
             ("mount null: a --attempt-timeout 0s", "longer than zero"),
             ("seed null: a --listen grpc://a:1 --lease 0s", "longer than zero"),
             ("leech null: a --max-rounds 0", "no number from 1 on"),
