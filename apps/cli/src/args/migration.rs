@@ -183,7 +183,7 @@ pub(crate) struct Leech {
     /// How long to go on asking a seeder that does not say whether it has handed over, or to tell one that does not hear
     /// that it has the region again, or that it may go; and, with --cache, to wait for one of which nothing comes while
     /// something is missing here: a time, or `forever`. After Ctrl-C it is told for half a minute at most. When --retry has
-    /// passed and this too, it ends with an error, and says how to go on.
+    /// passed and this too (this alone where --retry is `forever`), it ends with an error, and says how to go on.
     #[arg(long, default_value = "forever", value_name = "TIME|forever")]
     pub(crate) give_up_after: Patience,
     /// How long to keep trying a seeder that does not answer: a time, or `forever`. Before the handover this gives up

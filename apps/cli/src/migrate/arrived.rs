@@ -233,7 +233,7 @@ impl Site {
     /// How long what is missing is waited for, if not for ever: nobody can go on with what is in memory only.
     fn patience(&self) -> Option<Duration> {
         let limit = self.args.give_up_after.limit().filter(|_| !self.caches.is_empty())?;
-        Some(self.args.retry.limit()?.saturating_add(limit))
+        Some(self.args.retry.limit().unwrap_or_default().saturating_add(limit))
     }
 
     fn draw(&self, bar: &Bar) {

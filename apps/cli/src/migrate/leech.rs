@@ -8,11 +8,14 @@ use r3map::migration::{Arrived, LeechOptions, Leecher, LeecherSettings, Migratio
 use r3map::{ErrorKind, Registry, RetrySettings};
 
 use super::arrived::{self, Site};
-use super::moving::{self, Trigger};
+use super::moving::{self, Trigger, Until};
 use super::{application, ledger_beside};
 use crate::args::{self, As, Cache, Finalize};
 use crate::output::Output;
 use crate::signals::Signals;
+
+/// How long a seeder is asked at least.
+const SHORTEST: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(registry: &Registry, args: args::Leech, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
@@ -97,6 +100,13 @@ impl Plan {
         self.places.iter().enumerate().map(place).collect()
     }
 
+    /// Until when a seeder is asked, from now on.
+    fn until(&self) -> Until {
+        let (limit, firm) = (self.args.give_up_after.limit(), self.args.retry.limit().is_none());
+        // It is to be asked once.
+        Until::new(limit.map(|limit| if firm { limit.max(SHORTEST) } else { limit }), firm)
+    }
+
     /// As a seeder, with what stays the same for as long as the bytes live.
     fn to_seed_on(&self, output: Output) -> Result<Migration> {
         let facts = self.caches.iter().map(|cache| Ok(r3map::migration::describe_cache(cache)?.identity));
@@ -125,7 +135,7 @@ impl Plan {
             moving::copy(leecher, trigger, signals, output).await
         };
         let moved = match moved.await {
-            Ok(leecher) => moving::finalize(leecher, self.args.give_up_after.limit(), signals, output).await,
+            Ok(leecher) => moving::finalize(leecher, self.until(), signals, output).await,
             Err(error) => Err(moving::Failed::Stays(error)),
         };
         match moved {
@@ -172,11 +182,13 @@ impl Plan {
     ) -> Result<Option<Leecher<Running<Arrived>>>> {
         output.note(
             "resuming",
-            "a migration to here was under way: going on with it; its --retry says for how long it is tried",
+            "a migration to here was under way: going on with it; --retry and --give-up-after say for how long it is tried",
         );
+        let until = self.until();
         let resumed = tokio::select! {
             resumed = self.migration.clone().resume(registry, &self.args.uri, self.places()) => resumed,
             () = signals.next() => bail!("stopped; run the same command again to go on"),
+            why = until.ran_out() => return Err(why.context("the migration to here is not at its end: run the same command again")),
         };
         match resumed {
             Ok(Some(running)) => {

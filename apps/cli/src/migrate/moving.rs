@@ -176,18 +176,18 @@ fn changes(progress: &PullProgress) -> String {
     }
 }
 
-/// Moves the regions. Where nobody knows what came of the asking, the seeder is asked again until somebody does, or for as
-/// long as `limit` says; whoever says stop has it asked to forget about it.
+/// Moves the regions. Where nobody knows what came of the asking, the seeder is asked again until somebody does, or until
+/// `until`; whoever says stop has it asked to forget about it.
 pub(super) async fn finalize(
     mut leecher: Leecher<Pulling<Landing>>,
-    limit: Option<Duration>,
+    until: Until,
     signals: &mut Signals,
     output: Output,
 ) -> Result<Leecher<Running<Arrived>>, Failed> {
     output.note("moving", "the application is being stopped over there");
-    let (mut stop, until) = (false, Until::new(limit));
+    let mut stop = false;
     loop {
-        let FinalizeError { error, then } = match ask(leecher, &mut stop, signals, output).await? {
+        let FinalizeError { error, then } = match ask(leecher, &mut stop, until, signals, output).await? {
             Ok(running) => return Ok(running),
             Err(left) => left,
         };
@@ -232,16 +232,18 @@ pub(super) async fn finalize(
 
 /// Until when a seeder is asked.
 #[derive(Clone, Copy)]
-struct Until {
+pub(super) struct Until {
     began: Instant,
     end: Option<Instant>,
+    /// What is tried then is not waited for: it is tried for ever.
+    firm: bool,
 }
 
 impl Until {
     /// A limit that is longer than time goes is none.
-    fn new(limit: Option<Duration>) -> Self {
+    pub(super) fn new(limit: Option<Duration>, firm: bool) -> Self {
         let began = Instant::now();
-        Self { began, end: limit.and_then(|limit| began.checked_add(limit)) }
+        Self { began, end: limit.and_then(|limit| began.checked_add(limit)), firm }
     }
 
     fn is_over(self) -> bool {
@@ -256,9 +258,22 @@ impl Until {
         }
     }
 
-    fn failed(self, error: &r3map::Error) -> Failed {
+    /// Returns when it is over, with what that means; never where what is tried comes to an end by itself.
+    pub(super) async fn ran_out(self) -> Error {
+        if !self.firm {
+            std::future::pending::<()>().await;
+        }
+        self.passed().await;
+        self.silence()
+    }
+
+    fn silence(self) -> Error {
         let time = self.began.elapsed();
-        Failed::Unknown(anyhow!("the seeder has not said for {time:.0?} whether it has handed over: {error}"))
+        anyhow!("the seeder has not said for {time:.0?} whether it has handed over")
+    }
+
+    fn failed(self, error: &r3map::Error) -> Failed {
+        Failed::Unknown(anyhow!("{}: {error}", self.silence()))
     }
 }
 
@@ -272,6 +287,7 @@ type Asked = Result<Leecher<Running<Arrived>>, FinalizeError<Landing>>;
 async fn ask(
     leecher: Leecher<Pulling<Landing>>,
     stop: &mut bool,
+    until: Until,
     signals: &mut Signals,
     output: Output,
 ) -> Result<Asked, Failed> {
@@ -279,6 +295,7 @@ async fn ask(
     loop {
         tokio::select! {
             asked = &mut asking => return Ok(asked),
+            why = until.ran_out() => return Err(Failed::Unknown(why)),
             () = signals.next() => {
                 if std::mem::replace(stop, true) {
                     return Err(Failed::Unknown(anyhow!(GAVE_UP)));
@@ -294,6 +311,7 @@ async fn give_back(owed: &Owed, until: Until, signals: &mut Signals) -> Result<(
     loop {
         let given = tokio::select! {
             given = owed.abort() => given,
+            why = until.ran_out() => return Err(Failed::Unknown(why)),
             () = signals.next() => return Err(Failed::Unknown(anyhow!(GAVE_UP))),
         };
         match given {
