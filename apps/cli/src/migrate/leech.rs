@@ -14,6 +14,8 @@ use crate::args::{self, As, Cache, Finalize};
 use crate::output::Output;
 use crate::signals::Signals;
 
+const NOT_AT_ITS_END: &str = "the migration to here is not at its end: run the same command again";
+
 /// How long a seeder is asked at least.
 const SHORTEST: Duration = Duration::from_secs(1);
 
@@ -188,7 +190,7 @@ impl Plan {
         let resumed = tokio::select! {
             resumed = self.migration.clone().resume(registry, &self.args.uri, self.places()) => resumed,
             () = signals.next() => bail!("stopped; run the same command again to go on"),
-            why = until.ran_out() => return Err(why.context("the migration to here is not at its end: run the same command again")),
+            why = until.ran_out() => return Err(why.context(NOT_AT_ITS_END)),
         };
         match resumed {
             Ok(Some(running)) => {
@@ -202,7 +204,7 @@ impl Plan {
             Err(error) if error.kind() == ErrorKind::Conflict => {
                 Err(error).context("the migration to here cannot go on")
             }
-            Err(error) => Err(error).context("the migration to here is not at its end: run the same command again"),
+            Err(error) => Err(error).context(NOT_AT_ITS_END),
         }
     }
 }
