@@ -217,7 +217,9 @@ impl Mounted {
 
     /// Flushes and unmounts; `anyway` also if that fails or the file is in use. Blocks, not for ever.
     fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
-        if self.session.has_ended() || anyway && !self.is_on_path() {
+        // The kernel lets go of what was unmounted a moment later.
+        let is_unmounted = self.gone.load(Relaxed) || self.session.has_ended();
+        if is_unmounted || anyway && !self.is_on_path() {
             return self.finish();
         }
         if !self.is_on_path() {

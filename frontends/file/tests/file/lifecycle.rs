@@ -314,6 +314,21 @@ fn bad_settings_and_paths_touch_nothing() {
     assert!(mounts(&world.path()).is_empty());
 }
 
+/// Also in the moment in which the kernel has not let go yet.
+#[test]
+fn unmounting_again_flushes_and_does_nothing_else() {
+    need_fuse!();
+    let world = World::new();
+    for _ in 0..20 {
+        let faults = faulty(SIZE, 1);
+        let mount = world.try_mount(faults.clone(), FileSettings::default()).unwrap();
+        world.wait("unmounting", mount.unmount()).unwrap();
+        let flushes = faults.count(Operation::Flush);
+        world.wait("unmounting again", mount.unmount()).unwrap();
+        assert!(faults.count(Operation::Flush) > flushes);
+    }
+}
+
 fn opened(world: &World, memory: &Arc<Memory>, settings: FileSettings) -> OpenedFile {
     world.wait("opening", OpenedFile::open(memory.clone(), settings)).unwrap()
 }
