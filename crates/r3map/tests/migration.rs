@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use moving::{BLOCK, Front, Replay, Stamps, anywhere, blocking, move_again_and_again, settings};
-use r3map::migration::{FileLedger, Ledger, Migration, MigrationId, Place, Standing, Unsettled};
-use r3map::{Backend, Cache, ErrorKind, Mount, OpenOptions as RegionOptions, Registry, Uri};
+use r3map::migration::{FileLedger, Ledger, Migration, MigrationId, Place, Seeding, Standing, Unsettled};
+use r3map::{Backend, Cache, ErrorKind, Mount, OpenOptions as RegionOptions, PathMount, Registry, SliceMount, Uri};
 use r3map_testkit::fill;
 use r3map_testkit::store::Store;
 
@@ -95,16 +95,22 @@ async fn what_a_mapping_wrote_is_moved_though_the_kernel_held_it() {
     mount.abandon().await;
 }
 
+/// Offers memory, and a file on the path `disk` in a folder, as one.
+async fn seed_both(folder: &Path) -> (SliceMount, PathMount, Seeding) {
+    let memory = Mount::managed(empty()).slice().await.unwrap();
+    let disk = Mount::direct(empty()).migratable().path(folder.join("disk")).await.unwrap();
+    let regions = vec![("memory".into(), memory.source()), ("disk".into(), disk.source().unwrap())];
+    let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
+    (memory, disk, seeding)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_and_a_disk_are_moved_as_one() {
     if !Path::new("/dev/fuse").exists() {
         return r3map_testkit::skip("there is no /dev/fuse");
     }
     let folder = tempfile::tempdir().unwrap();
-    let mut memory = Mount::managed(empty()).slice().await.unwrap();
-    let disk = Mount::direct(empty()).migratable().path(folder.path().join("disk")).await.unwrap();
-    let regions = vec![("memory".into(), memory.source()), ("disk".into(), disk.source().unwrap())];
-    let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
+    let (mut memory, disk, seeding) = seed_both(folder.path()).await;
     let uri: Uri = seeding.uris()[0].parse().unwrap();
     let places = vec![Place::slice(), Place::path(folder.path().join("there"))];
     let leecher = Migration::new().settings(settings()).leech(&Registry::standard(), &uri, places).await.unwrap();
@@ -286,10 +292,7 @@ async fn where_one_of_two_cannot_be_shown_both_go_back() {
         return r3map_testkit::skip("there is no /dev/fuse");
     }
     let folder = tempfile::tempdir().unwrap();
-    let mut memory = Mount::managed(empty()).slice().await.unwrap();
-    let disk = Mount::direct(empty()).migratable().path(folder.path().join("disk")).await.unwrap();
-    let regions = vec![("memory".into(), memory.source()), ("disk".into(), disk.source().unwrap())];
-    let seeding = Migration::new().seed(&Registry::standard(), &anywhere(), regions).await.unwrap();
+    let (mut memory, disk, seeding) = seed_both(folder.path()).await;
     let uri: Uri = seeding.uris()[0].parse().unwrap();
     let (first, second) = (folder.path().join("first"), folder.path().join("second"));
     let leech = async || {

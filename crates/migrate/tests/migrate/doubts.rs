@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use r3map_core::{ErrorKind, Result};
-use r3map_migrate::protocol::{Description, MAX_EPOCH};
+use r3map_migrate::protocol::{Description, MAX_EPOCH, MigrationId};
 use r3map_migrate::{
-    Arrival, Ledger, Leecher, LeecherParts, Pulling, Seeder, SeederParts, SeederPhase, Standing, Target, Unsettled,
+    Admitted, Arrival, Ledger, Leecher, LeecherParts, Pulling, Seeder, SeederParts, SeederPhase, Standing, Target,
+    Unsettled,
 };
 use r3map_pipeline::{Local, StateRecord};
 use tokio::time::{sleep, timeout};
@@ -35,12 +36,28 @@ async fn ready(link: &Arc<Link>) -> (Leecher<Pulling<Place>>, Arc<Disk>) {
     (leecher, disk)
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_handover_that_was_refused_is_in_no_ledger_afterwards() {
+/// An application on host A, what it writes being recorded for a leecher.
+struct Recorded {
+    app: Arc<Application>,
+    disk: Arc<Disk>,
+    here: Here,
+    seeder: Seeder,
+    /// The leecher's.
+    calls: Admitted,
+    id: MigrationId,
+}
+
+async fn recorded() -> Recorded {
     let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
     let (here, seeder) = seed(&app, "A", &disk).await;
     let calls = seeder.admit(b"").unwrap();
     calls.track(id, None).await.unwrap();
+    Recorded { app, disk, here, seeder, calls, id }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handover_that_was_refused_is_in_no_ledger_afterwards() {
+    let Recorded { app, disk, here, calls, id, .. } = recorded().await;
     disk.fail_ledger_late(0, 1);
     assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled);
     assert_eq!(app.host().await, Some("A"));
@@ -63,10 +80,7 @@ async fn runs_again(seeder: &Seeder) {
 
 #[tokio::test(start_paused = true)]
 async fn as_long_as_a_ledger_may_say_something_else_nothing_changes_hands() {
-    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
-    let (_here, seeder) = seed(&app, "A", &disk).await;
-    let calls = seeder.admit(b"").unwrap();
-    calls.track(id, None).await.unwrap();
+    let Recorded { app, disk, here: _here, seeder, calls, id } = recorded().await;
     // The handover, what held before it, and that twice again.
     disk.fail_ledger_late(0, 4);
     for _ in 0..2 {
@@ -95,10 +109,7 @@ async fn as_long_as_a_ledger_may_say_something_else_nothing_changes_hands() {
 /// A refusal would be taken for "it is still over there", be it by a leecher that is started again and asks so.
 #[tokio::test(start_paused = true)]
 async fn nobody_is_refused_while_a_ledger_is_in_doubt() {
-    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
-    let (_here, seeder) = seed(&app, "A", &disk).await;
-    let calls = seeder.admit(b"").unwrap();
-    calls.track(id, None).await.unwrap();
+    let Recorded { app, disk, here: _here, seeder, calls, id } = recorded().await;
     let others = [(id, u64::MAX), (fresh_id(), 0)];
     // The handover, what held before it, that once more, and once for each who asks.
     disk.fail_ledger_late(0, 3 + 2);
@@ -115,10 +126,7 @@ async fn nobody_is_refused_while_a_ledger_is_in_doubt() {
 
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
-    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
-    let (here, seeder) = seed(&app, "A", &disk).await;
-    let calls = seeder.admit(b"").unwrap();
-    calls.track(id, None).await.unwrap();
+    let Recorded { app, disk, here, seeder, calls, id } = recorded().await;
     app.write(3).await;
     disk.fail_ledger_late(0, u32::MAX);
     calls.finalize(id, 0).await.unwrap_err();
@@ -138,10 +146,7 @@ async fn an_answer_that_a_ledger_has_by_mistake_is_still_true_after_a_crash() {
 
 #[tokio::test(start_paused = true)]
 async fn whoever_stops_a_seeder_whose_ledger_is_in_doubt_has_it_written_once_more() {
-    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
-    let (_here, seeder) = seed(&app, "A", &disk).await;
-    let calls = seeder.admit(b"").unwrap();
-    calls.track(id, None).await.unwrap();
+    let Recorded { app, disk, here: _here, seeder, calls, id } = recorded().await;
     // The handover, and what held before it, twice.
     disk.fail_ledger_late(0, 3);
     calls.finalize(id, 0).await.unwrap_err();
@@ -153,10 +158,7 @@ async fn whoever_stops_a_seeder_whose_ledger_is_in_doubt_has_it_written_once_mor
 
 #[tokio::test(start_paused = true)]
 async fn a_ledger_that_takes_nothing_keeps_nobody_from_running() {
-    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
-    let (_here, seeder) = seed(&app, "A", &disk).await;
-    let calls = seeder.admit(b"").unwrap();
-    calls.track(id, None).await.unwrap();
+    let Recorded { app, disk, here: _here, seeder, calls, id } = recorded().await;
     disk.fail_ledger(0, u32::MAX);
     for _ in 0..2 {
         assert_eq!(calls.finalize(id, 0).await.unwrap_err().kind(), ErrorKind::Cancelled);
@@ -166,10 +168,7 @@ async fn a_ledger_that_takes_nothing_keeps_nobody_from_running() {
 
 #[tokio::test(start_paused = true)]
 async fn an_abort_counts_only_when_the_ledger_says_so() {
-    let (app, disk, id) = (Application::new(), Disk::new(), fresh_id());
-    let (_here, seeder) = seed(&app, "A", &disk).await;
-    let calls = seeder.admit(b"").unwrap();
-    calls.track(id, None).await.unwrap();
+    let Recorded { app, disk, here: _here, calls, id, .. } = recorded().await;
     disk.fail_ledger_late(0, 4);
     calls.finalize(id, 0).await.unwrap_err();
     assert_eq!(calls.abort(id).await.unwrap_err().kind(), ErrorKind::Unavailable);

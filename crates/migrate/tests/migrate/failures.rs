@@ -5,7 +5,6 @@
 //! the application on the seeder notices nothing, unless its own process dies.
 
 use std::collections::HashSet;
-use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,7 +16,6 @@ use r3map_migrate::{
     Ledger, Leecher, LeecherParts, LeecherSettings, PullProgress, Pulling, Running, Seeder, SeederPhase, Standing,
     Unsettled,
 };
-use r3map_pipeline::Workers;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -25,7 +23,7 @@ use crate::support::application::Application;
 use crate::support::disk::{Disk, Life};
 use crate::support::host::{Here, Place, fronts, seed, seed_all};
 use crate::support::link::{End, Fault, Link, MortalEnd, Step};
-use crate::support::{fresh_id, geometry, settings};
+use crate::support::{chunk_by_chunk, fresh_id, geometry, settings};
 
 /// One thing that goes wrong, at one call of one step.
 #[derive(Debug, Clone, Copy)]
@@ -181,13 +179,6 @@ async fn is_killed_after(steps: u64, at_once: bool) -> bool {
     assert!(!world.link.seeder().unwrap().owns());
     assert_eq!(world.restarts.load(Ordering::SeqCst), 0, "killed after {steps} steps it began again");
     died
-}
-
-fn chunk_by_chunk() -> LeecherSettings {
-    let mut settings = settings();
-    settings.pull.workers = Workers::Fixed(NonZeroUsize::MIN);
-    settings.pull.max_request = NonZeroU64::MIN;
-    settings
 }
 
 /// The seeder's host: a process that dies is started again two seconds later.

@@ -1,31 +1,21 @@
 //! A leecher that is started again before it was finalized goes on from where it was.
 
-use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use r3map_core::{BLOCK_SIZE, ErrorKind, Result};
 use r3map_migrate::protocol::Description;
-use r3map_migrate::{Ledger, Leecher, LeecherParts, LeecherSettings, Pulling, Running, Seeder, SeederPhase, Standing};
-use r3map_pipeline::Workers;
+use r3map_migrate::{Ledger, Leecher, LeecherParts, Pulling, Running, Seeder, SeederPhase, Standing};
 use tokio::time::{sleep, timeout};
 
 use crate::support::application::Application;
 use crate::support::disk::{Disk, Life};
 use crate::support::host::{Here, Place, seed};
 use crate::support::link::{Fault, Link, MortalEnd, Step};
-use crate::support::{LEASE, SIZE, fresh_id, geometry, settings};
+use crate::support::{LEASE, SIZE, chunk_by_chunk, fresh_id, geometry, settings};
 
 const LONG: Duration = Duration::from_secs(600);
-
-/// One chunk after the other, so that it is known what is under way.
-fn chunk_by_chunk() -> LeecherSettings {
-    let mut settings = settings();
-    settings.pull.workers = Workers::Fixed(NonZeroUsize::MIN);
-    settings.pull.max_request = NonZeroU64::MIN;
-    settings
-}
 
 /// A process of the leecher.
 struct Process {

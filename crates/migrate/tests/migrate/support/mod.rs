@@ -5,13 +5,14 @@ pub(crate) mod disk;
 pub(crate) mod host;
 pub(crate) mod link;
 
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use r3map_core::{ChunkSize, Geometry};
 use r3map_migrate::protocol::MigrationId;
 use r3map_migrate::{LeecherSettings, Precopy};
-use r3map_pipeline::{PullSettings, RetrySettings};
+use r3map_pipeline::{PullSettings, RetrySettings, Workers};
 
 /// Not a multiple of anything.
 pub(crate) const SIZE: u64 = 61 * 4096 + 77;
@@ -36,6 +37,14 @@ pub(crate) fn settings() -> LeecherSettings {
         after: patience(5),
         handover_timeout: Duration::from_secs(4),
     }
+}
+
+/// One chunk after the other, so that it is known what is under way.
+pub(crate) fn chunk_by_chunk() -> LeecherSettings {
+    let mut settings = settings();
+    settings.pull.workers = Workers::Fixed(NonZeroUsize::MIN);
+    settings.pull.max_request = NonZeroU64::MIN;
+    settings
 }
 
 /// A name that no other migration of this process has.
