@@ -46,12 +46,12 @@ async fn stamped(kinds: &'static [Kind], hops: u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ublk_device_is_moved_again_and_again_and_no_stamp_is_lost() {
-    stamped(&[Kind::Ublk], 12).await;
+    stamped(&[Kind::Ublk], 8).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_nbd_device_is_moved_again_and_again_and_no_stamp_is_lost() {
-    stamped(&[Kind::Nbd], 12).await;
+    stamped(&[Kind::Nbd], 8).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
