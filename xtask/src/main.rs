@@ -79,8 +79,14 @@ fn lint() -> Result<()> {
 /// What is fuzzed by hand has to compile: it is no member of the workspace. libFuzzer itself, which would take a C++
 /// compiler, is left out.
 fn fuzz() -> Result<()> {
-    let mut check =
-        cargo(&["check", "--manifest-path", "transports/nbd/fuzz/Cargo.toml", "--target-dir", "target/fuzz"]);
+    let mut check = cargo(&[
+        "check",
+        "--locked",
+        "--manifest-path",
+        "transports/nbd/fuzz/Cargo.toml",
+        "--target-dir",
+        "target/fuzz",
+    ]);
     check.env("CUSTOM_LIBFUZZER_PATH", "none/libfuzzer.a").env("RUSTFLAGS", "-D warnings");
     step("fuzz targets", check)
 }

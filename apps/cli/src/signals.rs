@@ -45,7 +45,8 @@ impl Signals {
                 *self.until.insert(Instant::now() + ONE)
             }
         };
-        while timeout_at(until, self.any()).await.is_ok() {}
+        // What is there later, if this is asked only then, is another one.
+        while Instant::now() < until && timeout_at(until, self.any()).await.is_ok() {}
         self.until = None;
         self.once = true;
     }

@@ -143,7 +143,7 @@ pub enum Unsettled<T: Target> {
     Returned,
     /// They could not be shown, and the seeder does not answer, or something panicked before that was known: the
     /// application is stopped over there until [`Owed::abort`] reaches it.
-    Owed(Owed),
+    Owed(Box<Owed>),
 }
 
 /// An abort that has not reached the seeder.
@@ -187,7 +187,7 @@ impl Owed {
         if let Some((ledger, standing)) = before {
             take_back(&**ledger, standing)?;
         }
-        retrying(&settings.before, Operation::Close, || peer.abort(*id)).await
+        retrying(&settings.settling(), Operation::Close, || peer.abort(*id)).await
     }
 }
 
@@ -319,7 +319,7 @@ impl<T: Target> Leecher<Pulling<T>> {
         let (copying, parts) = self.into_copying().await?;
         let runtime = copying.runtime.clone();
         let owed = Owed::asked(&copying, &parts);
-        let died = |_| FinalizeError { error: gone(), then: Unsettled::Owed(owed) };
+        let died = |_| FinalizeError { error: gone(), then: Unsettled::Owed(Box::new(owed)) };
         runtime.spawn(Self::finalize_here(copying, parts)).await.map_err(died)?
     }
 
@@ -363,7 +363,7 @@ impl<T: Target> Leecher<Pulling<T>> {
         settings: LeecherSettings,
         parts: LeecherParts,
     ) -> Result<Option<Leecher<Running<T::Shown>>>> {
-        let description = retrying(&settings.before, Operation::Open, || peer.describe()).await?;
+        let description = retrying(&settings.settling(), Operation::Open, || peer.describe()).await?;
         let regions = description.check()?;
         let (id, handover) = match standing {
             Standing::Asking { id, rounds } => match ask_again(&*peer, *id, *rounds, &settings, &parts).await? {
@@ -546,7 +546,7 @@ async fn arrive<T: Target>(
         Err(error) => {
             let then = match owed.abort().await {
                 Ok(()) => Unsettled::Returned,
-                Err(_) => Unsettled::Owed(owed),
+                Err(_) => Unsettled::Owed(Box::new(owed)),
             };
             Err(FinalizeError { error, then })
         }

@@ -17,7 +17,10 @@ pub struct LeecherSettings {
     /// How long to try a seeder that does not answer, before the application is moved, and while it is asked to hand
     /// over. When it is spent the migration ends, and the application runs on over there.
     pub before: RetrySettings,
-    /// The same for what is missing after the application was moved: readers wait so long, then get an error, and the
+    /// How long to ask for the handover instead, and how long to find out what came of it, or to give the regions back, at a
+    /// time. Default as `before` says.
+    pub handover_limit: Option<Duration>,
+    /// As `before` for what is missing after the application was moved: readers wait so long, then get an error, and the
     /// next one asks again.
     pub after: RetrySettings,
     /// How long one attempt to have the regions handed over may take. Default 70 s, which is more than a seeder takes for
@@ -32,6 +35,7 @@ impl Default for LeecherSettings {
             precopy: Precopy::default(),
             pull: PullSettings::default(),
             before: RetrySettings::default(),
+            handover_limit: None,
             after: RetrySettings::default(),
             handover_timeout: Duration::from_secs(70),
         }
@@ -41,8 +45,14 @@ impl Default for LeecherSettings {
 impl LeecherSettings {
     /// How patiently to ask for the handover.
     pub(crate) fn handover(&self) -> RetrySettings {
-        let limit = self.before.limit.map(|limit| limit.max(self.handover_timeout));
-        RetrySettings { limit, attempt_timeout: self.handover_timeout, ..self.before.clone() }
+        let settling = self.settling();
+        let limit = settling.limit.map(|limit| limit.max(self.handover_timeout));
+        RetrySettings { limit, attempt_timeout: self.handover_timeout, ..settling }
+    }
+
+    /// How patiently to ask what came of it, or to give the regions back.
+    pub(crate) fn settling(&self) -> RetrySettings {
+        RetrySettings { limit: self.handover_limit.or(self.before.limit), ..self.before.clone() }
     }
 }
 

@@ -25,10 +25,9 @@ const RESERVE: u32 = 4;
 /// So many units for all, and who waits for some.
 #[derive(Debug)]
 pub struct Fair {
+    total: u32,
     /// The most that one may have.
     own: u32,
-    /// What is left then.
-    others: u32,
     state: Mutex<State>,
 }
 
@@ -48,6 +47,8 @@ struct Waiting {
 #[derive(Debug)]
 struct Account {
     fair: Arc<Fair>,
+    /// The most that it may have.
+    own: u32,
     /// Changed under the lock only.
     held: AtomicU32,
 }
@@ -71,15 +72,21 @@ impl Fair {
     /// So many units, of which one may have at most `own`.
     #[must_use]
     pub fn new(total: u32, own: u32) -> Arc<Self> {
-        let own = own.min(total);
         let state = Mutex::new(State { free: total, waiting: VecDeque::new() });
-        Arc::new(Self { own, others: total - own, state })
+        Arc::new(Self { total, own: own.min(total), state })
     }
 
     /// For one who takes units.
     #[must_use]
     pub fn taker(self: &Arc<Self>) -> Taker {
-        Taker { account: Arc::new(Account { fair: self.clone(), held: AtomicU32::new(0) }), asked: None }
+        self.taker_of(self.own)
+    }
+
+    /// For one who may have more than others, or less.
+    #[must_use]
+    pub fn taker_of(self: &Arc<Self>, own: u32) -> Taker {
+        let account = Account { fair: self.clone(), own: own.min(self.total), held: AtomicU32::new(0) };
+        Taker { account: Arc::new(account), asked: None }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -89,15 +96,17 @@ impl Fair {
     fn fits(&self, state: &State, account: &Account, wanted: u32) -> bool {
         let Some(left) = state.free.checked_sub(wanted) else { return false };
         let after = account.held() + wanted;
+        // What is left when this one has all that it may have.
+        let others = self.total - account.own;
         let fair = match account.held() {
             // Without the reserve, what is longer than half of all would wait for ever.
-            0 => after <= left || left >= self.others / RESERVE,
+            0 => after <= left || left >= others / RESERVE,
             _ if state.waiting.iter().any(|other| other.account.held() == 0) => after <= left / SPARING,
             // What all together have is no more than one alone may have.
-            _ if left >= self.others => true,
+            _ if left >= others => true,
             _ => after <= left / PART,
         };
-        fair && after <= self.own
+        fair && after <= account.own
     }
 
     /// Takes what `change` gives back, grants what then can be granted, and wakes who got something.
@@ -160,7 +169,7 @@ impl Taker {
             self.asked = None;
             return Poll::Ready(FairShare { account: self.account.clone(), units });
         }
-        let units = wanted.min(fair.own);
+        let units = wanted.min(self.account.own);
         if fair.fits(&state, &self.account, units) {
             self.account.take(&mut state, units);
             return Poll::Ready(FairShare { account: self.account.clone(), units });

@@ -21,6 +21,7 @@ use crate::{abi, apart};
 
 const LOOP_CONFIGURE: Opcode = raw::LOOP_CONFIGURE;
 const LOOP_CTL_GET_FREE: Opcode = raw::LOOP_CTL_GET_FREE;
+const BLKROGET: Opcode = linux_raw_sys::ioctl::BLKROGET;
 const BLKROSET: Opcode = linux_raw_sys::ioctl::BLKROSET;
 
 const _: () = {
@@ -181,12 +182,25 @@ fn configure(device: &File, backing: &File, spec: LoopSpec) -> io::Result<()> {
     };
     // SAFETY: that is the struct that the ioctl takes, and there are no addresses in it.
     unsafe { abi::call::<LOOP_CONFIGURE, _>(device, &mut config) }?;
-    if !spec.read_only {
-        // Whoever had this number before may have left it read-only (`blockdev --setro`), which outlives his device.
-        let mut off: libc::c_int = 0;
-        // SAFETY: the ioctl takes the address of an int.
-        unsafe { abi::call::<BLKROSET, _>(device, &mut off) }?;
+    // Whoever had this number before may have left it read-only (`blockdev --setro`), which outlives his device. To change
+    // that takes more rights than to make a device.
+    if !spec.read_only && is_read_only(device)? {
+        set_read_only(device, false)?;
     }
+    Ok(())
+}
+
+fn is_read_only(device: &File) -> io::Result<bool> {
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the ioctl takes the address of an int.
+    unsafe { abi::call::<BLKROGET, _>(device, &mut read_only) }?;
+    Ok(read_only != 0)
+}
+
+fn set_read_only(device: &File, read_only: bool) -> io::Result<()> {
+    let mut read_only = libc::c_int::from(read_only);
+    // SAFETY: the ioctl takes the address of an int.
+    unsafe { abi::call::<BLKROSET, _>(device, &mut read_only) }?;
     Ok(())
 }
 
@@ -253,6 +267,15 @@ mod tests {
         device.detach(LIMIT).expect("again is the same as once");
     }
 
+    /// Leaves a number to be written by whoever has it next.
+    struct Tidy(u32);
+
+    impl Drop for Tidy {
+        fn drop(&mut self) {
+            let _ = open(self.0, true, 0).and_then(|device| set_read_only(&device, false));
+        }
+    }
+
     #[test]
     fn a_number_that_was_left_read_only_can_be_written_again() {
         let file = tempfile::NamedTempFile::new().expect("there is room");
@@ -260,13 +283,11 @@ mod tests {
         let again = || {
             let number = {
                 let mut device = attach(file.path(), spec())?;
-                let mut on: libc::c_int = 1;
-                let opened = open(device.number(), true, 0).expect("it is there");
-                // SAFETY: the ioctl takes the address of an int.
-                unsafe { abi::call::<BLKROSET, _>(opened, &mut on) }.expect("root may");
+                set_read_only(&open(device.number(), true, 0).expect("it is there"), true).expect("root may");
                 device.detach(LIMIT).expect("nobody has it");
                 device.number()
             };
+            let _tidy = Tidy(number);
             wait_until("it is detached", || !is_attached(number, file.path()));
             // The kernel gives the first that is free. Somebody else may be faster.
             let mut others = Vec::new();

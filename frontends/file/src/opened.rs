@@ -82,12 +82,14 @@ impl Open {
     /// On no path at all, so that a process which is killed meanwhile leaves nothing; or for a moment on one, where the
     /// kernel or the user's rights ask for that.
     fn start(backend: Arc<dyn Backend>, settings: &FileSettings, runtime: Handle) -> Result<Self> {
-        match Detached::new(Shape::of(&*backend), settings, runtime.clone()) {
-            Ok(Detached { mount, session, .. }) => {
-                session.bind(backend);
-                let file = open(Path::new(&format!("/proc/self/fd/{}", mount.as_raw_fd())), settings)?;
-                Ok(Self { file, session })
-            }
+        let detached = Detached::new(Shape::of(&*backend), settings, runtime.clone());
+        let opened = detached.and_then(|Detached { mount, session, .. }| {
+            session.bind(backend.clone());
+            let file = open(Path::new(&format!("/proc/self/fd/{}", mount.as_raw_fd())), settings)?;
+            Ok(Self { file, session })
+        });
+        match opened {
+            Ok(opened) => Ok(opened),
             Err(error) => {
                 tracing::debug!(%error, "it is mounted on a path for a moment");
                 Self::start_on_a_path(backend, settings, runtime)

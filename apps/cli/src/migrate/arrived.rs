@@ -307,6 +307,15 @@ impl Site {
 
     /// Offers them to the next host.
     async fn seed_on(self, registry: &Registry, signals: &mut Signals) -> Result<()> {
+        // Until it is written down that they are here, they are not to be passed on, and go on being used.
+        while self.running.kept().is_err() {
+            tokio::select! {
+                () = tokio::time::sleep(TICK) => {}
+                () = unmounted(self.running.regions()) => return self.keep(false, signals).await,
+                () = signals.next() => return self.keep(true, signals).await,
+                lost = self.running.taken_back() => return Err(self.lose(lost).await),
+            }
+        }
         let Self { running, args, caches, next, output } = self;
         let (regions, mut seeding) = next.release(registry, &[], running).await?;
         let mounts = mounts(&regions).collect();
@@ -332,25 +341,26 @@ impl Site {
 /// Offers regions that are used here, at each place as soon as that can be had: they must not end because one is taken just
 /// now. Never returns.
 async fn offer(seeding: &mut Seeding, registry: &Registry, places: &[Uri], output: Output) -> Infallible {
-    let mut told = false;
-    for place in places {
-        let uri = loop {
+    let mut places: Vec<_> = places.iter().map(|place| (place, false)).collect();
+    while !places.is_empty() {
+        let mut left = Vec::new();
+        for (place, told) in places {
             match seeding.listen(registry, place).await {
-                Ok(uri) => break uri,
+                Ok(uri) => {
+                    output.event("seeding", &format!("seeding: to be taken over at {uri}"), json!({ "uri": uri }));
+                }
                 Err(error) => {
-                    if !std::mem::replace(&mut told, true) {
-                        output.note(
-                            "waiting",
-                            &format!(
-                                "the region is used here and cannot be offered yet, which is tried again: {error}"
-                            ),
-                        );
+                    if !told {
+                        let human =
+                            format!("the region is used here and cannot be offered yet, which is tried again: {error}");
+                        output.note("waiting", &human);
                     }
-                    tokio::time::sleep(PAUSE).await;
+                    left.push((place, true));
                 }
             }
-        };
-        output.event("seeding", &format!("seeding: to be taken over at {uri}"), json!({ "uri": uri }));
+        }
+        places = left;
+        tokio::time::sleep(PAUSE).await;
     }
     std::future::pending().await
 }

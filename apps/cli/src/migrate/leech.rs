@@ -23,10 +23,6 @@ pub(crate) async fn run(registry: &Registry, args: args::Leech, output: Output) 
     let mut signals = Signals::new()?;
     let mut trigger = Trigger::new(args.finalize)?;
     let plan = Plan::new(args)?;
-    // Before anything moves: a region that is here already must not end for this.
-    for place in &plan.args.then_seed {
-        Migration::can_seed(registry, place).await.context("--then-seed")?;
-    }
     let running = match plan.migration.standing()? {
         Some(Standing::Asking { .. } | Standing::Arrived { .. }) => {
             match plan.go_on(registry, &mut signals, output).await? {
@@ -102,13 +98,6 @@ impl Plan {
         self.places.iter().enumerate().map(place).collect()
     }
 
-    /// Until when a seeder is asked, from now on.
-    fn until(&self) -> Until {
-        let (limit, firm) = (self.args.give_up_after.limit(), self.args.retry.limit().is_none());
-        // It is to be asked once.
-        Until::new(limit.map(|limit| if firm { limit.max(SHORTEST) } else { limit }), firm)
-    }
-
     /// As a seeder, with what stays the same for as long as the bytes live.
     fn to_seed_on(&self, output: Output) -> Result<Migration> {
         let facts = self.caches.iter().map(|cache| Ok(r3map::migration::describe_cache(cache)?.identity));
@@ -127,6 +116,10 @@ impl Plan {
         signals: &mut Signals,
         output: Output,
     ) -> Result<Leecher<Running<Arrived>>> {
+        // Before anything moves: a region that is here already must not end for this.
+        for place in &self.args.then_seed {
+            Migration::can_seed(registry, place).await.context("--then-seed")?;
+        }
         let before = self.migration.standing()?;
         let new: Vec<_> = self.caches.iter().filter(|cache| !cache.exists()).collect();
         let moved = async {
@@ -137,7 +130,9 @@ impl Plan {
             moving::copy(leecher, trigger, signals, output).await
         };
         let moved = match moved.await {
-            Ok(leecher) => moving::finalize(leecher, self.until(), signals, output).await,
+            Ok(leecher) => {
+                moving::finalize(leecher, Until::new(self.args.give_up_after.limit()), signals, output).await
+            }
             Err(error) => Err(moving::Failed::Stays(error)),
         };
         match moved {
@@ -186,11 +181,9 @@ impl Plan {
             "resuming",
             "a migration to here was under way: going on with it; --retry and --give-up-after say for how long it is tried",
         );
-        let until = self.until();
         let resumed = tokio::select! {
             resumed = self.migration.clone().resume(registry, &self.args.uri, self.places()) => resumed,
             () = signals.next() => bail!("stopped; run the same command again to go on"),
-            why = until.ran_out() => return Err(why.context(NOT_AT_ITS_END)),
         };
         match resumed {
             Ok(Some(running)) => {
@@ -247,8 +240,10 @@ fn settings(args: &args::Leech) -> Result<LeecherSettings> {
     let default = LeecherSettings::default();
     // What a seeder takes for its command, and then for storing.
     let hooks = args.application.hook_timeout.saturating_mul(2).saturating_add(Duration::from_secs(10));
-    let patience = args.retry.limit().zip(args.give_up_after.limit());
-    let patience = patience.map_or(Duration::MAX, |(retry, more)| retry.saturating_add(more));
-    let handover_timeout = default.handover_timeout.max(hooks).min(patience);
-    Ok(LeecherSettings { precopy, before: retry.clone(), after: retry, handover_timeout, ..default })
+    let more = args.give_up_after.limit();
+    // What is asked for ever is asked until one gives up; once at least.
+    let handover_limit = more.filter(|_| retry.limit.is_none()).map(|more| more.max(SHORTEST));
+    let patience = retry.limit.zip(more).map(|(retry, more)| retry.saturating_add(more)).or(handover_limit);
+    let handover_timeout = default.handover_timeout.max(hooks).min(patience.unwrap_or(Duration::MAX));
+    Ok(LeecherSettings { precopy, before: retry.clone(), after: retry, handover_limit, handover_timeout, ..default })
 }

@@ -187,7 +187,7 @@ pub(super) async fn finalize(
     output.note("moving", "the application is being stopped over there");
     let mut stop = false;
     loop {
-        let FinalizeError { error, then } = match ask(leecher, &mut stop, until, signals, output).await? {
+        let FinalizeError { error, then } = match ask(leecher, &mut stop, signals, output).await? {
             Ok(running) => return Ok(running),
             Err(left) => left,
         };
@@ -235,15 +235,13 @@ pub(super) async fn finalize(
 pub(super) struct Until {
     began: Instant,
     end: Option<Instant>,
-    /// What is tried then is not waited for: it is tried for ever.
-    firm: bool,
 }
 
 impl Until {
     /// A limit that is longer than time goes is none.
-    pub(super) fn new(limit: Option<Duration>, firm: bool) -> Self {
+    pub(super) fn new(limit: Option<Duration>) -> Self {
         let began = Instant::now();
-        Self { began, end: limit.and_then(|limit| began.checked_add(limit)), firm }
+        Self { began, end: limit.and_then(|limit| began.checked_add(limit)) }
     }
 
     fn is_over(self) -> bool {
@@ -258,22 +256,9 @@ impl Until {
         }
     }
 
-    /// Returns when it is over, with what that means; never where what is tried comes to an end by itself.
-    pub(super) async fn ran_out(self) -> Error {
-        if !self.firm {
-            std::future::pending::<()>().await;
-        }
-        self.passed().await;
-        self.silence()
-    }
-
-    fn silence(self) -> Error {
-        let time = self.began.elapsed();
-        anyhow!("the seeder has not said for {time:.0?} whether it has handed over")
-    }
-
     fn failed(self, error: &r3map::Error) -> Failed {
-        Failed::Unknown(anyhow!("{}: {error}", self.silence()))
+        let time = self.began.elapsed();
+        Failed::Unknown(anyhow!("the seeder has not said for {time:.0?} whether it has handed over: {error}"))
     }
 }
 
@@ -287,7 +272,6 @@ type Asked = Result<Leecher<Running<Arrived>>, FinalizeError<Landing>>;
 async fn ask(
     leecher: Leecher<Pulling<Landing>>,
     stop: &mut bool,
-    until: Until,
     signals: &mut Signals,
     output: Output,
 ) -> Result<Asked, Failed> {
@@ -295,7 +279,6 @@ async fn ask(
     loop {
         tokio::select! {
             asked = &mut asking => return Ok(asked),
-            why = until.ran_out() => return Err(Failed::Unknown(why)),
             () = signals.next() => {
                 if std::mem::replace(stop, true) {
                     return Err(Failed::Unknown(anyhow!(GAVE_UP)));
@@ -311,7 +294,6 @@ async fn give_back(owed: &Owed, until: Until, signals: &mut Signals) -> Result<(
     loop {
         let given = tokio::select! {
             given = owed.abort() => given,
-            why = until.ran_out() => return Err(Failed::Unknown(why)),
             () = signals.next() => return Err(Failed::Unknown(anyhow!(GAVE_UP))),
         };
         match given {

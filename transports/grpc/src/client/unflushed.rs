@@ -2,6 +2,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
+/// No instance.
+const NOBODY: u128 = u128::MAX;
+
 /// Writes that were acknowledged since the last good flush, by the instance of the server that acknowledged them.
 #[derive(Debug, Default)]
 pub(crate) struct Unflushed(Mutex<State>);
@@ -45,10 +48,11 @@ impl Unflushed {
     }
 
     /// The flush that began at `mark` failed for good. Returns whether there was anything to flush, all of which counts as
-    /// reported.
+    /// reported. What was acknowledged since then may be lost with it: no instance has that.
     pub(crate) fn given_up(&self, mark: &Mark) -> bool {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         state.writes.retain(|write| !mark.0.contains(write));
+        state.writes.iter_mut().for_each(|(instance, _)| *instance = NOBODY);
         !mark.0.is_empty()
     }
 }
@@ -86,5 +90,17 @@ mod tests {
         unflushed.written(1);
         assert!(unflushed.flushed(&mark, 1));
         assert!(!unflushed.flushed(&unflushed.mark(), 2));
+    }
+
+    #[test]
+    fn a_write_during_a_flush_that_failed_for_good_is_lost_too() {
+        let unflushed = Unflushed::default();
+        unflushed.written(1);
+        let mark = unflushed.mark();
+        unflushed.written(1);
+        assert!(unflushed.given_up(&mark));
+        unflushed.written(1);
+        assert!(!unflushed.flushed(&unflushed.mark(), 1));
+        assert!(!unflushed.given_up(&unflushed.mark()), "it was reported");
     }
 }

@@ -16,20 +16,26 @@ const UNIT: u64 = 4096;
 const SMALLEST: usize = 4 << 10;
 /// The part of the room that unused buffers may take.
 const KEPT: u64 = 4;
-/// The part of the room that one connection may take, if it holds the longest request.
+/// The part of the room that one connection may take for its replies, if it holds the longest request.
 const OWN: u64 = 4;
+/// The part that is left when one connection has all that it may take for its requests. More than of replies: requests that
+/// wait for room take up the connection's HTTP/2 window, which those that have room need to arrive.
+const LEFT: u64 = 4;
 
 /// Room for so many bytes.
 #[derive(Debug)]
 pub(crate) struct Budget {
     fair: Arc<Fair>,
+    /// The most that one connection may take for requests.
+    requests: u32,
     unused: Arc<Unused>,
 }
 
 /// What one connection takes of a [`Budget`].
 #[derive(Debug, Clone)]
 pub(crate) struct Room {
-    taker: Arc<Queue<Taker>>,
+    replies: Arc<Queue<Taker>>,
+    requests: Arc<Queue<Taker>>,
     unused: Arc<Unused>,
 }
 
@@ -43,24 +49,35 @@ pub(crate) struct Share {
 impl Budget {
     /// Room for so many bytes, for requests of at most `longest` each.
     pub(crate) fn new(bytes: u64, longest: u64) -> Self {
-        let own = (bytes / OWN).max(room(longest));
+        let [own, requests] = [bytes / OWN, bytes - bytes / LEFT].map(|part| part.max(room(longest)));
         let unused = Unused { limit: usize::try_from(bytes / KEPT).unwrap_or(usize::MAX), ..Unused::default() };
-        Self { fair: Fair::new(units(bytes), units(own)), unused: Arc::new(unused) }
+        Self { fair: Fair::new(units(bytes), units(own)), requests: units(requests), unused: Arc::new(unused) }
     }
 
     /// Room for one connection.
     pub(crate) fn room(&self) -> Room {
-        Room { taker: Arc::new(Queue::new(self.fair.taker())), unused: self.unused.clone() }
+        let requests = self.fair.taker_of(self.requests);
+        let [replies, requests] = [self.fair.taker(), requests].map(|taker| Arc::new(Queue::new(taker)));
+        Room { replies, requests, unused: self.unused.clone() }
     }
 }
 
 impl Room {
-    /// Waits until there is room for so many bytes (or for all that one can have), within a connection first come first
-    /// served.
+    /// Waits until there is room for so many bytes of a reply (or for all that one can have), within a connection first
+    /// come first served.
     pub(crate) async fn share(&self, bytes: u64) -> Share {
+        self.part(&self.replies, bytes).await
+    }
+
+    /// The same for a request that is arriving.
+    pub(crate) async fn arriving(&self, bytes: u64) -> Share {
+        self.part(&self.requests, bytes).await
+    }
+
+    async fn part(&self, queue: &Queue<Taker>, bytes: u64) -> Share {
         let taken = match bytes {
             0 => None,
-            _ => Some(Arc::new(self.taker.lock().await.take(units(bytes)).await)),
+            _ => Some(Arc::new(queue.lock().await.take(units(bytes)).await)),
         };
         Share { _taken: taken, unused: self.unused.clone() }
     }
@@ -218,7 +235,13 @@ mod tests {
         let (one, other) = (budget.room(), budget.room());
         let taken: Vec<_> = std::iter::from_fn(|| one.share(1 << 20).now_or_never()).collect();
         assert_eq!(taken.len(), 64);
+        let arriving: Vec<_> = std::iter::from_fn(|| one.arriving(1 << 20).now_or_never()).collect();
+        assert!(arriving.len() >= 96, "{}: its requests arrive all the same", arriving.len());
         assert!(other.share(32 << 20).now_or_never().is_some());
+        drop((taken, arriving));
+        let arriving: Vec<_> = std::iter::from_fn(|| one.arriving(1 << 20).now_or_never()).collect();
+        assert_eq!(arriving.len(), 192);
+        assert!(other.arriving(32 << 20).now_or_never().is_some());
     }
 
     #[tokio::test]

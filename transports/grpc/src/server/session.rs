@@ -240,11 +240,11 @@ impl Session {
         let mut arriving = Arriving::new(body);
         let length = arrival.length(&mut arriving, self.shared.max_request + SMALL as u64).await?;
         let mut fields = Fields::new(arriving, length, SMALL);
-        let mut data = self.room.share(0).await.buffer(0);
+        let mut data = self.room.arriving(0).await.buffer(0);
         while let Some(length) = arrival.step(fields.bulk()).await? {
             // Nothing is held while waiting for room.
             drop(data);
-            data = self.room.share(room(length as u64)).await.buffer(length);
+            data = self.room.arriving(room(length as u64)).await.buffer(length);
             while data.used().len() < length {
                 let piece = arrival.step(fields.some(length - data.used().len())).await?;
                 piece.segments().for_each(|bytes| data.push(bytes));

@@ -255,17 +255,22 @@ impl Backend for Client {
         }
         let mark = self.links.unflushed().mark();
         let asked = self.to_flush(&mark).await?;
+        let unflushed = self.links.unflushed();
         let why = match try_join_all(asked.iter().map(|link| self.flush_on(link))).await {
-            Ok(_) if mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written))) => None,
-            Ok(_) => Some("the connection broke since then, so the server may have restarted".to_owned()),
+            Ok(_) => {
+                unflushed.settled(&mark);
+                if mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written))) {
+                    return Ok(());
+                }
+                "the connection broke since then, so the server may have restarted".to_owned()
+            }
             // No rule has a server keep for the next flush what it could not make durable, and most do not.
             Err(Failure::Refused(errno, why)) if errno != Errno::Shutdown && !mark.is_empty() => {
-                Some(Failure::Refused(errno, why).says().1)
+                unflushed.lost(&mark);
+                Failure::Refused(errno, why).says().1
             }
             Err(failure) => return Err(self.failed(Operation::Flush, failure)),
         };
-        self.links.unflushed().settled(&mark);
-        let Some(why) = why else { return Ok(()) };
         let message =
             format!("{}: {why}: what was written since the last flush may be lost, write it again", self.links.peer());
         Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))

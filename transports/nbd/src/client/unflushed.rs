@@ -13,6 +13,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Names a connection, and orders events: each is later than those with smaller numbers.
 pub(crate) type Moment = u64;
 
+/// Names no connection, and is before all of them.
+const NO_LINK: Moment = 0;
+
 /// Changes that were acknowledged since the last good flush.
 #[derive(Debug, Default)]
 pub(crate) struct Unflushed {
@@ -63,6 +66,13 @@ impl Unflushed {
     pub(crate) fn settled(&self, mark: &[Written]) {
         self.lock()
             .retain(|written| !mark.iter().any(|marked| (marked.link, marked.last) == (written.link, written.last)));
+    }
+
+    /// What there was to flush at `mark` is reported as lost. What was acknowledged since then may be lost with it: no
+    /// connection covers that.
+    pub(crate) fn lost(&self, mark: &[Written]) {
+        self.settled(mark);
+        self.lock().iter_mut().for_each(|written| (written.link, written.first_sent) = (NO_LINK, NO_LINK));
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Written>> {
@@ -120,6 +130,22 @@ mod tests {
         unflushed.settled(&mark);
         assert_eq!(unflushed.mark().len(), 1);
         unflushed.settled(&unflushed.mark());
+        assert_eq!(unflushed.mark(), []);
+    }
+
+    #[test]
+    fn a_write_during_a_flush_that_is_refused_is_covered_by_nobody() {
+        let unflushed = Unflushed::default();
+        let link = unflushed.now();
+        write(&unflushed, link);
+        let mark = unflushed.mark();
+        write(&unflushed, link);
+        unflushed.lost(&mark);
+        write(&unflushed, link);
+        let covered =
+            |shared| unflushed.mark().iter().map(|written| written.covered_by(link, shared)).collect::<Vec<_>>();
+        assert_eq!((covered(false), covered(true)), (vec![false, true], vec![false, true]));
+        unflushed.lost(&unflushed.mark());
         assert_eq!(unflushed.mark(), []);
     }
 }

@@ -191,13 +191,14 @@ fn attach_to(sockets: &Arc<Vec<OwnedFd>>, disk: Disk, settings: &Settings) -> Re
 /// `NotFound` if it is not attached (any more) or has another identifier; `Conflict` if its connections live, or if that
 /// cannot be told because another program attached it without a time-out and there is no debugfs; otherwise as [`attach`].
 pub fn take_over(index: u32, sockets: Vec<OwnedFd>, disk: Disk, settings: &Settings) -> Result<Device> {
+    let control = check_take_over(index, &sockets, disk, settings).inspect_err(|_| part(&sockets));
     // The kernel may have taken some although it is refused: without a word, or before something else went wrong. Nobody
-    // would know that it serves the device over them.
-    take_over_with(index, &sockets, disk, settings).inspect_err(|_| part(&sockets))?;
+    // would know that it serves the device over them; and it may be sending on them, so that there is no place for a word.
+    give(&mut control?, index, &sockets, settings).inspect_err(|_| cut(&sockets))?;
     Ok(Device { index, serving: None, ours: true })
 }
 
-fn take_over_with(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<()> {
+fn check_take_over(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settings) -> Result<Control> {
     check(sockets, disk, settings)?;
     if !sysfs::is_attached(index) {
         return Err(error(ErrorKind::NotFound, format!("{} is not attached", sysfs::node(index).display())));
@@ -208,7 +209,7 @@ fn take_over_with(index: u32, sockets: &[OwnedFd], disk: Disk, settings: &Settin
         return Err(error(ErrorKind::InvalidInput, what));
     }
     limit_delivery(sockets, settings);
-    give(&mut open()?, index, sockets, settings)
+    open()
 }
 
 /// Has the kernel take new connections in place of dead ones.
@@ -256,6 +257,12 @@ fn part(sockets: &[OwnedFd]) {
     for socket in sockets {
         // Where that fails the server has gone itself.
         let _ = rustix::net::send(socket, &goodbye, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+    }
+    cut(sockets);
+}
+
+fn cut(sockets: &[OwnedFd]) {
+    for socket in sockets {
         let _ = shutdown(socket, Shutdown::Both);
     }
 }

@@ -38,7 +38,7 @@ fn a_seeder_that_is_gone_after_the_move_is_waited_for_as_long_as_the_user_says()
         Scene::with_fuse(SOON, |scene| {
             let (seeder, _, mut stamps) = seed_file(scene, SIZE, &[]);
             let cache = ["--cache", &scene.name("cache")];
-            let patience = ["--retry", retry, "--attempt-timeout", "1s", "--give-up-after", "4s"];
+            let patience = ["--retry", retry, "--attempt-timeout", "1s", "--give-up-after", "10s"];
             let (leecher, line) = leech_at_once(scene, &seeder, "there", &[&cache[..], &patience].concat());
             stamps.stamp_durably(&scene.path("there"), FEW);
             let outcome = leecher.end(SOON);

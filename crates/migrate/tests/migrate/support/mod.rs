@@ -35,6 +35,7 @@ pub(crate) fn settings() -> LeecherSettings {
         pull: PullSettings { retry_pause: Duration::from_millis(500), ..PullSettings::default() },
         before: patience(20),
         after: patience(5),
+        handover_limit: None,
         handover_timeout: Duration::from_secs(4),
     }
 }
