@@ -1,11 +1,13 @@
 //! The schemes: each opens what it names, and each wrong name gets one clear line.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use r3map::{
     Access, Backend, ChunkSize, Chunking, ErrorKind, ListenOptions, Mount, OpenOptions, Operation, Registry, Result,
 };
 use r3map_testkit::faults::{Faults, Rule};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
 async fn open(uri: &str, options: OpenOptions) -> Result<Arc<dyn Backend>> {
     Registry::standard().open(&uri.parse()?, &options).await
@@ -178,6 +180,51 @@ async fn what_a_served_region_has_lost_is_told_to_the_clients_of_every_listener(
             let told = [client.flush().await, client.flush().await];
             assert!(told[0].is_err() && told[1].is_ok(), "{}: {told:?}", listener.uri());
         }
+    }
+}
+
+/// Somebody who vouches, in `ca-cert.pem` of each folder: for a server, for a client, and for nobody.
+fn certificates(root: &Path) -> [PathBuf; 3] {
+    let mut authority = CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let pem = authority.self_signed(&key).unwrap().pem();
+    let issuer = Issuer::new(authority, key);
+    ["server", "client", "nobody"].map(|role| {
+        let folder = root.join(role);
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("ca-cert.pem"), &pem).unwrap();
+        if role != "nobody" {
+            let key = KeyPair::generate().unwrap();
+            let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+            let certificate = certificate.signed_by(&key, &issuer).unwrap().pem();
+            std::fs::write(folder.join(format!("{role}-cert.pem")), certificate).unwrap();
+            std::fs::write(folder.join(format!("{role}-key.pem")), key.serialize_pem()).unwrap();
+        }
+        folder
+    })
+}
+
+#[tokio::test]
+async fn an_nbds_listener_lets_nobody_in_who_does_not_speak_tls_or_has_no_certificate_where_that_is_asked_for() {
+    let root = tempfile::tempdir().unwrap();
+    let [server, client, nobody] = certificates(root.path()).map(|folder| folder.display().to_string());
+    let memory = open("memory:?size=1MiB", OpenOptions::default()).await.unwrap();
+    for (verify, welcome) in [("", [true, true]), ("&tls-verify-peer=1", [true, false])] {
+        let uri = format!("nbds://127.0.0.1:0/?tls-certificates={server}{verify}").parse().unwrap();
+        let listeners = Registry::standard().listen(&[uri], memory.clone(), &ListenOptions::default()).await.unwrap();
+        let place = listeners[0].uri();
+        let place = place.trim_start_matches("nbds://").split(['/', '?']).next().unwrap();
+        for (folder, welcome) in [&client, &nobody].into_iter().zip(welcome) {
+            let opened = open(&format!("nbds://{place}/?tls-certificates={folder}"), OpenOptions::default()).await;
+            let read = match opened {
+                Ok(region) => region.read_at(0, &mut [0; 5]).await,
+                Err(error) => Err(error),
+            };
+            assert_eq!(read.is_ok(), welcome, "{folder}{verify}: {read:?}");
+        }
+        let plain = open(&format!("nbd://{place}/"), OpenOptions::default()).await.err().expect("it speaks no TLS");
+        assert!(plain.message().contains("TLS"), "{plain}");
     }
 }
 

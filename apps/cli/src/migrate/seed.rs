@@ -30,7 +30,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Seed, output: Output) -
             check_ledger(ledger)?;
             migration = migration.ledger(ledger);
         }
-        None if outlive(&offers, registry)? => output.note(
+        None if outlive(&offers) => output.note(
             "note",
             "it is written down nowhere who owns the region, so that after a crash nobody knows: give it a --ledger FILE",
         ),
@@ -98,9 +98,9 @@ fn offers(args: &args::Seed) -> Result<Vec<Offer>> {
     Ok(offers)
 }
 
-/// Where it is written down who owns the regions: beside the first one, if that is a file.
+/// Where it is written down who owns the regions: beside the first one that is a file. The others may be in memory.
 fn ledger(args: &args::Seed, offers: &[Offer]) -> Option<PathBuf> {
-    let beside = || match &offers.first()?.origin {
+    let beside = |offer: &Offer| match &offer.origin {
         Origin::Cache(cache) => Some(ledger_beside(cache)),
         Origin::Uri(uri) if matches!(uri.scheme(), "file" | "directory") => {
             // The folder of devices is made anew at every start of the system.
@@ -109,7 +109,7 @@ fn ledger(args: &args::Seed, offers: &[Offer]) -> Option<PathBuf> {
         }
         Origin::Uri(_) => None,
     };
-    args.ledger.clone().or_else(beside)
+    args.ledger.clone().or_else(|| offers.iter().find_map(beside))
 }
 
 /// Refuses a ledger that could not be written when the region is to be handed over.
@@ -119,16 +119,12 @@ fn check_ledger(ledger: &Path) -> Result<()> {
         .with_context(|| format!("the ledger {} could not be written; give another --ledger FILE", ledger.display()))
 }
 
-/// Whether what is seeded is still there when this process has ended.
-fn outlive(offers: &[Offer], registry: &Registry) -> Result<bool> {
-    for offer in offers {
-        if let Origin::Uri(uri) = &offer.origin
-            && registry.identity(uri)?.is_none()
-        {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+/// Whether any of what is seeded is still there when this process has ended.
+fn outlive(offers: &[Offer]) -> bool {
+    offers.iter().any(|offer| match &offer.origin {
+        Origin::Cache(_) => true,
+        Origin::Uri(uri) => !matches!(uri.scheme(), "memory" | "null"),
+    })
 }
 
 fn take_back(migration: &Migration, ledger: Option<&Path>) -> Result<()> {

@@ -9,12 +9,15 @@ fn a_region_that_cannot_be_offered_yet_is_used_until_it_can() {
     Scene::with_fuse(SOON, |scene| {
         let (seeder, _, stamps) = seed_file_at(scene, ("disk.img", "here"), MIB, &[]);
         let address = format!("grpc+unix://{}", scene.name("next"));
-        let mut b = leech(scene, &seeder.uri, "b", &["--finalize", "manual", "--then-seed", &address]);
+        let places = ["--then-seed", &address, "--then-seed", "grpc://127.0.0.1:0"];
+        let mut b = leech(scene, &seeder.uri, "b", &[&["--finalize", "manual"], &places[..]].concat());
         b.wait_for_event(SOON, "copied");
         std::fs::write(scene.path("next"), "somebody else's").expect("there is room");
         tell(&b);
         let waiting = b.wait_for_event(SOON, "waiting");
         assert!(waiting["message"].as_str().is_some_and(|text| text.contains("next")), "{waiting}");
+        let elsewhere = b.wait_for_event(SOON, "seeding");
+        assert!(elsewhere["uri"].as_str().is_some_and(|uri| uri.starts_with("grpc://")), "{elsewhere}");
         seeder.ends();
         stamps.check(&scene.path("b"));
         std::fs::remove_file(scene.path("next")).expect("it is there");

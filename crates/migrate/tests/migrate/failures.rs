@@ -330,7 +330,7 @@ async fn a_full_disk_on_the_leecher_stops_the_copying_and_nothing_else() {
     let leecher = Leecher::start(peer, fresh_id(), targets, settings(), LeecherParts::default()).await.unwrap();
     assert_eq!(leecher.ready().await.unwrap_err().kind(), ErrorKind::Exhausted);
     tokio::time::sleep(Duration::from_secs(5)).await;
-    assert_eq!((app.host().await, app.refused()), (Some("A"), 0));
+    assert_eq!((app.host().await, app.refused(), app.stops()), (Some("A"), 0, 0));
     app.check().await.unwrap();
 }
 

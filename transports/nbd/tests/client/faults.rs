@@ -1,7 +1,8 @@
 //! Servers that die, freeze, and come back, also as somebody else.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use r3map_core::{Backend, ErrorKind, Operation};
@@ -11,6 +12,8 @@ use r3map_testkit::fill;
 use r3map_testkit::process::Process;
 use r3map_testkit::store::Store;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
 
 use crate::support::{LONG, nbdkit, read, socket_in, unix_uri};
 
@@ -85,6 +88,72 @@ async fn calls_under_way_when_the_server_dies_fail_or_are_made_again() {
     }
     place.client.write_at(0, &fill::bytes(0, SIZE, 2)).await.unwrap();
     fill::check(&read(&*place.client, 0, SIZE).await, 0, 2).unwrap();
+}
+
+/// The way to a server, on which a request gets lost when somebody says so, and its connection with it.
+#[derive(Clone, Default)]
+struct Way {
+    breaks: Arc<AtomicBool>,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Way {
+    async fn lead(self, from: UnixListener, to: PathBuf) {
+        while let Ok((client, _)) = from.accept().await {
+            self.connections.fetch_add(1, SeqCst);
+            tokio::spawn(self.clone().connect(client, UnixStream::connect(&to).await.unwrap()));
+        }
+    }
+
+    async fn connect(self, mut client: UnixStream, mut server: UnixStream) {
+        let (mut asked, mut answered) = (vec![0; 64 << 10], vec![0; 64 << 10]);
+        loop {
+            let sent = tokio::select! {
+                read = client.read(&mut asked) => match read {
+                    Ok(len @ 1..) if !self.breaks.swap(false, SeqCst) => server.write_all(&asked[..len]).await,
+                    _ => return,
+                },
+                read = server.read(&mut answered) => match read {
+                    Ok(len @ 1..) => client.write_all(&answered[..len]).await,
+                    _ => return,
+                },
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_whose_connection_breaks_before_it_is_answered_is_made_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let _server = nbdkit(&socket_in(directory.path()), "memory 4M");
+    let (way, place) = (Way::default(), directory.path().join("way"));
+    tokio::spawn(way.clone().lead(UnixListener::bind(&place).unwrap(), socket_in(directory.path())));
+    let settings = ClientSettings { connections: 1.try_into().unwrap(), ..ClientSettings::default() };
+    let client = Client::connect(unix_uri(&place, ""), settings).await.unwrap();
+    client.write_at(0, &fill::bytes(0, 100_000, 1)).await.unwrap();
+    client.flush().await.unwrap();
+    let breaks = |number| {
+        assert!(!way.breaks.swap(true, SeqCst), "a request was lost");
+        assert_eq!(way.connections.load(SeqCst), number, "with its connection, and nothing else");
+    };
+    breaks(1);
+    client.write_at(100_000, &fill::bytes(100_000, 100_000, 1)).await.unwrap();
+    breaks(2);
+    let mut buf = vec![0; 200_000];
+    client.read_at(0, &mut buf).await.unwrap();
+    fill::check(&buf, 0, 1).unwrap();
+    breaks(3);
+    client.capabilities().write_zeroes.unwrap().write_zeroes(0, 100_000).await.unwrap();
+    breaks(4);
+    client.capabilities().extents.unwrap().extents(0, 4 << 20).await.unwrap();
+    breaks(5);
+    client.read_at(0, &mut buf).await.unwrap();
+    assert!(buf[..100_000].iter().all(|byte| *byte == 0));
+    fill::check(&buf[100_000..], 100_000, 1).unwrap();
+    assert_eq!(way.connections.load(SeqCst), 6);
 }
 
 /// The writes that a dead server had acknowledged and not flushed are gone: no flush says otherwise.

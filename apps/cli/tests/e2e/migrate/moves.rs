@@ -9,7 +9,7 @@ use r3map_testkit::process::Process;
 use r3map_testkit::proxy::DelayProxy;
 
 use super::{LISTEN, SIZE, SLOW, Seeder, address, complains, leech, leech_ended, seed, seed_file};
-use crate::support::{MIB, SOON, Scene, make_file};
+use crate::support::{MIB, SOON, Scene, is_mounted, make_file};
 
 #[test]
 fn a_region_goes_round_while_it_is_written_and_no_write_is_lost() {
@@ -127,6 +127,42 @@ fn both_sides_draw_a_bar_on_a_terminal() {
             let said = program.stdout().join("\n");
             assert!(said.contains(bar) && said.contains("8.00 MiB"), "{said:?}");
         }
+    });
+}
+
+/// Also where the one in memory is named first: otherwise the old file would be shown again, beside the new one.
+#[test]
+fn one_of_two_that_is_a_file_has_the_ledger_of_both() {
+    Scene::with_fuse(SOON, |scene| {
+        make_file(&scene.path("disk.img"), MIB, 1);
+        let (file, disk, memory) =
+            (format!("file:{}", scene.name("disk.img")), scene.name("disk"), scene.name("memory"));
+        let both = ["memory:?size=300001", memory.as_str(), "--also", &file, &disk];
+        let arguments = [&both[..], &LISTEN[..]].concat();
+        let seeder = seed(scene, &arguments);
+        let mut leecher = leech(scene, &seeder.uri, "there", &["--also", &scene.name("there-too")]);
+        leecher.wait_for_event(SOON, "pulled");
+        seeder.ends();
+        complains(&scene.ended(&[&["seed"], &arguments[..]].concat()), "the region has left");
+        assert!(!is_mounted(&scene.path("disk")));
+    });
+}
+
+/// What another server has is still there when this process has ended, and nothing lies beside it.
+#[test]
+fn who_seeds_what_has_no_ledger_is_told_so() {
+    Scene::with_fuse(SOON, |scene| {
+        let server = scene.serve("memory:?size=1MiB", &[]);
+        let note = "give it a --ledger FILE";
+        let said = |arguments: &[&str]| {
+            let mut seeder = scene.r3map(&[&["--json", "seed"], arguments, &LISTEN[..]].concat());
+            seeder.wait_for_event(SOON, "ready");
+            seeder.terminate();
+            seeder.end(SOON).text().contains(note)
+        };
+        let (here, ledger) = (scene.name("here"), scene.name("ledger"));
+        assert!(said(&[&server.uri, &here]));
+        assert!(!said(&[&server.uri, &here, "--ledger", &ledger]));
     });
 }
 
