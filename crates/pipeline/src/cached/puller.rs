@@ -28,27 +28,35 @@ pub(super) struct Pulled {
     error: Option<Error>,
 }
 
-/// Background pulls that have failed: how many, and why the last one did.
+/// Background pulls that have failed.
 #[derive(Default)]
-pub(super) struct Failures(Mutex<(u64, Option<Error>)>);
+pub(super) struct Failures(Mutex<FailedPulls>);
+
+#[derive(Default)]
+struct FailedPulls {
+    count: u64,
+    last: Option<Error>,
+    /// Nothing is pulled any more.
+    for_good: bool,
+}
 
 impl Failures {
     fn count(&self) -> u64 {
-        self.lock().0
+        self.lock().count
     }
 
-    fn add(&self, error: &Error) {
+    fn add(&self, error: &Error, for_good: bool) {
         let mut failures = self.lock();
-        *failures = (failures.0 + 1, Some(error.clone()));
+        *failures = FailedPulls { count: failures.count + 1, last: Some(error.clone()), for_good };
     }
 
-    /// The last error, if there was one after the first `seen`.
+    /// The last error, if there was one after the first `seen`, or nothing can come after it.
     fn since(&self, seen: u64) -> Option<Error> {
         let failures = self.lock();
-        failures.1.clone().filter(|_| failures.0 > seen)
+        failures.last.clone().filter(|_| failures.for_good || failures.count > seen)
     }
 
-    fn lock(&self) -> MutexGuard<'_, (u64, Option<Error>)> {
+    fn lock(&self) -> MutexGuard<'_, FailedPulls> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -78,7 +86,7 @@ impl Drop for Outcry<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let message = "pulling in the background has stopped: a function that the caller gave has panicked";
-            self.0.note_failed_pull(&Error::new(ErrorKind::Internal, Operation::Read, message));
+            self.0.note_failed_pull(&Error::new(ErrorKind::Internal, Operation::Read, message), true);
         }
     }
 }
@@ -377,13 +385,13 @@ impl Inner {
         let pulled = self.pull(pull).await;
         under_way.end(&pulled);
         if let Some(error) = &pulled.error {
-            self.note_failed_pull(error);
+            self.note_failed_pull(error, false);
         }
     }
 
-    fn note_failed_pull(&self, error: &Error) {
+    fn note_failed_pull(&self, error: &Error, for_good: bool) {
         self.report.failed(error);
-        self.pull_failures.add(error);
+        self.pull_failures.add(error, for_good);
         self.pull_news.notify_waiters();
     }
 

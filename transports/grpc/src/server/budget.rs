@@ -229,8 +229,8 @@ mod tests {
         assert!(room.share(u64::MAX).now_or_never().is_some(), "all that there can be");
     }
 
-    #[tokio::test]
-    async fn one_connection_leaves_room_for_others() {
+    #[test]
+    fn one_connection_leaves_room_for_others() {
         let budget = Budget::new(256 << 20, 32 << 20);
         let (one, other) = (budget.room(), budget.room());
         let taken: Vec<_> = std::iter::from_fn(|| one.share(1 << 20).now_or_never()).collect();
