@@ -73,13 +73,16 @@ impl Ublk {
         sweep(&control);
         let service = Arc::new(Service::new(backend, runtime, settings.max_request, keep_buffers(settings)));
         let plan = Plan { control: &control, settings, limits };
-        let (info, queues) = match &settings.keep {
+        let (device, node) = match &settings.keep {
             None => plan.make(None, NEEDED, Mark::of_this_process(), &service)?,
             Some(keep) => plan.keep(keep, able, &service)?,
         };
-        let node = Node::wait(name(info.id), limits.sectors * SECTOR, limits.read_only, settings.start_limit)?;
         tune(&node, settings);
-        Ok((Self { id: info.id, queues: Mutex::new(Some(queues)) }, node, service))
+        Ok((device, node, service))
+    }
+
+    fn new(id: u32, queues: Queues) -> Self {
+        Self { id, queues: Mutex::new(Some(queues)) }
     }
 
     /// Waits until it is not served any more.
@@ -184,43 +187,45 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Makes a new device and starts it.
-    fn make(
-        &self,
-        id: Option<u32>,
-        features: Features,
-        mark: Mark,
-        service: &Arc<Service>,
-    ) -> Result<(DeviceInfo, Queues)> {
+    /// Makes a new device and starts it. Nothing of a failed attempt stays behind.
+    fn make(&self, id: Option<u32>, features: Features, mark: Mark, service: &Arc<Service>) -> Result<(Ublk, Node)> {
         let BlockSettings { depth, max_request, .. } = *self.settings;
         let queues = self.settings.queue_count();
         let spec = DeviceSpec { id, queues, depth: depth.get(), max_request, features, mark: mark.number() };
         let info = self.control.add(&spec).map_err(|error| cannot_make("a ublk device cannot be made", error))?;
-        let started = self.serve(&info, service, || {
-            self.control.set_limits(info.id, &self.limits)?;
-            self.control.start(info.id)
+        let queues = self.serve(&info, service);
+        let node = queues.as_ref().map_err(Error::clone).and_then(|_| {
+            let set = self.control.set_limits(info.id, &self.limits);
+            self.begun(info.id, set.and_then(|()| self.control.start(info.id)))
         });
-        match started {
-            Ok(queues) => Ok((info, queues)),
-            Err(error) => {
-                // Nothing of a failed attempt stays behind.
-                let _ = self.control.delete(info.id);
-                Err(error)
-            }
+        if node.is_err() {
+            // What the kernel still waits for gets errors, from the queues, which are there until the device is gone: without
+            // them starting a kept device would wait for ever. And a request that hangs has the channel open.
+            service.close();
+            let _ = self.control.delete(info.id);
         }
+        Ok((Ublk::new(info.id, queues?), node?))
     }
 
-    /// Serves the queues of a device, and lets it begin.
-    fn serve(
-        &self,
-        info: &DeviceInfo,
-        service: &Arc<Service>,
-        begin: impl FnOnce() -> io::Result<()>,
-    ) -> Result<Queues> {
+    /// Serves the queues of a device that has not begun.
+    fn serve(&self, info: &DeviceInfo, service: &Arc<Service>) -> Result<Queues> {
         let channel = self.channel(info.id)?;
-        let queues = Queues::start(&channel, info.queues, info.depth, service, self.settings.start_limit)?;
-        begin().map_err(|error| cannot_make("the ublk device does not start", error))?;
-        Ok(queues)
+        Queues::start(&channel, info.queues, info.depth, service, self.settings.start_limit)
+    }
+
+    /// The node of a device, if it has begun.
+    fn begun(&self, id: u32, begun: io::Result<()>) -> Result<Node> {
+        begun.map_err(|error| {
+            let message = match error.kind() {
+                io::ErrorKind::TimedOut => {
+                    "the ublk device does not start in time; the kernel first reads its partition table: does the region \
+                     answer?"
+                }
+                _ => "the ublk device does not start",
+            };
+            cannot_make(message, error)
+        })?;
+        Node::wait(name(id), self.limits.sectors * SECTOR, self.limits.read_only, self.settings.start_limit)
     }
 
     /// The channel of a device, whose node may take a moment to appear.
@@ -234,7 +239,7 @@ impl Plan<'_> {
     }
 
     /// Makes a device that is to be kept, or takes over the one that was.
-    fn keep(&self, keep: &Keep, able: Features, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
+    fn keep(&self, keep: &Keep, able: Features, service: &Arc<Service>) -> Result<(Ublk, Node)> {
         let features = NEEDED | features_of(keep.meanwhile);
         if !able.contains(features) {
             let message = "this kernel can keep a device only while its requests wait (to let them fail needs Linux \
@@ -253,7 +258,7 @@ impl Plan<'_> {
         }
     }
 
-    fn take_over(&self, info: &DeviceInfo, service: &Arc<Service>) -> Result<(DeviceInfo, Queues)> {
+    fn take_over(&self, info: &DeviceInfo, service: &Arc<Service>) -> Result<(Ublk, Node)> {
         let had = self.control.limits(info.id).map_err(|error| cannot_make("the kept device has no limits", error))?;
         // Its users were told these, and the kernel goes by them.
         if let Some(what) = difference(&had, &self.limits) {
@@ -261,8 +266,17 @@ impl Plan<'_> {
             return Err(Error::new(ErrorKind::Conflict, Operation::Mount, message));
         }
         self.begin_recovery(info)?;
-        let queues = self.serve(info, service, || self.control.end_recovery(info.id))?;
-        Ok((*info, queues))
+        let queues = self.serve(info, service)?;
+        match self.begun(info.id, self.control.end_recovery(info.id)) {
+            Ok(node) => Ok((Ublk::new(info.id, queues), node)),
+            Err(error) => {
+                // First the queues, so that what is under way waits for the next daemon; a request that hangs would keep it
+                // out.
+                drop(queues);
+                service.close();
+                Err(error)
+            }
+        }
     }
 
     /// Begins to take over, as soon as the kernel is done with the daemon that died.

@@ -1,12 +1,14 @@
 //! Making, detaching, and doing so at the wrong time.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use r3map_block::{BlockDevice, BlockSettings, Kind};
+use r3map_block::{BlockDevice, BlockSettings, Keep, Kind, Meanwhile};
 use r3map_core::{ErrorKind, Operation};
 use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
@@ -269,6 +271,69 @@ async fn a_device_that_somebody_removes_is_noticed() {
     app(move || r3map_sys::ublk::Control::open(SOON).unwrap().stop(id).unwrap()).await;
     deadline(SOON, "noticing", device.gone()).await;
     unmount(device).await;
+}
+
+/// The names of all ublk devices and their channels.
+fn ublk_nodes() -> BTreeSet<OsString> {
+    let nodes = ["/sys/class/ublk-char", "/dev"].into_iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let names = nodes.map(|entry| entry.unwrap().file_name());
+    names
+        .filter(|name| ["ublkb", "ublkc"].iter().any(|start| name.as_encoded_bytes().starts_with(start.as_bytes())))
+        .collect()
+}
+
+fn kept(id: u32) -> BlockSettings {
+    let keep = Keep { id, region: "one".to_owned(), meanwhile: Meanwhile::Wait };
+    BlockSettings { keep: Some(keep), ..BlockSettings::default() }
+}
+
+/// The kernel reads the partition table before it says that a device has started.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_remote_that_does_not_answer_cannot_hold_up_the_start_of_a_device_for_ever() {
+    if !in_vm() {
+        return;
+    }
+    let before = ublk_nodes();
+    let open = async |settings: BlockSettings| {
+        let faults = Faults::new(Arc::new(Store::new(SIZE)));
+        faults.add(Rule::on(Operation::Read).hang());
+        let hasty = BlockSettings { start_limit: Duration::from_secs(2), ..settings.clone() };
+        let start = Instant::now();
+        let error = try_device(Kind::Ublk, faults.clone(), hasty).await.err().expect("the table cannot be read");
+        assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(error.message().contains("does not start in time"), "{error}");
+        assert!(faults.count(Operation::Read) > 0, "it was a read that did not end");
+        deadline(SOON, "giving up what hangs", faults.wait_idle()).await;
+        settings
+    };
+    let tried = tokio::join!(open(BlockSettings::default()), open(kept(6)));
+    app(move || wait_until("nothing stays behind", || ublk_nodes().is_subset(&before))).await;
+    for settings in <[_; 2]>::from(tried) {
+        let device = try_device(Kind::Ublk, Arc::new(Store::new(SIZE).filled(1)), settings).await.unwrap();
+        let path = device.path().to_owned();
+        let mut seen = [0; 512];
+        let seen = app(move || std::fs::File::open(path).unwrap().read_exact_at(&mut seen, 0).map(|()| seen)).await;
+        r3map_testkit::fill::check(&seen.unwrap(), 0, 1).unwrap();
+        unmount(device).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_whose_node_does_not_appear_is_removed() {
+    if !in_vm() {
+        return;
+    }
+    let before = ublk_nodes();
+    // The kernel does not replace what has the name already.
+    std::fs::write("/dev/ublkb5", "").unwrap();
+    let hasty = BlockSettings { start_limit: Duration::from_secs(2), ..kept(5) };
+    let tried = try_device(Kind::Ublk, Arc::new(Store::new(SIZE)), hasty).await;
+    std::fs::remove_file("/dev/ublkb5").unwrap();
+    let error = tried.err().expect("there is no node");
+    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+    assert!(error.message().contains("does not appear"), "{error}");
+    app(move || wait_until("nothing stays behind", || ublk_nodes().is_subset(&before))).await;
 }
 
 /// Each clears away what killed processes left behind; what another one is just making is none of that.
