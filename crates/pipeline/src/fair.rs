@@ -6,6 +6,10 @@
 //! next. One who has nothing yet comes before those who have something: a first request may be longer, and while it
 //! waits the others leave nearly all of what is left alone.
 //!
+//! So whoever takes little passes those who wait for more, again and again. That is why an eighth of all is given out
+//! otherwise: to those who have nothing, in the order in which they came. Nobody waits longer there than it takes those
+//! who came before to give back what they got.
+//!
 //! It counts, and wakes who waits; what the units stand for is the caller's business. Taking and giving back cost one
 //! short lock each.
 
@@ -22,10 +26,16 @@ const SPARING: u32 = 64;
 /// What part of what one alone cannot have has to be left by a first request that is longer than half of what is left.
 const RESERVE: u32 = 4;
 
+/// What part of all is given out in order.
+const ORDERLY: u32 = 8;
+
 /// So many units for all, and who waits for some.
 #[derive(Debug)]
 pub struct Fair {
-    total: u32,
+    /// What whoever may have it takes.
+    common: u32,
+    /// What is given out in order.
+    orderly: u32,
     /// The most that one may have.
     own: u32,
     state: Mutex<State>,
@@ -33,7 +43,10 @@ pub struct Fair {
 
 #[derive(Debug)]
 struct State {
+    /// Of what is common.
     free: u32,
+    /// Of what is given out in order.
+    orderly: u32,
     waiting: VecDeque<Waiting>,
 }
 
@@ -44,13 +57,22 @@ struct Waiting {
     waker: Waker,
 }
 
+/// Of which units.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    Common,
+    Orderly,
+}
+
 #[derive(Debug)]
 struct Account {
     fair: Arc<Fair>,
     /// The most that it may have.
     own: u32,
-    /// Changed under the lock only.
+    /// All that it has. Changed under the lock only.
     held: AtomicU32,
+    /// How much of that was given out in order. Changed under the lock only.
+    orderly: AtomicU32,
 }
 
 /// One who takes units, one request at a time.
@@ -69,11 +91,17 @@ pub struct FairShare {
 }
 
 impl Fair {
-    /// So many units, of which one may have at most `own`.
+    /// So many units, of which one may have at most `own`. Whoever asks for an eighth of all or less is served after a
+    /// bounded number of others, unless one may have nearly all.
     #[must_use]
     pub fn new(total: u32, own: u32) -> Arc<Self> {
-        let state = Mutex::new(State { free: total, waiting: VecDeque::new() });
-        Arc::new(Self { total, own: own.min(total), state })
+        let orderly = match total / ORDERLY {
+            part if own <= total - part => part,
+            _ => 0,
+        };
+        let common = total - orderly;
+        let state = Mutex::new(State { free: common, orderly, waiting: VecDeque::new() });
+        Arc::new(Self { common, orderly, own: own.min(common), state })
     }
 
     /// For one who takes units.
@@ -85,7 +113,8 @@ impl Fair {
     /// For one who may have more than others, or less.
     #[must_use]
     pub fn taker_of(self: &Arc<Self>, own: u32) -> Taker {
-        let account = Account { fair: self.clone(), own: own.min(self.total), held: AtomicU32::new(0) };
+        let (held, orderly) = (AtomicU32::new(0), AtomicU32::new(0));
+        let account = Account { fair: self.clone(), own: own.min(self.common), held, orderly };
         Taker { account: Arc::new(account), asked: None }
     }
 
@@ -97,7 +126,7 @@ impl Fair {
         let Some(left) = state.free.checked_sub(wanted) else { return false };
         let after = account.held() + wanted;
         // What is left when this one has all that it may have.
-        let others = self.total - account.own;
+        let others = self.common - account.own;
         let fair = match account.held() {
             // Without the reserve, what is longer than half of all would wait for ever.
             0 => after <= left || left >= others / RESERVE,
@@ -109,15 +138,44 @@ impl Fair {
         fair && after <= account.own
     }
 
+    /// Whether one may wait for its turn.
+    fn is_in_order(&self, account: &Account, wanted: u32) -> bool {
+        account.held() == 0 && wanted <= self.orderly
+    }
+
+    /// Whose turn it is, if there is enough for that one: nobody behind it is asked before.
+    fn next_in_order(&self, state: &State) -> Option<usize> {
+        let index = state.waiting.iter().position(|next| self.is_in_order(&next.account, next.wanted))?;
+        (state.waiting[index].wanted <= state.orderly).then_some(index)
+    }
+
+    /// Where to take what is asked for now, by one that does not wait yet.
+    fn part_for(&self, state: &State, account: &Account, wanted: u32) -> Option<Part> {
+        if self.fits(state, account, wanted) {
+            return Some(Part::Common);
+        }
+        let first = || !state.waiting.iter().any(|other| self.is_in_order(&other.account, other.wanted));
+        let turn = wanted <= state.orderly && self.is_in_order(account, wanted) && first();
+        turn.then_some(Part::Orderly)
+    }
+
     /// Takes what `change` gives back, grants what then can be granted, and wakes who got something.
     fn give_back(&self, change: impl FnOnce(&mut State)) {
         let mut woken = Vec::new();
         let mut state = self.lock();
         change(&mut state);
         // From the beginning after each: the last one that had nothing may have been what others had to wait for.
-        while let Some(index) = state.waiting.iter().position(|next| self.fits(&state, &next.account, next.wanted)) {
+        loop {
+            let position = state.waiting.iter().position(|next| self.fits(&state, &next.account, next.wanted));
+            let (part, index) = match position {
+                Some(index) => (Part::Common, index),
+                None => match self.next_in_order(&state) {
+                    Some(index) => (Part::Orderly, index),
+                    None => break,
+                },
+            };
             let Some(next) = state.waiting.remove(index) else { break };
-            next.account.take(&mut state, next.wanted);
+            next.account.take(&mut state, next.wanted, part);
             woken.push(next.waker);
         }
         drop(state);
@@ -130,13 +188,25 @@ impl Account {
         self.held.load(Ordering::Relaxed)
     }
 
-    fn take(&self, state: &mut State, units: u32) {
-        state.free -= units;
+    fn take(&self, state: &mut State, units: u32, part: Part) {
+        match part {
+            Part::Common => state.free -= units,
+            Part::Orderly => {
+                state.orderly -= units;
+                // It had nothing.
+                self.orderly.store(units, Ordering::Relaxed);
+            }
+        }
         self.held.store(self.held() + units, Ordering::Relaxed);
     }
 
+    /// What was given out in order comes back first, whatever it is that is given back: others wait for it.
     fn give_back(&self, state: &mut State, units: u32) {
-        state.free += units;
+        let orderly = self.orderly.load(Ordering::Relaxed);
+        let returned = orderly.min(units);
+        state.orderly += returned;
+        state.free += units - returned;
+        self.orderly.store(orderly - returned, Ordering::Relaxed);
         self.held.store(self.held() - units, Ordering::Relaxed);
     }
 }
@@ -170,8 +240,8 @@ impl Taker {
             return Poll::Ready(FairShare { account: self.account.clone(), units });
         }
         let units = wanted.min(self.account.own);
-        if fair.fits(&state, &self.account, units) {
-            self.account.take(&mut state, units);
+        if let Some(part) = fair.part_for(&state, &self.account, units) {
+            self.account.take(&mut state, units, part);
             return Poll::Ready(FairShare { account: self.account.clone(), units });
         }
         let (account, waker) = (self.account.clone(), context.waker().clone());
@@ -270,7 +340,7 @@ mod tests {
     #[test]
     fn one_alone_may_have_all_that_one_may_have_and_the_next_ones_hardly_less() {
         let hogs = hogs(&Fair::new(TOTAL, OWN), 4, MIB);
-        assert_eq!(hogs.iter().map(|(_, taken)| taken.len()).collect::<Vec<_>>(), [64, 49, 44, 39]);
+        assert_eq!(hogs.iter().map(|(_, taken)| taken.len()).collect::<Vec<_>>(), [64, 42, 38, 33]);
         for total in [OWN, OWN * 100] {
             assert_eq!(all_of(Fair::new(total, OWN).taker(), MIB).1.len(), 64);
         }
@@ -278,8 +348,11 @@ mod tests {
 
     #[test]
     fn a_long_request_gets_its_turn_among_many_that_never_rest() {
-        for (total, own, wanted, others) in [(TOTAL, OWN, 32 * MIB, 250), (TOTAL, OWN, OWN, 250), (64, 32, 32, 8)] {
+        for (total, own, wanted, others) in
+            [(TOTAL, 2 * OWN, 80 * MIB, 250), (TOTAL, 2 * OWN, 2 * OWN, 250), (64, 32, 32, 8)]
+        {
             let fair = Fair::new(total, own);
+            assert!(wanted > fair.orderly, "it waits for its turn among all");
             let mut others = hogs(&fair, others, 1);
             let mut long = fair.taker();
             let mut got = take(&mut long, wanted);
@@ -298,6 +371,46 @@ mod tests {
                 }
             }
             assert!(got.is_some(), "{wanted} of {total}");
+        }
+    }
+
+    /// Clients that have one request in progress each, and ask for the next at once: the short ones could take whatever
+    /// comes back before there is enough for a long one.
+    #[test]
+    fn everybody_is_served_after_a_bounded_number_of_others() {
+        for (clients, short) in [(300, MIB), (300, 2 * MIB), (600, MIB)] {
+            let fair = Fair::new(TOTAL, OWN);
+            let woken: Vec<_> = (0..clients).map(|_| Arc::new(Woken::default())).collect();
+            let mut takers: Vec<_> = (0..clients).map(|_| fair.taker()).collect();
+            let mut ask = |client: usize| {
+                let wanted = if client % 100 == 99 { 32 * MIB } else { short };
+                let waker = woken[client].clone().into();
+                match takers[client].poll_take(&mut Context::from_waker(&waker), wanted) {
+                    Poll::Ready(taken) => Some(taken),
+                    Poll::Pending => None,
+                }
+            };
+            // How many had been served when each began to wait; who has something, and what.
+            let (mut since, mut holding) = (vec![0; clients], VecDeque::new());
+            let (mut served, mut longest) = (0, 0);
+            let mut ready: Vec<_> = (0..clients).collect();
+            for _ in 0..20 * clients {
+                for client in ready {
+                    let Some(taken) = ask(client) else { continue };
+                    served += 1;
+                    longest = longest.max(served - since[client]);
+                    holding.push_back((client, taken));
+                }
+                let (client, taken) = holding.pop_front().expect("somebody always has something");
+                since[client] = served;
+                drop(taken);
+                // Before anybody who waits has time to: as on a server that reads on at once.
+                ready = std::iter::once(client).collect();
+                ready.extend((0..clients).filter(|&other| woken[other].0.swap(0, Ordering::Relaxed) > 0));
+            }
+            let waiting = (0..clients).filter(|client| !holding.iter().any(|(other, _)| other == client));
+            let oldest = waiting.map(|client| served - since[client]).max().unwrap_or(0);
+            assert!(longest.max(oldest) <= 4 * clients, "{clients} × {short}: {longest}, {oldest}");
         }
     }
 
@@ -383,9 +496,10 @@ mod tests {
                     .flat_map(|(taker, taken)| taken.iter().filter(|taken| !Arc::ptr_eq(&taken.account, &taker.account)))
                     .map(|taken| taken.units)
                     .sum();
-                prop_assert_eq!(state.free + held + left_behind, total);
+                prop_assert_eq!(state.free + state.orderly + held + left_behind, total);
                 prop_assert!(takers.iter().all(|(taker, _)| taker.account.held() <= fair.own));
                 prop_assert!(state.waiting.iter().all(|next| !fair.fits(&state, &next.account, next.wanted)));
+                prop_assert_eq!(fair.next_in_order(&state), None);
                 for (who, (taker, _)) in takers.iter().enumerate() {
                     let granted = before[who].is_some() && state.position(&taker.account).is_none();
                     let left = taker.asked.is_none();
@@ -404,7 +518,8 @@ mod tests {
                 }
             }
             prop_assert!(takers.iter().all(|(taker, _)| taker.asked.is_none()));
-            prop_assert_eq!(fair.lock().free, total);
+            let state = fair.lock();
+            prop_assert_eq!((state.free, state.orderly), (fair.common, fair.orderly));
         }
     }
 }
