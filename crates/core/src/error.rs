@@ -5,6 +5,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+/// No file descriptor is left: for the whole system, and for this process.
+const ENFILE: i32 = 23;
+const EMFILE: i32 = 24;
+
 /// What every fallible call in r3map returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -56,7 +60,19 @@ impl ErrorKind {
         }
     }
 
-    /// The kind for an errno that the operating system gave us.
+    /// The kind for an error of the operating system, by its errno where there is one.
+    #[must_use]
+    pub fn of_io(error: &std::io::Error) -> Self {
+        match error.raw_os_error() {
+            // std has no stable kinds for these: ENXIO and ENODEV, ENFILE and EMFILE, ELOOP.
+            Some(6 | 19) => Self::NotFound,
+            Some(ENFILE | EMFILE) => Self::Exhausted,
+            Some(40) => Self::InvalidInput,
+            _ => Self::from_io(error.kind()),
+        }
+    }
+
+    /// The kind for what std calls an error of the operating system.
     #[must_use]
     pub fn from_io(kind: std::io::ErrorKind) -> Self {
         use std::io::ErrorKind as Io;
@@ -167,17 +183,17 @@ impl Error {
         Self(Arc::new(Inner { kind, operation, range: None, message: message.into(), source: None }))
     }
 
-    /// An error that the operating system reported; the kind follows from it.
+    /// An error that the operating system reported; the kind follows from it, and so does what to do about a lack of
+    /// file descriptors.
     #[must_use]
     pub fn from_io(operation: Operation, message: impl Into<String>, error: std::io::Error) -> Self {
-        let kind = match error.raw_os_error() {
-            // std has no stable kinds for these: ENXIO and ENODEV, ENFILE and EMFILE, ELOOP.
-            Some(6 | 19) => ErrorKind::NotFound,
-            Some(23 | 24) => ErrorKind::Exhausted,
-            Some(40) => ErrorKind::InvalidInput,
-            _ => ErrorKind::from_io(error.kind()),
-        };
-        Self::new(kind, operation, message).with_source(error)
+        let mut message = message.into();
+        match error.raw_os_error() {
+            Some(EMFILE) => message.push_str("; raise the limit of this process (ulimit -n)"),
+            Some(ENFILE) => message.push_str("; raise the limit of this system (sysctl fs.file-max)"),
+            _ => {}
+        }
+        Self::new(ErrorKind::of_io(&error), operation, message).with_source(error)
     }
 
     /// The same error, about `len` bytes at `offset`.
@@ -192,6 +208,16 @@ impl Error {
     pub fn context(mut self, message: impl fmt::Display) -> Self {
         let inner = Arc::make_mut(&mut self.0);
         inner.message = format!("{message}: {}", inner.message);
+        self
+    }
+
+    /// The same error, and behind its own words those of another that the same call has come to.
+    #[must_use]
+    pub fn along_with(mut self, other: &Self) -> Self {
+        let message = format!("{}; besides: {}", self.reason(), other.reason());
+        let inner = Arc::make_mut(&mut self.0);
+        // Its words are in the message now.
+        (inner.message, inner.source) = (message, None);
         self
     }
 
@@ -305,10 +331,25 @@ mod tests {
     }
 
     #[test]
+    fn who_has_too_many_files_open_is_told_which_limit_to_raise() {
+        let says = |errno| Error::from_io(Operation::Open, "x", std::io::Error::from_raw_os_error(errno)).reason();
+        assert!(says(23).starts_with("x; raise the limit of this system (sysctl fs.file-max): "), "{}", says(23));
+        assert!(says(24).starts_with("x; raise the limit of this process (ulimit -n): "), "{}", says(24));
+    }
+
+    #[test]
     fn context_goes_in_front_and_a_clone_is_left_alone() {
         let error = Error::new(ErrorKind::NotFound, Operation::Open, "no such file");
         let outer = error.clone().context("file:/x");
         assert_eq!(outer.to_string(), "open: file:/x: no such file (not found)");
         assert_eq!(error.message(), "no such file");
+    }
+
+    #[test]
+    fn of_two_errors_the_first_says_what_it_is() {
+        let io = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        let first = Error::from_io(Operation::Close, "not now", io);
+        let both = first.along_with(&Error::new(ErrorKind::Exhausted, Operation::Write, "the disk is full"));
+        assert_eq!(both.to_string(), "close: not now: permission denied; besides: the disk is full (denied)");
     }
 }

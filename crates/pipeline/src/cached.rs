@@ -394,7 +394,10 @@ impl Inner {
         self.check_serving(Operation::Close)?;
         if let Err(refused) = self.before_close(&mut closing).await {
             // Whoever does not close again must not lose what was written.
-            return self.drain().await.and(Err(refused));
+            return match self.drain().await {
+                Ok(()) => Err(refused),
+                Err(unstored) => Err(refused.along_with(&unstored)),
+            };
         }
         self.stop_pulling.cancel();
         self.set_phase(Phase::Closing);

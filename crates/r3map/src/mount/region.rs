@@ -143,7 +143,10 @@ impl Region {
                 crate::engine::run(async move {
                     let closing = hooked.before_close().await;
                     // Whatever the hook says: what was written is to be stored.
-                    backend.flush().await.and(closing)
+                    match (closing, backend.flush().await) {
+                        (Err(refused), Err(unstored)) => Err(refused.along_with(&unstored)),
+                        (closing, stored) => closing.and(stored),
+                    }
                 })
                 .await
             }

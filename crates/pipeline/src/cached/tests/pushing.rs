@@ -372,3 +372,30 @@ async fn a_hook_that_fails_fails_the_call() {
     assert_eq!(store.snapshot()[..2], [1, 2]);
     assert_eq!(calls.load(Ordering::SeqCst), 2);
 }
+
+/// Whoever closes is to hear of the hook that does not let it, and only then of what its own writers have done meanwhile.
+#[tokio::test]
+async fn a_hook_that_fails_is_told_of_also_where_not_everything_was_stored() {
+    let failing: crate::Hook =
+        Arc::new(|| Box::pin(async { Err(r3map_core::Error::new(ErrorKind::Denied, Operation::Close, "not now")) }));
+    let parts =
+        CachedParts { hooks: Hooks { on_before_close: Some(failing), ..Hooks::default() }, ..CachedParts::default() };
+    let store = Arc::new(Store::new(SIZE));
+    let remote = Faults::new(store.clone());
+    let cached = Cached::open(Side::vector(SIZE), remote.clone(), quiet(), parts).await.unwrap();
+    cached.write_at(0, &[1; 4096]).await.unwrap();
+    let pause = Pause::new();
+    remote.add(Rule::on(Operation::Flush).times(1).hold(&pause));
+    let closing = tokio::spawn({
+        let cached = cached.clone();
+        async move { cached.close().await }
+    });
+    deadline(SOON, "storing", pause.wait_held(1)).await;
+    joined(writing(&cached, BLOCK, vec![2; 4096])).await.unwrap();
+    pause.release();
+    let refused = joined(closing).await.unwrap_err();
+    assert_eq!((refused.kind(), refused.operation()), (ErrorKind::Denied, Operation::Close));
+    assert!(refused.message().starts_with("not now; besides: 4096 bytes were written"), "{refused}");
+    joined(flushing(&cached)).await.unwrap();
+    assert_eq!(store.snapshot()[4096..4098], [2, 2], "the region goes on");
+}
