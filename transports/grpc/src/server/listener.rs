@@ -38,13 +38,12 @@ enum Socket {
 impl Listener {
     pub(crate) async fn bind(target: &Target) -> Result<Self> {
         let failed = |error: io::Error| {
-            let kind = match ErrorKind::from_io(error.kind()) {
-                _ if error.kind() == io::ErrorKind::AddrNotAvailable => ErrorKind::InvalidInput,
-                // A name that cannot be looked up has no kind of its own.
-                ErrorKind::Internal => ErrorKind::InvalidInput,
-                kind => kind,
-            };
-            Error::new(kind, Operation::Open, format!("cannot listen on {target}")).with_source(error)
+            let message = format!("cannot listen on {target}");
+            match ErrorKind::of_io(&error) {
+                // No address of this host, or a name that cannot be looked up, which has no kind of its own.
+                ErrorKind::Internal => Error::new(ErrorKind::InvalidInput, Operation::Open, message).with_source(error),
+                _ => Error::from_io(Operation::Open, message, error),
+            }
         };
         match target {
             Target::Tcp { host, port } => {

@@ -45,13 +45,12 @@ impl Listener {
     /// Names the address: `Conflict` if it is in use, `Denied`, `InvalidInput` if it is no address of this host.
     pub(crate) async fn bind(address: &Address) -> Result<Self> {
         let failed = |error: io::Error| {
-            let kind = match ErrorKind::from_io(error.kind()) {
-                _ if error.kind() == io::ErrorKind::AddrNotAvailable => ErrorKind::InvalidInput,
-                // A name that cannot be looked up has no kind of its own.
-                ErrorKind::Internal => ErrorKind::InvalidInput,
-                kind => kind,
-            };
-            Error::new(kind, Operation::Open, format!("cannot listen on {address}")).with_source(error)
+            let message = format!("cannot listen on {address}");
+            match ErrorKind::of_io(&error) {
+                // No address of this host, or a name that cannot be looked up, which has no kind of its own.
+                ErrorKind::Internal => Error::new(ErrorKind::InvalidInput, Operation::Open, message).with_source(error),
+                _ => Error::from_io(Operation::Open, message, error),
+            }
         };
         match address {
             Address::Tcp { host, port } => {
