@@ -7,7 +7,7 @@ use r3map::{NbdExport, NbdListed, size};
 use serde_json::{Value, json};
 
 use crate::args::{self, NbdCommand};
-use crate::output::Output;
+use crate::output::{Output, cannot};
 
 pub(crate) async fn run(args: args::Nbd, output: Output) -> Result<()> {
     match args.command {
@@ -25,7 +25,8 @@ async fn attach(args: args::NbdAttach, output: Output) -> Result<()> {
         request_timeout: args.request_timeout,
         dead_connection_timeout: args.wait,
     };
-    let device = r3map::nbd_attach(&args.uri, attach).await?;
+    let attached = r3map::nbd_attach(&args.uri, attach).await;
+    let device = attached.map_err(|error| cannot(&format!("attach {}", args.uri), &error))?;
     let device = device.display().to_string();
     output.event("attached", &device, json!({ "device": device, "uri": args.uri.to_string() }));
     Ok(())
@@ -33,7 +34,8 @@ async fn attach(args: args::NbdAttach, output: Output) -> Result<()> {
 
 async fn detach(args: args::NbdDetach, output: Output) -> Result<()> {
     let device = args.device.display().to_string();
-    r3map::nbd_detach(args.device, args.force).await?;
+    let detached = r3map::nbd_detach(args.device, args.force).await;
+    detached.map_err(|error| cannot(&format!("detach {device}"), &error))?;
     if output.is_json() {
         output.event("detached", "", json!({ "device": device }));
     }

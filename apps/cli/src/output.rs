@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -71,6 +71,12 @@ impl Output {
     pub(crate) fn bar(self, what: &'static str, size: u64) -> Bar {
         Bar::new(self, what, size)
     }
+}
+
+/// What a command that does one thing could not do, in its own words: the library's word for it, such as `mount`, is none
+/// that was given.
+pub(crate) fn cannot(what: &str, error: &r3map::Error) -> anyhow::Error {
+    anyhow!("cannot {what}: {}", error.reason())
 }
 
 /// Writes a line to standard error in one piece, so that others who write there too do not come between.

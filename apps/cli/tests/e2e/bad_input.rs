@@ -95,6 +95,26 @@ fn wrong_block_devices() {
     });
 }
 
+/// And not what the library calls it, which is nothing that its user has asked for.
+#[test]
+fn a_command_about_a_device_says_what_it_could_not_do() {
+    Scene::play(LONG, |scene| {
+        for (line, tried) in [
+            ("nbd attach nbd://127.0.0.1:1 /dev/null", "attach nbd://127.0.0.1:1"),
+            ("nbd detach /dev/sda", "detach /dev/sda"),
+            ("remove /dev/loop0", "remove /dev/loop0"),
+        ] {
+            let arguments: Vec<_> = line.split(' ').collect();
+            let outcome = scene.ended(&arguments);
+            one_line(&arguments, &outcome, tried);
+            let start = format!("error: cannot {tried}: ");
+            assert!(outcome.err[0].starts_with(&start), "{line}: {outcome:?}");
+            let why = &outcome.err[0][start.len()..];
+            assert!(!why.starts_with("mount: ") && !why.starts_with("close: "), "{line}: {outcome:?}");
+        }
+    });
+}
+
 #[test]
 fn wrong_sizes() {
     Scene::play(LONG, |scene| {
