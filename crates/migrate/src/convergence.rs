@@ -14,7 +14,7 @@ pub struct Precopy {
     pub target: Duration,
     /// The most rounds. Default 30.
     pub max_rounds: NonZeroU32,
-    /// The longest time, from the first byte. Default none.
+    /// The longest time, from the first byte, looked at after each round. Default none.
     pub max_time: Option<Duration>,
     /// What happens if it does not come close enough.
     pub unconverged: Unconverged,

@@ -321,10 +321,11 @@ impl<T: Target> Copying<T> {
     fn judge(&self, convergence: &mut Convergence, round: Round) -> Result<bool> {
         let verdict = convergence.round(&self.settings.precopy, round);
         if verdict.is_unconverged() && self.settings.precopy.unconverged == Unconverged::GiveUp {
+            let rounds = if self.rounds == 1 { "1 round".to_owned() } else { format!("{} rounds", self.rounds) };
             let message = format!(
-                "the application writes faster than the link carries ({} bytes were left after {} rounds): give it more \
+                "the application writes faster than the link carries ({} bytes were left after {rounds}): give it more \
                  time, or move it all the same",
-                round.dirty, self.rounds
+                round.dirty
             );
             return Err(Error::new(ErrorKind::Exhausted, Operation::Read, message));
         }

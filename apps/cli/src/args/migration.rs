@@ -165,7 +165,7 @@ pub(crate) struct Leech {
     /// How often to copy again what was written meanwhile, before that counts as not converging.
     #[arg(long, default_value = "30", value_parser = parse_count::<NonZeroU32>, value_name = "N")]
     pub(crate) max_rounds: NonZeroU32,
-    /// How long to copy before that counts as not converging; without limit by default.
+    /// How long to copy before that counts as not converging, looked at after each round; without limit by default.
     #[arg(long, value_parser = parse_duration, value_name = "TIME")]
     pub(crate) max_time: Option<Duration>,
     /// What to do when the region is written to faster than it can be copied.

@@ -64,6 +64,29 @@ fn what_is_written_too_fast_can_be_left_alone() {
     });
 }
 
+/// Which is looked at after each round; what ends copying otherwise are several rounds that do not become smaller.
+#[test]
+fn what_is_written_too_fast_is_not_copied_for_longer_than_the_user_says() {
+    Scene::with_fuse(SOON, |scene| {
+        let (seeder, here, stamps) = seed_file(scene, 2 * MIB, &[]);
+        let writer = stamps.start(here);
+        let line = DelayProxy::tcp(seeder.address(), Duration::ZERO).expect("a port is free");
+        line.set_rate(NonZeroU64::new(4 * SLOW));
+        let uri = format!("grpc://{}", line.socket_addr());
+        // Over when the first round is.
+        let limits = ["--max-time", "10ms", "--finalize", "downtime=0s", "--unconverged", "give-up"];
+        let outcome = leech_ended(scene, &[&[uri.as_str(), &scene.name("there")], &limits[..]].concat());
+        complains(&outcome, "after 1 round)");
+        writer.goes_on();
+        let mut leecher = leech(scene, &uri, "there", &limits[..4]);
+        let copied = leecher.wait_for_event(SOON, "copied");
+        assert_eq!((&copied["converged"], &copied["rounds"]), (&false.into(), &1.into()), "{copied}");
+        line.set_rate(None);
+        leecher.wait_for_event(SOON, "pulled");
+        writer.refused().check(&scene.path("there"));
+    });
+}
+
 #[test]
 fn whatever_is_wrong_is_one_line_and_the_region_stays() {
     Scene::with_fuse(SOON, |scene| {
