@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::select_all;
 use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running, Seeding};
-use r3map::{Outage, Registry, Uri, size};
+use r3map::{ErrorKind, Operation, Outage, Registry, Uri, size};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -104,12 +104,14 @@ struct Arrivals {
     since: Instant,
     /// It does not answer: what it was asked for in vain last.
     silence: Option<r3map::Error>,
+    /// What else goes wrong, such as that there is no room here: said once for all the places where it happens.
+    told: Option<(ErrorKind, Operation)>,
 }
 
 impl Arrivals {
     fn new(running: &Leecher<Running<Arrived>>) -> Self {
         let outages = running.regions().iter().map(|region| region.region().outage()).collect();
-        Self { outages, came: running.report().pulled_after, since: Instant::now(), silence: None }
+        Self { outages, came: running.report().pulled_after, since: Instant::now(), silence: None, told: None }
     }
 
     /// What was asked for in vain since the last look; also where that is over, and nobody asks just now.
@@ -118,14 +120,26 @@ impl Arrivals {
             let changed = outage.has_changed().unwrap_or_default();
             match &*outage.borrow_and_update() {
                 Some(outage) => Some(outage.error.clone()),
-                None if changed => region.region().progress()?.borrow().last_error.clone(),
+                None if changed => last_error(region).filter(|error| error.kind().is_retryable()),
                 None => None,
             }
         })
     }
 
+    /// Says what keeps it from arriving that is no fault of the seeder's line.
+    fn tell_trouble(&mut self, running: &Leecher<Running<Arrived>>, bar: &Bar, output: Output) {
+        let errors = running.regions().iter().filter_map(|region| last_error(region));
+        for error in errors.filter(|error| !error.kind().is_retryable()) {
+            let told = self.told.replace((error.kind(), error.operation()));
+            if told != self.told {
+                bar.aside(|| output.note("trouble", &format!("what is missing is tried again: {error}")));
+            }
+        }
+    }
+
     /// Says it when the seeder falls silent, and when it answers again.
     fn look(&mut self, running: &Leecher<Running<Arrived>>, bar: &Bar, output: Output) {
+        self.tell_trouble(running, bar, output);
         let (came, trouble) = (running.report().pulled_after, self.trouble(running));
         let comes = came > self.came;
         match trouble {
@@ -156,6 +170,11 @@ impl Arrivals {
         let (error, waited) = (self.silence.as_ref()?, self.since.elapsed());
         (waited >= patience?).then(|| format!("nothing has come from the seeder for {waited:.0?}: {error}"))
     }
+}
+
+/// What went wrong last as something was pulled.
+fn last_error(region: &Arrived) -> Option<r3map::Error> {
+    region.region().progress()?.borrow().last_error.clone()
 }
 
 /// Regions that have arrived.

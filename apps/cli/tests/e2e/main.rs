@@ -8,6 +8,7 @@ mod support;
 mod bad_input;
 mod commands;
 mod crash;
+mod descriptors;
 mod devices;
 mod documents;
 mod entries;

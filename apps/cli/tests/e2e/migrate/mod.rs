@@ -1,6 +1,7 @@
 //! `r3map seed`, `r3map leech` and `r3map demo migrate`: regions that change hosts while they are used.
 
 mod demo;
+mod full_disk;
 mod killed;
 mod moves;
 mod patience;

@@ -203,6 +203,12 @@ impl Scene {
         Program(self.start(Command::new("setpriv").args(nobody).arg(copy).args(arguments)))
     }
 
+    /// Starts the command as a process that may have at most so many files open.
+    pub(crate) fn r3map_with_files(&self, limit: usize, arguments: &[&str]) -> Program {
+        let limit = format!("--nofile={limit}");
+        Program(self.start(Command::new("prlimit").args([&limit, R3MAP]).args(arguments).env("TMPDIR", self.path("."))))
+    }
+
     /// Runs the command to its end.
     pub(crate) fn ended(&self, arguments: &[&str]) -> Outcome {
         self.r3map(arguments).end(SOON)
