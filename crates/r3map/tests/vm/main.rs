@@ -1,5 +1,5 @@
-//! Mounts as block devices, with a remote that is a round trip of 20 ms away (10 ms each way), and their migrations. They run in
-//! the virtual machine of `cargo xtask vm`; elsewhere these tests say that they are skipped.
+//! Mounts as block devices, with a remote behind a link that delays by 20 ms each way, and their migrations. They run in the
+//! virtual machine of `cargo xtask vm`; elsewhere these tests say that they are skipped.
 
 #![cfg(target_os = "linux")]
 
@@ -13,7 +13,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use r3map::{
     BlockMount, BlockOptions, Kind, ListenOptions, Listener, Mount, OpenOptions, Operation, Registry, Settings,
@@ -23,8 +23,8 @@ use r3map_testkit::process::Process;
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill, in_vm};
 
-const SIZE: u64 = 16 << 20;
-const LEN: usize = 16 << 20;
+const SIZE: u64 = 8 << 20;
+const LEN: usize = 8 << 20;
 const LIMIT: Duration = Duration::from_secs(100);
 
 /// Runs a program to its good end.
@@ -35,12 +35,15 @@ fn run(program: &str, arguments: &[&str]) {
     assert!(status.success(), "{program} {arguments:?}: {status}\n{said}");
 }
 
-/// A delay on the loopback: 10 ms each way, which is a round trip of 20 ms. Dropping it takes it away.
+/// How long the loopback takes each way: a round trip is 40 ms.
+const DELAY: Duration = Duration::from_millis(20);
+
+/// That delay on the loopback. Dropping it takes it away.
 struct Delay;
 
 impl Delay {
     fn new() -> Self {
-        run("tc", &["qdisc", "add", "dev", "lo", "root", "netem", "delay", "10ms"]);
+        run("tc", &["qdisc", "add", "dev", "lo", "root", "netem", "delay", &format!("{}ms", DELAY.as_millis())]);
         Self
     }
 }
@@ -91,7 +94,7 @@ fn use_as_disk(device: &Path) {
     run("mkfs.ext4", &["-q", "-F", device]);
     run("mount", &["-t", "ext4", device, at]);
     let file = format!("--filename={at}/file");
-    let job = ["--name=v", &file, "--size=1M", "--rw=randwrite", "--bs=16k", "--verify=crc32c", "--end_fsync=1"];
+    let job = ["--name=v", &file, "--size=512k", "--rw=randwrite", "--bs=16k", "--verify=crc32c", "--end_fsync=1"];
     run("fio", &[&job[..], &["--ioengine=libaio", "--iodepth=16", "--direct=1"]].concat());
     run("umount", &[at]);
     run("e2fsck", &["-fn", device]);
@@ -143,19 +146,13 @@ async fn exchange(remote: &Remote, mount: &BlockMount, managed: bool) {
     assert!(remote.store.snapshot() == expected);
 }
 
-/// Both ways at once: most of it waits for the link.
-async fn works_direct_and_managed(kind: Kind) {
-    if !in_vm() {
-        return;
-    }
-    let _delay = Delay::new();
-    tokio::join!(works(kind, false), works(kind, true));
-}
-
 async fn works(kind: Kind, managed: bool) {
     let remote = Remote::new().await;
     let mount = remote.mount(managed, kind).await;
     assert_eq!(mount.kind(), kind);
+    let start = Instant::now();
+    mount.flush().await.unwrap();
+    assert!(managed || start.elapsed() >= 2 * DELAY, "{kind}: the link is not slow");
     exchange(&remote, &mount, managed).await;
     let device = mount.path().to_owned();
     app(move || use_as_disk(&device)).await;
@@ -167,16 +164,25 @@ async fn works(kind: Kind, managed: bool) {
     let image = remote.store.snapshot();
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), image).unwrap();
-    run("e2fsck", &["-fn", file.path().to_str().unwrap()]);
+    app(move || run("e2fsck", &["-fn", file.path().to_str().unwrap()])).await;
+}
+
+/// Both ways at once: most of it waits for the link.
+async fn works_direct_and_managed(kind: Kind) {
+    if !in_vm() {
+        return;
+    }
+    let _delay = Delay::new();
+    tokio::join!(works(kind, false), works(kind, true));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_direct_and_a_managed_ublk_device_over_20_ms() {
+async fn a_direct_and_a_managed_ublk_device_behind_a_delay_of_20_ms() {
     works_direct_and_managed(Kind::Ublk).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_direct_and_a_managed_nbd_device_over_20_ms() {
+async fn a_direct_and_a_managed_nbd_device_behind_a_delay_of_20_ms() {
     works_direct_and_managed(Kind::Nbd).await;
 }
 

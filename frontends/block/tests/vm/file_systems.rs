@@ -7,7 +7,7 @@ use r3map_testkit::faults::Faults;
 use r3map_testkit::in_vm;
 use r3map_testkit::store::Store;
 
-use crate::support::{KINDS, Mounted, app, device, name, run, unmount};
+use crate::support::{Mounted, app, device, each_kind, name, run, unmount};
 
 const SIZE: u64 = 32 << 20;
 
@@ -16,7 +16,7 @@ async fn ext4_is_sound_and_trims_reach_the_backend() {
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
+    each_kind(async |kind| {
         let faults = Faults::new(Arc::new(Store::new(SIZE)));
         let device = device(kind, faults.clone()).await;
         let path = device.path().to_owned();
@@ -38,5 +38,6 @@ async fn ext4_is_sound_and_trims_reach_the_backend() {
         .await;
         assert!(faults.count(Operation::Flush) > 0, "{kind}: the journal was flushed");
         unmount(device).await;
-    }
+    })
+    .await;
 }

@@ -3,12 +3,10 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use r3map_block::{BlockDevice, BlockSettings, Keep, Kind, Meanwhile};
+use r3map_block::{BlockSettings, Keep, Kind, Meanwhile};
 use r3map_core::{ErrorKind, Operation};
 use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
@@ -46,8 +44,8 @@ async fn a_mounted_device_is_not_detached_unless_that_is_forced() {
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
-        let store = Arc::new(Store::new(SIZE));
+    each_kind(async |kind| {
+        let store = Arc::new(Store::new(4 << 20));
         let device = device(kind, store.clone()).await;
         let path = device.path().to_owned();
         let mounted = app(move || {
@@ -72,150 +70,6 @@ async fn a_mounted_device_is_not_detached_unless_that_is_forced() {
             drop(mounted);
         })
         .await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {
-    if !in_vm() {
-        return;
-    }
-    each_kind(async |kind| {
-        let faults = Faults::new(Arc::new(Store::new(SIZE).plain()));
-        let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
-        let device = try_device(kind, faults.clone(), settings).await.unwrap();
-        faults.add(Rule::on(Operation::Write).hang());
-        let path = device.path().to_owned();
-        let written = faults.clone();
-        // It waits, when it closes the device, until that is given up.
-        let user = std::thread::spawn(move || {
-            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
-            file.write_all_at(&[3; 4096], 0).unwrap();
-            file.sync_all().unwrap_err();
-        });
-        app(move || wait_until("the write reaches the backend", || written.in_flight() > 0)).await;
-        let start = Instant::now();
-        device.detach().await.expect_err("something was not stored");
-        assert!(start.elapsed() < Duration::from_secs(30), "{kind}");
-        app(move || user.join().unwrap()).await;
-        drop(device);
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_unmount_that_takes_too_long_leaves_the_device_as_it_was() {
-    if !in_vm() {
-        return;
-    }
-    each_kind(async |kind| {
-        let store = Arc::new(Store::new(SIZE).plain());
-        let faults = Faults::new(store.clone());
-        let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
-        let device = try_device(kind, faults.clone(), settings).await.unwrap();
-        let pause = Pause::new();
-        faults.add(Rule::on(Operation::Write).hold(&pause));
-        let path = device.path().to_owned();
-        // Open until the end: closing it would wait for the write.
-        let file = app(move || {
-            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
-            file.write_all_at(&[3; 4096], 0).unwrap();
-            file
-        })
-        .await;
-        let error = device.unmount().await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
-        assert!(device.is_there(), "{kind}");
-        pause.release();
-        let path = device.path().to_owned();
-        app(move || {
-            let (mut buffer, at) = aligned(4096);
-            let direct = open_direct(&path, OFlags::empty());
-            for block in 1..100 {
-                direct.write_all_at(&buffer[at..at + 4096], block * 4096).unwrap();
-                direct.read_exact_at(&mut buffer[at..at + 4096], block * 4096).unwrap();
-            }
-            file.sync_all().unwrap();
-        })
-        .await;
-        assert!(device.is_there(), "{kind}");
-        unmount(device).await;
-        assert!(store.snapshot()[..4096] == [3; 4096], "{kind}");
-    })
-    .await;
-}
-
-/// A device over a remote on which a read hangs and a write was acknowledged, and what the read gives in the end.
-struct Hanging {
-    store: Arc<Store>,
-    device: BlockDevice,
-    pause: Pause,
-    reader: JoinHandle<std::io::Result<()>>,
-}
-
-impl Hanging {
-    async fn new(kind: Kind) -> Self {
-        let store = Arc::new(Store::new(SIZE).volatile_cache());
-        let faults = Faults::new(store.clone());
-        let settings = BlockSettings { detach_limit: Duration::from_secs(3), ..BlockSettings::default() };
-        let device = try_device(kind, faults.clone(), settings).await.unwrap();
-        let pause = Pause::new();
-        faults.add(Rule::on(Operation::Read).touching(0..4096).hold(&pause));
-        let path = device.path().to_owned();
-        let reader = std::thread::spawn({
-            let path = path.clone();
-            move || {
-                let (mut buffer, at) = aligned(4096);
-                open_direct(&path, OFlags::empty()).read_exact_at(&mut buffer[at..at + 4096], 0)
-            }
-        });
-        deadline(SOON, "reading", pause.wait_held(1)).await;
-        app(move || write_direct(&path, 7)).await;
-        Self { store, device, pause, reader }
-    }
-}
-
-fn write_direct(path: &Path, byte: u8) {
-    let (mut buffer, at) = aligned(4096);
-    buffer[at..].fill(byte);
-    open_direct(path, OFlags::empty()).write_all_at(&buffer[at..at + 4096], 8192).unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_unmount_does_not_take_a_device_from_others_whose_requests_hang() {
-    if !in_vm() {
-        return;
-    }
-    each_kind(async |kind| {
-        let Hanging { store, device, pause, reader } = Hanging::new(kind).await;
-        let error = deadline(SOON, "unmounting in vain", device.unmount()).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
-        assert!(error.message().contains("what others ask the device for"), "{kind}: {error}");
-        assert!(device.is_there() && !reader.is_finished(), "{kind}");
-        let path = device.path().to_owned();
-        app(move || write_direct(&path, 8)).await;
-        pause.release();
-        app(move || reader.join().unwrap()).await.unwrap_or_else(|error| panic!("{kind}: {error}"));
-        unmount(device).await;
-        store.lose_unflushed();
-        assert!(store.snapshot()[8192..12_288] == [8; 4096], "{kind}");
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_detach_ends_what_hangs_with_errors_and_stores_what_was_acknowledged() {
-    if !in_vm() {
-        return;
-    }
-    each_kind(async |kind| {
-        let Hanging { store, device, pause: _held, reader } = Hanging::new(kind).await;
-        let error = deadline(SOON, "detaching", device.detach()).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unavailable, "{kind}: {error}");
-        assert!(!device.is_there(), "{kind}");
-        assert!(app(move || reader.join().unwrap()).await.is_err(), "{kind}");
-        store.lose_unflushed();
-        assert!(store.snapshot()[8192..12_288] == [7; 4096], "{kind}");
     })
     .await;
 }
@@ -225,7 +79,7 @@ async fn nobody_can_mount_a_device_that_is_being_detached() {
     if !in_vm() {
         return;
     }
-    for kind in KINDS {
+    each_kind(async |kind| {
         let faults = Faults::new(Arc::new(Store::new(SIZE).plain()));
         let device = device(kind, faults.clone()).await;
         let path = device.path().to_owned();
@@ -256,7 +110,8 @@ async fn nobody_can_mount_a_device_that_is_being_detached() {
         leaving.await.unwrap();
         // Its user merely had it open: whether it is still answered is not promised.
         let _ = app(move || reader.join().unwrap()).await;
-    }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

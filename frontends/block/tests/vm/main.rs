@@ -10,3 +10,4 @@ mod killed;
 mod lifecycle;
 mod slow;
 mod support;
+mod waiting;

@@ -4,12 +4,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use r3map_nbd::kernel::{self, Device, Interface, Readiness, Settings};
+use r3map_nbd::kernel::{self, Device, Readiness, Settings};
 use r3map_testkit::in_vm;
 use r3map_testkit::process::Process;
 use rustix::fs::OFlags;
 
-use crate::support::{Aligned, attach, check, connect, exercise, open_direct, read_direct, run, until};
+use crate::support::{
+    Aligned, attach, by_either_interface, check, connect, exercise, open_direct, read_direct, run, until,
+};
 
 /// A server on a Unix socket in a folder of its own.
 struct Server {
@@ -43,8 +45,8 @@ fn nbdkit_by_every_way() {
     if !in_vm() {
         return;
     }
-    let server = Server::nbdkit(&["memory", "64M"]);
-    for interface in [Interface::Netlink, Interface::Ioctl] {
+    by_either_interface(|interface| {
+        let server = Server::nbdkit(&["memory", "64M"]);
         for readiness in [Readiness::Polling, Readiness::Events] {
             let device = server.attach(&Settings { interface, readiness, ..Settings::default() });
             assert_eq!(device.interface(), interface);
@@ -59,7 +61,7 @@ fn nbdkit_by_every_way() {
             device.detach().unwrap();
             until("it is free", || !Path::new("/sys/block").join(path.file_name().unwrap()).join("pid").exists());
         }
-    }
+    });
 }
 
 #[test]
@@ -146,7 +148,7 @@ fn a_server_that_is_slow_is_no_dead_one() {
     if !in_vm() {
         return;
     }
-    let server = Server::nbdkit(&["--filter=delay", "memory", "64M", "rdelay=3"]);
+    let server = Server::nbdkit(&["--filter=delay", "memory", "64M", "rdelay=1500ms"]);
     let settings = Settings { request_timeout: Some(Duration::from_secs(20)), ..Settings::default() };
     let device = server.attach(&settings);
     read_direct(&device.path(), 1 << 20).unwrap();

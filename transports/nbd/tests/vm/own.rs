@@ -18,8 +18,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use crate::support::{
-    Aligned, LONG, Netem, SIZE, attach, connect_to, exercise, io_timeout, node, open_direct, read_direct, run, runtime,
-    until,
+    Aligned, LONG, Netem, SIZE, attach, by_either_interface, connect_to, exercise, io_timeout, node, open_direct,
+    read_direct, run, runtime, until,
 };
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -65,12 +65,12 @@ fn a_file_system_over_a_socket_pair() {
     if !in_vm() {
         return;
     }
-    for interface in [Interface::Netlink, Interface::Ioctl] {
+    by_either_interface(|interface| {
         let own = Own::new(Store::new(SIZE));
         let device = own.attach(&Settings { interface, ..Settings::default() });
         exercise(&device.path());
         device.detach().unwrap();
-    }
+    });
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn a_request_is_tried_elsewhere_after_its_time_and_never_where_it_has_none() {
         return;
     }
     let own = Own::new(Store::new(SIZE).plain());
-    let hasty = Settings { request_timeout: Some(Duration::from_secs(3)), ..Settings::default() };
+    let hasty = Settings { request_timeout: Some(Duration::from_secs(2)), ..Settings::default() };
     let device = attach(own.pairs(), &hasty);
     drop(own.calls.take_calls());
     own.calls.add(Rule::on(Operation::Read).touching(0..4096).hold(&Pause::new()));

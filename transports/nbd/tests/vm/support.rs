@@ -74,7 +74,7 @@ pub(crate) fn exercise(device: &Path) {
     let mounted = Mounted::new(device);
     let file = mounted.path().join("file");
     let filename = format!("--filename={}", file.display());
-    let common = ["--name=verify", &filename, "--size=4M", "--ioengine=libaio", "--iodepth=8", "--bsrange=4k-128k"];
+    let common = ["--name=verify", &filename, "--size=2M", "--ioengine=libaio", "--iodepth=8", "--bsrange=4k-128k"];
     let verify = ["--rw=randwrite", "--direct=1", "--verify=crc32c", "--verify_fatal=1", "--end_fsync=1"];
     let output = run("fio", &[&common[..], &verify[..]].concat());
     assert!(output.contains("err= 0"), "{output}");
