@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::Message;
+use r3map_vm::contents::KERNEL;
 
 use crate::{cargo, step, vm};
 
@@ -50,7 +51,7 @@ pub(crate) fn run(filter: Option<&str>) -> Result<()> {
         }
     }
     if !guests.is_empty() {
-        let report = vm::run_tests(&guests, None)?;
+        let report = vm::run_tests(&guests, None, KERNEL)?;
         total.passed += report.passed;
         total.ignored += report.skipped;
         total.failed += report.failed.len() as u64;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use r3map_vm::contents::KERNEL;
 use r3map_vm::{Plan, Report, Settings, Vm, Work};
 
 use crate::test::{self, Binary};
@@ -41,6 +42,10 @@ pub(crate) struct Options {
     /// Only tests of this package: nothing else is compiled.
     #[arg(short, long)]
     package: Option<String>,
+    /// Another kernel than the usual one: a Debian package that apt knows, or a folder (with a slash in its name) that has
+    /// boot/vmlinuz-* and lib/modules/*. What has been downloaded is in target/vm.
+    #[arg(long, value_name = "PACKAGE|FOLDER", default_value = KERNEL)]
+    kernel: String,
     /// Run `r3map-bench` with these arguments instead of tests.
     #[arg(long, num_args = 1.., allow_hyphen_values = true, conflicts_with_all = ["filter", "package"])]
     bench: Option<Vec<String>>,
@@ -49,7 +54,7 @@ pub(crate) struct Options {
 /// The task `cargo xtask vm`.
 pub(crate) fn run(options: &Options) -> Result<()> {
     match &options.bench {
-        Some(arguments) => bench(arguments),
+        Some(arguments) => bench(arguments, &options.kernel),
         None => tests(options),
     }
 }
@@ -61,7 +66,7 @@ fn tests(options: &Options) -> Result<()> {
         None => ["--workspace", "--quiet"],
     };
     let binaries = test::build(&[&which[..], &["--test", TARGET]].concat())?;
-    let report = run_tests(&binaries, options.filter.as_deref())?;
+    let report = run_tests(&binaries, options.filter.as_deref(), &options.kernel)?;
     println!("{} passed, {} failed, {} skipped", report.passed, report.failed.len(), report.skipped);
     if !report.failed.is_empty() {
         bail!("failed: {}", report.failed.join(", "));
@@ -74,31 +79,32 @@ fn tests(options: &Options) -> Result<()> {
 
 /// Runs the tests in these binaries, those that contain `filter`, in one virtual machine. The guest's first process has
 /// been built; so has `r3map` if tests of its own package are among them, and only such tests may use it.
-pub(crate) fn run_tests(binaries: &[Binary], filter: Option<&str>) -> Result<Report> {
+pub(crate) fn run_tests(binaries: &[Binary], filter: Option<&str>, kernel: &str) -> Result<Report> {
     let binaries: Vec<_> = binaries.iter().map(in_guest).collect::<Result<_>>()?;
     let command = binaries.iter().any(|binary| binary.name == COMMAND).then(|| built("debug/r3map"));
     let work = Work::Tests { binaries, filter: filter.map(str::to_owned) };
     let moves = std::env::var(MOVES).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
     let moving = MOVE.saturating_mul(moves);
     let limit = LIMIT.max(moving.saturating_mul(MOVERS));
-    carry_out(work, command.as_slice(), DEADLINE.max(moving), limit)
+    carry_out(work, command.as_slice(), kernel, DEADLINE.max(moving), limit)
 }
 
-fn bench(arguments: &[String]) -> Result<()> {
+fn bench(arguments: &[String], kernel: &str) -> Result<()> {
     step("build", cargo(&["build", "--package", "r3map-vm", "--bins"]))?;
     step("build", cargo(&["build", "--release", "--package", "r3map-bench", "--package", "r3map-cli", "--bins"]))?;
     let work = Work::Command { path: absolute(&built("release/r3map-bench"))?, arguments: arguments.to_vec() };
-    let report = carry_out(work, &[built("release/r3map")], BENCH_LIMIT, BENCH_LIMIT)?;
+    let report = carry_out(work, &[built("release/r3map")], kernel, BENCH_LIMIT, BENCH_LIMIT)?;
     if !report.failed.is_empty() {
         bail!("the benchmark failed");
     }
     Ok(())
 }
 
-fn carry_out(work: Work, programs: &[PathBuf], deadline: Duration, limit: Duration) -> Result<Report> {
+fn carry_out(work: Work, programs: &[PathBuf], kernel: &str, deadline: Duration, limit: Duration) -> Result<Report> {
     println!("== virtual machine");
     let settings = Settings {
         cache: built("vm"),
+        kernel: kernel.to_owned(),
         guest: absolute(&built("debug/r3map-vm-guest"))?,
         memory_mib: 2048,
         cpus: 2,

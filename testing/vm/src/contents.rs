@@ -1,6 +1,6 @@
 //! What the virtual machine contains besides the tests: the one table to add a line to.
 
-/// The kernel: a Debian package, or one that depends on the real package.
+/// The kernel that everything is tested with: a Debian package, or one that depends on the real package.
 pub const KERNEL: &str = "linux-image-6.12-cloud-amd64";
 
 /// A kernel module that is loaded before any test, with its parameters. What it depends on is loaded first.

@@ -23,8 +23,12 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel in `package`, from `cache` if it is there, otherwise from Debian.
+    /// The kernel in a Debian package, from `cache` if it is there, otherwise from Debian. A name with a slash is the folder
+    /// of one that is unpacked already: `boot/vmlinuz-*`, and `lib/modules/*` with its `modules.dep`.
     pub(crate) fn obtain(package: &str, cache: &Path) -> Result<Self> {
+        if package.contains('/') {
+            return Self::unpacked(Path::new(package)).with_context(|| format!("{package} is no folder of a kernel"));
+        }
         let folder = cache.join(package);
         if !folder.exists() {
             download(package, cache, &folder).with_context(|| format!("cannot get {package} from Debian"))?;
@@ -141,6 +145,25 @@ mod tests {
         assert_eq!(parse_depends("linux-image-6.12-cloud-amd64", text), "linux-image-6.12.1+x-cloud-amd64");
         let text = "linux-image-6.12.1\n  Depends: kmod\n  Depends: linux-base\n";
         assert_eq!(parse_depends("linux-image-6.12.1", text), "linux-image-6.12.1");
+    }
+
+    #[test]
+    fn a_kernel_is_a_folder_or_a_package_that_is_there_already() {
+        let cache = tempfile::tempdir().unwrap();
+        let folder = cache.path().join("linux-image-7");
+        for made in ["boot", "lib/modules/7.0"] {
+            std::fs::create_dir_all(folder.join(made)).unwrap();
+        }
+        let error = |named: &str| format!("{:#}", Kernel::obtain(named, cache.path()).err().unwrap());
+        let path = folder.to_str().unwrap();
+        assert!(error(path).starts_with(&format!("{path} is no folder of a kernel: ")), "{}", error(path));
+        assert!(error("linux-image-7").contains("is damaged; remove it"), "{}", error("linux-image-7"));
+        std::fs::write(folder.join("boot/vmlinuz-7.0"), "").unwrap();
+        for named in [path, "linux-image-7"] {
+            let kernel = Kernel::obtain(named, cache.path()).unwrap();
+            assert_eq!(kernel.image, folder.join("boot/vmlinuz-7.0"));
+            assert_eq!(kernel.modules, folder.join("lib/modules/7.0"));
+        }
     }
 
     #[test]

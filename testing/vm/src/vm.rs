@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::contents::KERNEL;
 use crate::image;
 use crate::kernel::Kernel;
 use crate::machine::{Acceleration, Machine};
@@ -21,6 +20,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 pub struct Settings {
     /// Where downloads are kept, and the files of a run are while it lasts. Made if it is not there.
     pub cache: PathBuf,
+    /// The kernel: a Debian package, or the folder (with a slash in its name) of one that is unpacked. Usually
+    /// [`contents::KERNEL`](crate::contents::KERNEL).
+    pub kernel: String,
     /// The program that becomes the guest's first process: this package's `r3map-vm-guest`.
     pub guest: PathBuf,
     /// Memory of the guest in MiB.
@@ -55,7 +57,7 @@ impl Vm {
         let cache = &self.settings.cache;
         std::fs::create_dir_all(cache).with_context(|| cache.display().to_string())?;
         let cache = cache.canonicalize()?;
-        let kernel = Kernel::obtain(KERNEL, &cache)?;
+        let kernel = Kernel::obtain(&self.settings.kernel, &cache)?;
         let folder = tempfile::Builder::new().prefix("run").tempdir_in(&cache)?;
         let image = folder.path().join("image.cpio");
         image::write(&image, &kernel, plan, &self.settings.guest)?;

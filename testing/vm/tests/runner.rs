@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use r3map_testkit::skip;
+use r3map_vm::contents::KERNEL;
 use r3map_vm::{Binary, Plan, Report, Settings, Vm, Work};
 
 const SCRIPT: &str = r#"#!/bin/sh
@@ -38,6 +39,7 @@ fn settings() -> Settings {
     Settings {
         // Beside cargo's folder for temporary files: where `cargo xtask vm` keeps its downloads too.
         cache: Path::new(env!("CARGO_TARGET_TMPDIR")).join("../vm"),
+        kernel: KERNEL.into(),
         guest: env!("CARGO_BIN_EXE_r3map-vm-guest").into(),
         memory_mib: 1024,
         cpus: 2,
