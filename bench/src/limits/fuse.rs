@@ -40,7 +40,11 @@ impl NullFile {
     pub(crate) fn mount(size: u64, content: Content, settings: &FileSettings) -> Result<Self> {
         let directory = TempDir::with_prefix("r3map-bench-null-")?;
         let mut config = Config::default();
-        config.mount_options = vec![MountOption::FSName("null".into()), MountOption::DefaultPermissions];
+        config.mount_options = vec![
+            MountOption::FSName("null".into()),
+            MountOption::DefaultPermissions,
+            MountOption::CUSTOM(format!("max_read={}", settings.max_read)),
+        ];
         config.n_threads = settings.threads.map(usize::from);
         config.clone_fd = true;
         let bytes = match content {

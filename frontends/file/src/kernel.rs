@@ -19,7 +19,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveM
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::mountinfo::{FILE_SYSTEM, SUBTYPE, one_line};
-use crate::settings::FileSettings;
+use crate::settings::{FileSettings, MIN_REQUEST};
 
 const DEVICE: &str = "/dev/fuse";
 /// The helper of FUSE 3 and, where only that is there, of FUSE 2; they take the same arguments.
@@ -35,17 +35,29 @@ pub(crate) struct Options {
     pub(crate) source: String,
     pub(crate) read_only: bool,
     pub(crate) allow_other: bool,
+    pub(crate) max_read: u32,
 }
 
 impl Options {
     pub(crate) fn of(settings: &FileSettings) -> Self {
-        let FileSettings { source, read_only, allow_other, .. } = settings;
-        Self { source: source.clone(), read_only: *read_only, allow_other: *allow_other }
+        let FileSettings { source, read_only, allow_other, max_read, .. } = settings;
+        Self {
+            source: source.clone(),
+            read_only: *read_only,
+            allow_other: *allow_other, // The kernel works in pages, but takes this as it is.
+            max_read: max_read / MIN_REQUEST * MIN_REQUEST,
+        }
     }
 
-    /// Those that the kernel and the helper spell alike. The kernel checks permissions by mode, owner and group.
-    fn common(&self) -> &'static str {
+    /// Those without a value that the kernel and the helper spell alike. The kernel checks permissions by mode, owner and
+    /// group.
+    fn flags(&self) -> &'static str {
         if self.allow_other { "default_permissions,allow_other" } else { "default_permissions" }
+    }
+
+    /// Those that the kernel and the helper spell alike.
+    fn common(&self) -> String {
+        format!("{},max_read={}", self.flags(), self.max_read)
     }
 }
 
@@ -116,7 +128,8 @@ pub(crate) fn detached(options: &Options, directory: bool) -> rustix::io::Result
     set("rootmode", if directory { "40700" } else { "100600" })?;
     set("user_id", &rustix::process::getuid().as_raw().to_string())?;
     set("group_id", &rustix::process::getgid().as_raw().to_string())?;
-    for flag in options.common().split(',').chain(options.read_only.then_some("ro")) {
+    set("max_read", &options.max_read.to_string())?;
+    for flag in options.flags().split(',').chain(options.read_only.then_some("ro")) {
         fsconfig_set_flag(context.as_fd(), flag)?;
     }
     fsconfig_create(context.as_fd())?;

@@ -11,7 +11,7 @@ use r3map_core::{Access, Backend, Error, ErrorKind, Operation, Result};
 /// The longest request that the kernel's FUSE buffers take, in bytes.
 const MAX_REQUEST: u32 = 16 << 20;
 /// The shortest useful request: one page.
-const MIN_REQUEST: u32 = 4096;
+pub(crate) const MIN_REQUEST: u32 = 4096;
 /// The longest file name on Linux (`NAME_MAX`).
 const MAX_NAME: usize = 255;
 /// The longest source text: `mount(2)` cuts its strings at one page.
@@ -63,6 +63,10 @@ pub struct FileSettings {
     /// `fs.fuse.max_pages_limit` pages and at what the backend takes. A request that waits holds a buffer of its size.
     /// Default: 1 MiB.
     pub max_request: u32,
+    /// The longest read in bytes that the kernel hands over at once, from 4 KiB on, where that is less than
+    /// `max_request`. It makes several of a longer one, which are answered at the same time: by several processors, each of
+    /// which gets only so much out of memory. Default: 512 KiB.
+    pub max_read: u32,
     /// How far ahead of a sequential reader the kernel reads, in bytes. More than 128 KiB works only for root, who may
     /// raise the kernel's limit for this mount; for others it stays at that. Default: 1 MiB.
     pub read_ahead: u32,
@@ -83,6 +87,7 @@ impl Default for FileSettings {
             caching: Caching::Keep,
             threads: None,
             max_request: 1 << 20,
+            max_read: 512 << 10,
             read_ahead: 1 << 20,
             max_background: NonZeroU16::new(64).unwrap_or(NonZeroU16::MIN),
             unmount_limit: Duration::from_secs(60),
@@ -101,6 +106,9 @@ impl FileSettings {
         }
         if !(MIN_REQUEST..=MAX_REQUEST).contains(&self.max_request) {
             return Err(invalid(format!("max_request is {}, it must be from 4 KiB to 16 MiB", self.max_request)));
+        }
+        if self.max_read < MIN_REQUEST {
+            return Err(invalid(format!("max_read is {}, it must be 4 KiB or more", self.max_read)));
         }
         if self.source.is_empty() || self.source.len() > MAX_SOURCE || self.source.contains('\0') {
             return Err(invalid("the source must have from 1 to 4095 bytes, none of them zero"));
@@ -171,6 +179,7 @@ mod tests {
         for bytes in [0, 4095, MAX_REQUEST + 1] {
             assert!(refused(|settings| settings.max_request = bytes), "{bytes}");
         }
+        assert!(refused(|settings| settings.max_read = 4095));
         for source in ["", "a\0b", &"s".repeat(4096)] {
             assert!(refused(|settings| source.clone_into(&mut settings.source)), "{source:?}");
         }

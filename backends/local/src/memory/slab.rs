@@ -3,13 +3,16 @@
 use std::ops::Range;
 
 use r3map_core::{ChunkSize, Error, ErrorKind, Geometry, Operation, Result, is_zero};
-use r3map_sys::{Pages, Zeroed};
+use r3map_sys::{Pages, Zeroed, stream_copy};
 
 /// The bytes of a whole slab: as long as the longest request that frontends make, twice, so that most of them find
 /// their bytes in one piece.
 pub(super) const SIZE: u64 = 2 << 20;
 /// What is known to hold data or not.
 pub(super) const PAGE: ChunkSize = ChunkSize::DEFAULT;
+/// From how many bytes on a write passes the processor's caches by: whoever writes so much at once is filling the region, and
+/// what is read next is seldom the end of it.
+const MANY: usize = 256 << 10;
 
 /// Bytes in [pages](PAGE). Pages that were not written, or were trimmed, are empty: they are zeros.
 pub(super) struct Slab {
@@ -51,12 +54,13 @@ impl Slab {
 
     /// Writes at an offset. Zeros that fall on an empty page leave it empty.
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let copy = if bytes.len() < MANY { <[u8]>::copy_from_slice } else { stream_copy };
         let mut rest = bytes;
         for (page, range) in self.pages.split(offset..offset + bytes.len() as u64) {
             let part;
             (part, rest) = rest.split_at(length(range.end - range.start));
             if self.has(page) || !is_zero(part) {
-                self.bytes.as_mut_slice()[slice(&range)].copy_from_slice(part);
+                copy(&mut self.bytes.as_mut_slice()[slice(&range)], part);
                 self.data |= 1 << page;
             }
         }
@@ -139,6 +143,19 @@ mod tests {
         assert!(is_zero(&slab.bytes()[..slice(&(0..31 * PAGE)).end]));
         slab.trim(0..SIZE);
         assert!(slab.is_empty() && is_zero(slab.bytes()));
+    }
+
+    #[test]
+    fn long_writes_are_whole() {
+        let mut slab = Slab::new(SIZE, Pages::Huge).unwrap();
+        let bytes: Vec<u8> = (1..=251).cycle().take(MANY + 100).collect();
+        for offset in [0, 1, 17, 63, 64, 4096, PAGE - 1] {
+            slab.write(offset, &vec![255; bytes.len() + 1]);
+            slab.write(offset, &bytes);
+            let start = length(offset);
+            assert!(slab.bytes()[start..start + bytes.len()] == bytes, "{offset}");
+            assert_eq!(slab.bytes()[start + bytes.len()], 255, "{offset}");
+        }
     }
 
     #[test]

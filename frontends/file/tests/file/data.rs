@@ -4,15 +4,16 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
-use r3map_core::Backend;
+use r3map_core::{Backend, Operation};
 use r3map_file::{Caching, FileSettings};
 use r3map_local::Null;
 use r3map_sys::{FileMapping, Sharing};
-use r3map_testkit::faults::Faults;
+use r3map_testkit::faults::{Call, Faults, Pause, Rule};
 use r3map_testkit::random::Random;
 use r3map_testkit::store::Store;
-use r3map_testkit::{conformance, fill, model};
+use r3map_testkit::{conformance, deadline, fill, model};
 
 use crate::region::{Region, Way};
 use crate::server::Server;
@@ -207,6 +208,26 @@ fn requests_as_long_as_the_kernel_likes() {
 }
 
 #[test]
+fn long_reads_become_several_at_once() {
+    need_fuse!();
+    let world = World::new();
+    let faults = Faults::new(Arc::new(Store::new(2 * MIB).filled(6)));
+    let mount = world.mount(faults.clone(), FileSettings { max_read: 100_000, ..FileSettings::default() });
+    let pause = Pause::new();
+    faults.add(Rule::on(Operation::Read).hold(&pause));
+    let path = mount.path().to_owned();
+    let reader = thread::spawn(move || {
+        let mut seen = vec![0; len(MIB)];
+        open_direct(&path).read_exact_at(&mut seen, 0).map(|()| seen)
+    });
+    // Whole pages, all of them under way before the first is answered.
+    world.runtime.block_on(deadline(Duration::from_secs(20), "all are under way", pause.wait_held(11)));
+    assert_eq!(faults.calls().iter().map(Call::len).max(), Some(98_304));
+    pause.release();
+    fill::check(&reader.join().unwrap().unwrap(), 0, 6).unwrap();
+}
+
+#[test]
 fn requests_are_no_longer_than_the_backend_takes() {
     need_fuse!();
     let world = World::new();
@@ -221,7 +242,7 @@ fn requests_are_no_longer_than_the_backend_takes() {
     fill::check(&seen, 0, 6).unwrap();
     direct.write_all_at(&seen[1..], 1).unwrap();
     open(mount.path()).write_all_at(&seen[5..], 5).unwrap();
-    assert_eq!(faults.calls().iter().map(r3map_testkit::faults::Call::len).max(), Some(8192));
+    assert_eq!(faults.calls().iter().map(Call::len).max(), Some(8192));
 }
 
 /// The region changes other than through the file; the kernel has cached it in a file and in a mapping.
