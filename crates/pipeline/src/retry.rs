@@ -92,10 +92,10 @@ impl RetrySettings {
     }
 }
 
-/// A remote that does not answer, while calls wait for it.
+/// A remote that did not answer when it was asked last.
 #[derive(Debug, Clone)]
 pub struct Outage {
-    /// Since when, on tokio's clock: the first failure that some call still waits out.
+    /// Since when, on tokio's clock: the first failure after the last answer.
     pub since: Instant,
     /// What went wrong last.
     pub error: Error,
@@ -125,11 +125,21 @@ impl Retry {
         Ok(Self { inner, settings, waiting, outage, recovered })
     }
 
-    /// Whether calls are being retried now, since when and why: for whoever tells a user. It is `None` again when no call
-    /// waits any more.
+    /// Whether the remote is away, since when and why: for whoever tells a user. It is `None` again when a call was
+    /// answered and none waits any more. That calls give up, or are dropped, says nothing of the remote.
     #[must_use]
     pub fn outage(&self) -> watch::Receiver<Option<Outage>> {
         self.outage.subscribe()
+    }
+
+    /// The remote has answered a call, which waits no more.
+    fn answered(&self) {
+        if self.outage.borrow().is_some() {
+            let waiting = self.waiting();
+            if *waiting == 0 {
+                self.outage.send_replace(None);
+            }
+        }
     }
 
     fn waiting(&self) -> MutexGuard<'_, usize> {
@@ -166,9 +176,10 @@ impl Call<'_> {
         match result {
             Err(error) if error.kind().is_retryable() => self.wait(error).await.err().map(Err),
             other => {
-                if self.trouble.is_some() {
+                if self.trouble.take().is_some() {
                     self.retry.recovered.notify_waiters();
                 }
+                self.retry.answered();
                 Some(other)
             }
         }
@@ -285,7 +296,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// A call that has failed and is not over: as long as there is one, there is an outage.
+/// A call that has failed and is not over: as long as there is one, the outage is not.
 struct Trouble<'a> {
     retry: &'a Retry,
     /// What went wrong last.
@@ -309,11 +320,7 @@ impl<'a> Trouble<'a> {
 
 impl Drop for Trouble<'_> {
     fn drop(&mut self) {
-        let mut waiting = self.retry.waiting();
-        *waiting -= 1;
-        if *waiting == 0 {
-            self.retry.outage.send_replace(None);
-        }
+        *self.retry.waiting() -= 1;
     }
 }
 

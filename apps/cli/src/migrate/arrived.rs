@@ -114,16 +114,9 @@ impl Arrivals {
         Self { outages, came: running.report().pulled_after, since: Instant::now(), silence: None, told: None }
     }
 
-    /// What was asked for in vain since the last look; also where that is over, and nobody asks just now.
-    fn trouble(&mut self, running: &Leecher<Running<Arrived>>) -> Option<r3map::Error> {
-        self.outages.iter_mut().zip(running.regions()).find_map(|(outage, region)| {
-            let changed = outage.has_changed().unwrap_or_default();
-            match &*outage.borrow_and_update() {
-                Some(outage) => Some(outage.error.clone()),
-                None if changed => last_error(region).filter(|error| error.kind().is_retryable()),
-                None => None,
-            }
-        })
+    /// What was asked for in vain last.
+    fn trouble(&self) -> Option<r3map::Error> {
+        self.outages.iter().find_map(|outage| outage.borrow().as_ref().map(|outage| outage.error.clone()))
     }
 
     /// Says what keeps it from arriving that is no fault of the seeder's line.
@@ -140,7 +133,7 @@ impl Arrivals {
     /// Says it when the seeder falls silent, and when it answers again.
     fn look(&mut self, running: &Leecher<Running<Arrived>>, bar: &Bar, output: Output) {
         self.tell_trouble(running, bar, output);
-        let (came, trouble) = (running.report().pulled_after, self.trouble(running));
+        let (came, trouble) = (running.report().pulled_after, self.trouble());
         let comes = came > self.came;
         match trouble {
             Some(error) if self.silence.is_some() => self.silence = Some(error),

@@ -431,14 +431,21 @@ fn frozen_and_thawed() {
         let expected = make_file(&scene.path("source"), SIZE, 8);
         let server = scene.serve(&format!("file:{}", scene.name("source")), &[]);
         let arguments = ["--pull-workers", "0", "--retry", "2s", "--direct-io"];
-        let mounted = scene.mount(&server.uri, "region", &arguments);
+        let mut mounted = scene.mount(&server.uri, "region", &arguments);
         let file = mounted.open();
         server.program.freeze();
         let mut piece = vec![0; 4096];
-        let error = file.read_exact_at(&mut piece, MIB).expect_err("nobody answers");
-        assert_eq!(error.raw_os_error(), Some(IO_ERROR), "{error}");
+        // Twice, so that it has the time to take giving up for an answer.
+        for _ in 0..2 {
+            let error = file.read_exact_at(&mut piece, MIB).expect_err("nobody answers");
+            assert_eq!(error.raw_os_error(), Some(IO_ERROR), "{error}");
+        }
+        mounted.program.wait_for_event(SOON, "waiting");
+        let said = mounted.program.stdout().join("\n");
+        assert!(!said.contains("resumed"), "nobody has answered: {said}");
         server.program.thaw();
         wait_until(SOON, "reading again", || file.read_exact_at(&mut piece, MIB).is_ok());
+        mounted.program.wait_for_event(SOON, "resumed");
         expected.check(MIB, &piece).unwrap_or_else(|wrong| panic!("{wrong}"));
         drop(file);
         mounted.unmount();

@@ -1,5 +1,3 @@
-use std::future::pending;
-
 use futures_util::future::join_all;
 use r3map_core::ChunkSize;
 use r3map_testkit::faults::{Faults, Pause, Rule};
@@ -91,7 +89,6 @@ async fn gives_up_at_the_limit_and_says_so() {
     );
     // At 0, 1, 3 and 7 seconds.
     assert_eq!(faults.count(Operation::Read), 4);
-    assert!(retry.outage().borrow().is_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -318,15 +315,18 @@ async fn a_dropped_attempt_does_not_land_late() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_dropped_ends_its_outage() {
-    let (faults, retry) = retry(None);
+async fn only_an_answer_ends_an_outage() {
+    let (faults, retry) = retry(Some(8));
     faults.add(Rule::any().fail(ErrorKind::Unavailable));
-    let dropped = timeout(secs(3), async {
-        retry.flush().await.unwrap();
-        pending::<()>().await;
-    });
-    assert!(dropped.await.is_err());
-    assert!(retry.outage().borrow().is_none());
+    let start = Instant::now();
+    assert!(timeout(secs(3), retry.flush()).await.is_err(), "that is dropped");
+    read(&*retry, 1).await.unwrap_err();
+    let since = |outage: Option<Outage>| outage.expect("nobody has answered").since;
+    assert_eq!(since(retry.outage().borrow().clone()), start);
+    faults.clear();
+    faults.add(Rule::on(Operation::Write).fail(ErrorKind::Denied));
+    retry.write_at(0, &[1]).await.unwrap_err();
+    assert!(retry.outage().borrow().is_none(), "a refusal is an answer too");
 }
 
 #[test]
