@@ -1,11 +1,12 @@
 //! Copying one region onto another: many requests in flight, holes kept as holes, and what is already the same left
 //! alone if asked.
 
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
 use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Extent, ExtentKind, Operation, Result, is_zero};
 use r3map_pipeline::{Aligned, Retry, RetrySettings};
 
@@ -49,6 +50,8 @@ pub struct CopyProgress {
 
 /// The length of a request in bytes, where chunks are not longer.
 const STEP: u64 = 1 << 20;
+/// How many writes one step may have under way, where it is in many pieces.
+const PUTS: usize = 16;
 
 /// Copies all of `source` onto `destination`, which must have the same size, and flushes it. `progress` is called after
 /// every step. Dropping the future stops the copy; what was written stays.
@@ -70,26 +73,21 @@ pub async fn copy(
     let mut done = CopyProgress { size: copy.source.size(), ..CopyProgress::default() };
     let mut running = FuturesUnordered::new();
     let mut idle = Vec::new();
-    let mut at = 0;
+    let (mut known, mut at) = (VecDeque::new(), 0);
     while at < done.size {
-        let extent = copy.extent(at).await?;
-        at = extent.range.end;
-        let mut start = extent.range.start;
-        while start < at {
-            let range = start..copy.step_end(start, &extent);
-            start = range.end;
-            if running.len() >= copy.settings.in_flight.get()
-                && let Some((step, buffers)) = running.next().await
-            {
-                idle.push(buffers);
-                done.add(step?);
-                progress(done);
-            }
-            running.push(copy.step(range, extent.kind, idle.pop().unwrap_or_default()));
+        let runs = copy.next(&mut known, at).await?;
+        at = runs.last().map_or(done.size, |run| run.range.end);
+        if running.len() >= copy.settings.in_flight.get()
+            && let Some((steps, buffers)) = running.next().await
+        {
+            idle.push(buffers);
+            done.add(steps?);
+            progress(done);
         }
+        running.push(copy.step(runs, idle.pop().unwrap_or_default()));
     }
-    while let Some((step, _)) = running.next().await {
-        done.add(step?);
+    while let Some((steps, _)) = running.next().await {
+        done.add(steps?);
         progress(done);
     }
     copy.destination.flush().await?;
@@ -110,14 +108,16 @@ enum Step {
 }
 
 impl CopyProgress {
-    fn add(&mut self, step: Step) {
-        let (count, bytes) = match step {
-            Step::Written(bytes) => (&mut self.written, bytes),
-            Step::Same(bytes) => (&mut self.same, bytes),
-            Step::Zeroes(bytes) => (&mut self.zeroes, bytes),
-        };
-        *count += bytes;
-        self.done += bytes;
+    fn add(&mut self, steps: Vec<Step>) {
+        for step in steps {
+            let (count, bytes) = match step {
+                Step::Written(bytes) => (&mut self.written, bytes),
+                Step::Same(bytes) => (&mut self.same, bytes),
+                Step::Zeroes(bytes) => (&mut self.zeroes, bytes),
+            };
+            *count += bytes;
+            self.done += bytes;
+        }
     }
 }
 
@@ -128,45 +128,77 @@ struct Copy {
 }
 
 impl Copy {
-    /// What the source has at `at`: one run of data or of nothing.
-    async fn extent(&self, at: u64) -> Result<Extent> {
+    /// What the next step is for, from `at` on: one run of data or of nothing, or several that lie in one step. `known`
+    /// are the runs that the source has told of and that are not copied yet.
+    async fn next(&self, known: &mut VecDeque<Extent>, at: u64) -> Result<Vec<Extent>> {
+        let end = self.step_end(at, self.run_at(known, at).await?);
+        let (mut at, mut runs) = (at, Vec::<Extent>::new());
+        while at < end {
+            let run = self.run_at(known, at).await?;
+            let (upto, kind) = (run.range.end.min(end), run.kind);
+            match runs.last_mut().filter(|last| last.kind == kind) {
+                Some(last) => last.range.end = upto,
+                None => runs.push(Extent { range: at..upto, kind }),
+            }
+            run.range.start = upto;
+            if run.range.is_empty() {
+                known.pop_front();
+            }
+            at = upto;
+        }
+        Ok(runs)
+    }
+
+    /// The run that begins at `at`.
+    async fn run_at<'k>(&self, known: &'k mut VecDeque<Extent>, at: u64) -> Result<&'k mut Extent> {
+        if known.is_empty() {
+            *known = self.extents(at).await?.into();
+        }
+        let none = || Error::new(ErrorKind::Internal, Operation::Extents, "the source does not say what it has there");
+        known.front_mut().filter(|run| run.range.start == at && run.range.end > at).ok_or_else(none)
+    }
+
+    async fn extents(&self, at: u64) -> Result<Vec<Extent>> {
         let rest = at..self.source.size();
         match self.source.capabilities().extents {
-            Some(extents) => {
-                let found = extents.extents(at, rest.end - rest.start).await?;
-                let none = || Error::new(ErrorKind::Internal, Operation::Extents, "the source answered with no extent");
-                found.into_iter().next().filter(|e| e.range.start == at && e.range.end > at).ok_or_else(none)
-            }
-            None => Ok(Extent { range: rest, kind: ExtentKind::Data }),
+            Some(extents) => extents.extents(at, rest.end - rest.start).await,
+            None => Ok(vec![Extent { range: rest, kind: ExtentKind::Data }]),
         }
     }
 
-    /// Where a request that starts at `start` ends. Zeros that need not be sent go in larger steps.
-    fn step_end(&self, start: u64, extent: &Extent) -> u64 {
-        let step = match extent.kind {
-            ExtentKind::Hole if !self.settings.skip_same && self.destination.capabilities().write_zeroes.is_some() => {
-                1 << 30
-            }
-            _ => {
-                let limit = |backend: &Arc<dyn Backend>| backend.capabilities().max_request.unwrap_or(u64::MAX);
-                let chunk = |backend: &Arc<dyn Backend>| {
-                    backend.capabilities().preferred_chunk.map_or(STEP, ChunkSize::bytes).max(STEP)
-                };
-                let whole = chunk(&self.source).max(chunk(&self.destination));
-                whole.min(limit(&self.source)).min(limit(&self.destination)).max(1)
-            }
-        };
+    /// Where a step from `start` on ends. Zeros that need not be sent go in larger ones.
+    fn step_end(&self, start: u64, run: &Extent) -> u64 {
         // Up to a border of the step, so that pieces of one chunk do not wait for one another.
-        extent.range.end.min((start / step + 1) * step)
+        let border = |step: u64| ((start / step + 1) * step).min(self.source.size());
+        let able = self.destination.capabilities();
+        let end = border(self.longest());
+        match run.kind {
+            ExtentKind::Hole if run.range.end > end && !self.settings.skip_same && able.write_zeroes.is_some() => {
+                run.range.end.min(border(1 << 30))
+            }
+            _ => end,
+        }
     }
 
-    /// Copies a range, and gives the buffers back.
-    async fn step(&self, range: Range<u64>, kind: ExtentKind, mut buffers: Buffers) -> (Result<Step>, Buffers) {
-        let step = match kind {
-            ExtentKind::Hole => self.hole(range, &mut buffers).await,
-            ExtentKind::Data => self.data(range, &mut buffers).await,
+    /// The length of a step in bytes.
+    fn longest(&self) -> u64 {
+        let limit = |backend: &Arc<dyn Backend>| backend.capabilities().max_request.unwrap_or(u64::MAX);
+        let chunk = |backend: &Arc<dyn Backend>| {
+            backend.capabilities().preferred_chunk.map_or(STEP, ChunkSize::bytes).max(STEP)
         };
-        (step, buffers)
+        let whole = chunk(&self.source).max(chunk(&self.destination));
+        whole.min(limit(&self.source)).min(limit(&self.destination)).max(1)
+    }
+
+    /// Copies what lies side by side, and gives the buffers back.
+    async fn step(&self, runs: Vec<Extent>, mut buffers: Buffers) -> (Result<Vec<Step>>, Buffers) {
+        let steps = match &runs[..] {
+            [Extent { range, kind: ExtentKind::Hole }] => {
+                self.hole(range.clone(), &mut buffers).await.map(|one| vec![one])
+            }
+            runs => self.data(runs, &mut buffers).await,
+        };
+        (steps, buffers)
     }
 
     async fn hole(&self, range: Range<u64>, buffers: &mut Buffers) -> Result<Step> {
@@ -182,13 +214,40 @@ impl Copy {
         }
         let bytes = part(&mut buffers.bytes, len)?;
         bytes.fill(0);
-        self.put(range.start, bytes, &mut buffers.there).await
+        let there = self.there(range.start, bytes.len(), &mut buffers.there).await?;
+        self.put(range.start, bytes, there).await
     }
 
-    async fn data(&self, range: Range<u64>, buffers: &mut Buffers) -> Result<Step> {
-        let bytes = part(&mut buffers.bytes, range.end - range.start)?;
-        self.source.read_at(range.start, bytes).await?;
-        self.put(range.start, bytes, &mut buffers.there).await
+    /// Data, perhaps with holes between: with one read of all of it, because a round trip for each piece would take for
+    /// ever.
+    async fn data(&self, runs: &[Extent], buffers: &mut Buffers) -> Result<Vec<Step>> {
+        let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(Vec::new()) };
+        let whole = first.range.start..last.range.end;
+        let bytes = part(&mut buffers.bytes, whole.end - whole.start)?;
+        self.source.read_at(whole.start, bytes).await?;
+        let (bytes, there) = (&*bytes, self.there(whole.start, bytes.len(), &mut buffers.there).await?);
+        // Most often into what is new, and empty.
+        let empty = runs.len() > 1 && there.is_none() && self.is_hole(&whole).await?;
+        let puts = runs.iter().map(|run| async {
+            let len = run.range.end - run.range.start;
+            if empty && run.kind == ExtentKind::Hole {
+                return Ok(Step::Zeroes(len));
+            }
+            let from = index(run.range.start - whole.start)?;
+            let within = from..from + index(len)?;
+            self.put(run.range.start, &bytes[within.clone()], there.map(|there| &there[within])).await
+        });
+        stream::iter(puts).buffer_unordered(PUTS).try_collect().await
+    }
+
+    /// What the destination has in a place, if that is to be left alone where it is the same.
+    async fn there<'b>(&self, offset: u64, len: usize, buffer: &'b mut Vec<u8>) -> Result<Option<&'b [u8]>> {
+        if !self.settings.skip_same {
+            return Ok(None);
+        }
+        let there = part(buffer, len as u64)?;
+        self.destination.read_at(offset, there).await?;
+        Ok(Some(there))
     }
 
     /// Whether the destination already has nothing in all of `range`.
@@ -198,14 +257,10 @@ impl Copy {
         Ok(matches!(&found[..], [one] if one.kind == ExtentKind::Hole && one.range == *range))
     }
 
-    async fn put(&self, offset: u64, bytes: &[u8], there: &mut Vec<u8>) -> Result<Step> {
+    async fn put(&self, offset: u64, bytes: &[u8], there: Option<&[u8]>) -> Result<Step> {
         let len = bytes.len() as u64;
-        if self.settings.skip_same {
-            let there = part(there, len)?;
-            self.destination.read_at(offset, there).await?;
-            if there == bytes {
-                return Ok(Step::Same(len));
-            }
+        if there == Some(bytes) {
+            return Ok(Step::Same(len));
         }
         match self.destination.capabilities().write_zeroes {
             Some(zeroes) if is_zero(bytes) => {
@@ -230,10 +285,15 @@ struct Buffers {
 
 /// The first `len` bytes of a buffer, which grows as it must.
 fn part(buffer: &mut Vec<u8>, len: u64) -> Result<&mut [u8]> {
-    let len = usize::try_from(len)
-        .map_err(|error| Error::new(ErrorKind::InvalidInput, Operation::Read, "too long").with_source(error))?;
+    let len = index(len)?;
     if buffer.len() < len {
         buffer.resize(len, 0);
     }
     Ok(&mut buffer[..len])
+}
+
+/// A length of something in memory.
+fn index(len: u64) -> Result<usize> {
+    let too_long = |error| Error::new(ErrorKind::InvalidInput, Operation::Read, "too long").with_source(error);
+    usize::try_from(len).map_err(too_long)
 }

@@ -13,7 +13,8 @@ const SIZE: u64 = (5 << 20) + 77;
 const SKIP_SAME: fn() -> CopySettings = || CopySettings { skip_same: true, ..CopySettings::default() };
 
 async fn run(source: Arc<dyn Backend>, destination: Arc<dyn Backend>, settings: CopySettings) -> Result<CopyProgress> {
-    copy(source, destination, settings, |_| {}).await
+    // On a thread of the runtime's, as it may be.
+    tokio::spawn(copy(source, destination, settings, |_| {})).await.unwrap()
 }
 
 /// Data in two places, nothing elsewhere.
@@ -41,6 +42,32 @@ async fn every_byte_arrives_and_holes_stay_holes() {
     assert!(writes.bytes(Operation::Write) < 2 << 20, "holes were written: {done:?}");
     assert_eq!(writes.count(Operation::Flush), 1);
     assert!(bytes(&*source).await == bytes(&*destination).await);
+}
+
+/// A round trip for each piece would take for ever.
+#[tokio::test]
+async fn what_is_in_many_pieces_takes_few_requests_and_stays_in_pieces() {
+    let (source, destination) = (Arc::new(Store::new(SIZE)), Arc::new(Store::new(SIZE)));
+    for offset in (0..SIZE).step_by(12 << 10) {
+        let len = 4096.min(SIZE - offset);
+        source.write_at(offset, &fill::bytes(offset, usize::try_from(len).unwrap(), 5)).await.unwrap();
+    }
+    let requests = Faults::new(source.clone());
+    let written = run(requests.clone(), destination.clone(), CopySettings::default()).await.unwrap();
+    assert!(source.snapshot() == destination.snapshot());
+    let extents = async |of: &Store| of.capabilities().extents.unwrap().extents(0, SIZE).await.unwrap();
+    assert!(extents(&source).await == extents(&destination).await, "holes are no holes any more");
+    assert_eq!((requests.count(Operation::Extents), requests.count(Operation::Read)), (1, 5));
+    assert_eq!(written.written + written.zeroes, SIZE);
+
+    destination.write_at(4096, b"neither data nor hole").await.unwrap();
+    destination.write_at((12 << 10) + 5, b"other data").await.unwrap();
+    let changes = Faults::new(destination.clone());
+    let mended = run(source.clone(), changes.clone(), SKIP_SAME()).await.unwrap();
+    assert!(source.snapshot() == destination.snapshot());
+    assert_eq!((mended.written, mended.done), (4096, SIZE));
+    let counts = [Operation::Write, Operation::WriteZeroes].map(|operation| changes.count(operation));
+    assert_eq!(counts, [1, 1]);
 }
 
 #[tokio::test]
