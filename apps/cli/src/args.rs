@@ -169,7 +169,8 @@ pub(crate) struct Mount {
     /// --direct-io).
     #[arg(long, value_enum, default_value_t = Mode::Managed)]
     pub(crate) mode: Mode,
-    /// Where the local copy is kept: `memory`, or a file that survives a crash and is used again.
+    /// Where the local copy is kept: `memory`, or a file that survives a crash and is used again: as long as nobody else
+    /// writes the region in between, which it does not notice.
     #[arg(long, default_value = "memory", value_name = "memory|FILE")]
     pub(crate) cache: Cache,
     /// Background pulls in flight: `auto` fits the link, 0 pulls only what is touched [default: auto].

@@ -74,7 +74,9 @@ async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result
         Mode::Managed => r3map::Mount::managed(remote),
         Mode::Direct => r3map::Mount::direct(remote),
     };
-    let mount = mount.settings(settings).identity(args.uri.to_string()).priority(priority).on_chunk_local(move |_| {
+    // However it is named from here: the same relative path is another file elsewhere.
+    let identity = registry.identity(&args.uri)?.unwrap_or_else(|| args.uri.to_string());
+    let mount = mount.settings(settings).identity(identity).priority(priority).on_chunk_local(move |_| {
         counter.fetch_add(chunk.bytes(), Ordering::Relaxed);
     });
     let bar = args.pull_first.then(|| output.bar("pulling", size));

@@ -108,9 +108,9 @@ impl Open for OpenDirectory {
     }
 }
 
-/// The path of a resource, however it was named.
+/// The path of a resource, however it was named; also of one that is not there now.
 fn absolute(uri: &Uri) -> Option<String> {
     let path = uri.path().ok()?;
-    let path = path.canonicalize().unwrap_or(path);
+    let path = path.canonicalize().or_else(|_| std::path::absolute(path)).ok()?;
     Some(format!("{}:{}", uri.scheme(), path.display()))
 }

@@ -185,6 +185,29 @@ fn the_cache_of_something_else_is_refused() {
     });
 }
 
+#[test]
+fn the_cache_of_a_file_is_refused_for_one_of_the_same_name_elsewhere() {
+    Scene::with_fuse(LONG, |scene| {
+        let (region, cache) = (scene.name("region"), scene.name("cache"));
+        let expected = ["one", "other"].map(|folder| {
+            std::fs::create_dir(scene.path(folder)).expect("it is not there");
+            make_file(&scene.path(folder).join("disk"), MIB, folder.len() as u64)
+        });
+        let mount = |folder, uri| scene.r3map_in(folder, &["--json", "mount", uri, &region, "--cache", &cache]);
+        let mut first = mount("one", "file:disk");
+        first.wait_for_event(SOON, "pulled");
+        first.terminate();
+        first.end_well(SOON);
+        let refused = mount("other", "file:disk").end(SOON);
+        assert!(refused.code == Some(1) && refused.text().contains("is the cache of"), "{refused:?}");
+        let mut again = mount("other", "file:../one/disk");
+        again.wait_for_event(SOON, "pulled");
+        expected[0].check_file(&scene.path("region"));
+        again.terminate();
+        again.end_well(SOON);
+    });
+}
+
 /// A cache file that was damaged, wherever, is refused or does no harm.
 #[test]
 fn a_damaged_cache_is_refused_or_harmless() {

@@ -69,6 +69,10 @@ impl Open for Grpc {
             _ => Ok(Arc::new(client)),
         }
     }
+
+    fn identity(&self, uri: &Uri) -> Option<String> {
+        if uri.scheme() == "grpc+unix" { super::absolute(uri) } else { Some(uri.to_string()) }
+    }
 }
 
 #[async_trait]

@@ -192,6 +192,11 @@ impl Scene {
         Program(self.start(Command::new(R3MAP).args(arguments).env("TMPDIR", self.path("."))))
     }
 
+    /// Starts the command in a folder of the scene's.
+    pub(crate) fn r3map_in(&self, folder: &str, arguments: &[&str]) -> Program {
+        Program(self.start(Command::new("env").args(["-C", folder, R3MAP]).args(arguments)))
+    }
+
     /// Starts the command as a user who may do nothing special.
     pub(crate) fn r3map_as_nobody(&self, arguments: &[&str]) -> Program {
         let copy = self.path("r3map");
