@@ -1,9 +1,10 @@
 //! `r3map copy`: one region onto another.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use anyhow::{Error, Result, anyhow, bail};
-use r3map::{CopySettings, ErrorKind, OpenOptions, Operation, Registry, RetrySettings, size};
+use r3map::{Backend, CopySettings, ErrorKind, OpenOptions, Operation, Registry, RetrySettings, size};
 use serde_json::json;
 
 use crate::args;
@@ -12,11 +13,10 @@ use crate::signals::Signals;
 
 pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
-    let options = OpenOptions { size: args.size, chunk_size: None, read_only: true, create: false };
-    let source = registry.open(&args.source, &options).await?;
-    let options =
-        OpenOptions { size: Some(source.size()), chunk_size: args.chunk_size, read_only: false, create: true };
-    let destination = registry.open(&args.destination, &options).await?;
+    let (source, destination) = tokio::select! {
+        sides = open(registry, &args) => sides?,
+        () = signals.next() => bail!("stopped before anything was copied"),
+    };
     let settings = CopySettings {
         skip_same: args.skip_same,
         in_flight: NonZeroUsize::try_from(args.in_flight)?,
@@ -44,10 +44,20 @@ pub(crate) async fn run(registry: &Registry, args: args::Copy, output: Output) -
     Ok(())
 }
 
+/// Opens the source and, as large as that is, the destination.
+async fn open(registry: &Registry, args: &args::Copy) -> Result<(Arc<dyn Backend>, Arc<dyn Backend>)> {
+    let options = OpenOptions { size: args.size, chunk_size: None, read_only: true, create: false };
+    let source = registry.open(&args.source, &options).await?;
+    let options =
+        OpenOptions { size: Some(source.size()), chunk_size: args.chunk_size, read_only: false, create: true };
+    let destination = registry.open(&args.destination, &options).await?;
+    Ok((source, destination))
+}
+
 fn how_to_go_on(error: &r3map::Error) -> Option<&'static str> {
     match (error.kind(), error.operation()) {
         // It would be as wrong again.
-        (ErrorKind::InvalidInput, _) => None,
+        (ErrorKind::InvalidInput | ErrorKind::Denied, _) => None,
         (ErrorKind::Unavailable, _) => Some("run it again with --skip-same to go on"),
         // What is not durable can be read all the same, until it is gone.
         (_, Operation::Flush) => Some("what was written may be lost: run it again, without --skip-same"),

@@ -24,7 +24,10 @@ pub(crate) async fn run(registry: &Registry, args: args::Serve, output: Output) 
         read_only: args.read_only,
         create: args.open.create,
     };
-    let backend = registry.open(&args.uri, &options).await?;
+    let backend = tokio::select! {
+        backend = registry.open(&args.uri, &options) => backend?,
+        () = signals.next() => anyhow::bail!("stopped before anything was served"),
+    };
     let listen = ListenOptions {
         read_only: args.read_only,
         chunk_size: args.open.chunk_size,

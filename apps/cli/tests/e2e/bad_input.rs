@@ -273,6 +273,25 @@ fn nobody_answers() {
 }
 
 #[test]
+fn who_waits_for_a_silent_remote_can_be_stopped() {
+    Scene::play(LONG, |scene| {
+        let silent = TcpListener::bind("127.0.0.1:0").expect("it can listen");
+        let uri = format!("grpc://{}", silent.local_addr().expect("it listens"));
+        for rest in [
+            &["copy", &uri, "memory:"][..],
+            &["mount", &uri, &scene.name("region")],
+            &["serve", &uri, "--listen", "grpc://127.0.0.1:0"],
+        ] {
+            let waits = scene.r3map(rest);
+            let _connection = silent.accept().expect("it connects");
+            waits.interrupt();
+            let outcome = waits.end(SOON);
+            assert!(outcome.code == Some(1) && outcome.text().contains("stopped before"), "{rest:?}: {outcome:?}");
+        }
+    });
+}
+
+#[test]
 fn an_address_that_is_taken() {
     Scene::play(LONG, |scene| {
         let server = scene.serve("memory:?size=1MiB", &[]);
