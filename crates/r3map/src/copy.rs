@@ -228,16 +228,19 @@ impl Copy {
         let (bytes, there) = (&*bytes, self.there(whole.start, bytes.len(), &mut buffers.there).await?);
         // Most often into what is new, and empty.
         let empty = runs.len() > 1 && there.is_none() && self.is_hole(&whole).await?;
-        let puts = runs.iter().map(|run| async {
-            let len = run.range.end - run.range.start;
-            if empty && run.kind == ExtentKind::Hole {
-                return Ok(Step::Zeroes(len));
-            }
-            let from = index(run.range.start - whole.start)?;
-            let within = from..from + index(len)?;
-            self.put(run.range.start, &bytes[within.clone()], there.map(|there| &there[within])).await
-        });
+        let puts = runs.to_vec().into_iter().map(|run| self.put_run(run, whole.start, bytes, there, empty));
         stream::iter(puts).buffer_unordered(PUTS).try_collect().await
+    }
+
+    /// Puts one run of those whose bytes begin at `start`; `empty` if the destination has nothing there.
+    async fn put_run(&self, run: Extent, start: u64, bytes: &[u8], there: Option<&[u8]>, empty: bool) -> Result<Step> {
+        let len = run.range.end - run.range.start;
+        if empty && run.kind == ExtentKind::Hole {
+            return Ok(Step::Zeroes(len));
+        }
+        let from = index(run.range.start - start)?;
+        let within = from..from + index(len)?;
+        self.put(run.range.start, &bytes[within.clone()], there.map(|there| &there[within])).await
     }
 
     /// What the destination has in a place, if that is to be left alone where it is the same.

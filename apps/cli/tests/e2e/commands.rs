@@ -1,5 +1,6 @@
 //! The commands that end by themselves: copy, info, demo, completions, man.
 
+use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
 use std::time::Duration;
@@ -59,8 +60,13 @@ fn copy_goes_on_where_it_was_killed() {
         expected.check_file(&scene.path("there"));
 
         // Ctrl-C says how to go on.
+        let there = OpenOptions::new().read(true).write(true).open(scene.path("there")).expect("it is there");
+        there.write_all_at(&[0; 4096], 0).expect("it can be written");
         let stopped = scene.r3map(&["copy", "--in-flight", "1", &source, &to]);
-        crate::support::wait_until_it_listens(stopped.id());
+        crate::support::wait_until(SOON, "it is under way", || {
+            there.read_exact_at(&mut piece, 0).expect("it can be read");
+            expected.check(0, &piece).is_ok()
+        });
         stopped.interrupt();
         let outcome = stopped.end(SOON);
         assert_eq!(outcome.code, Some(1), "{outcome:?}");
