@@ -228,7 +228,7 @@ impl Copy {
         let (bytes, there) = (&*bytes, self.there(whole.start, bytes.len(), &mut buffers.there).await?);
         // Most often into what is new, and empty.
         let empty = runs.len() > 1 && there.is_none() && self.is_hole(&whole).await?;
-        let puts = runs.to_vec().into_iter().map(|run| self.put_run(run, whole.start, bytes, there, empty));
+        let puts = runs.iter().cloned().map(|run| self.put_run(run, whole.start, bytes, there, empty));
         stream::iter(puts).buffer_unordered(PUTS).try_collect().await
     }
 
