@@ -100,7 +100,7 @@ impl Mount {
         self
     }
 
-    /// What the region is called, for instance its URI. A cache file belongs to one region and is refused for any other.
+    /// What the region is called, for instance what [`Registry::identity`](crate::Registry::identity) says. A cache file belongs to one region and is refused for any other.
     pub fn identity(mut self, name: impl Into<String>) -> Self {
         self.identity = Some(name.into());
         self
