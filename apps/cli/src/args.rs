@@ -72,7 +72,12 @@ Examples:
     --listen 'nbds://0.0.0.0/disk?tls-certificates=/etc/pki/nbd'
 
 A directory of certificates holds server-cert.pem and server-key.pem. With nbds every client must use TLS, with nbd and \
-tls-certificates it may; with nbds and tls-verify-peer=1 it must show a certificate that ca-cert.pem there vouches for.")]
+tls-certificates it may.
+What such a client must show of itself is said by:
+  tls-verify-peer=0         nothing (the default)
+  tls-verify-peer=1         a certificate that ca-cert.pem there vouches for;
+                            only with nbds
+  tls-verify-peer=optional  such a certificate or none, but no other one")]
 pub(crate) struct Serve {
     /// The region, e.g. file:/data/disk.img, directory:/data/chunks, memory:?size=1GiB, grpc://host:1337,
     /// nbd://host/disk.

@@ -183,45 +183,68 @@ async fn what_a_served_region_has_lost_is_told_to_the_clients_of_every_listener(
     }
 }
 
-/// Somebody who vouches, in `ca-cert.pem` of each folder: for a server, for a client, and for nobody.
-fn certificates(root: &Path) -> [PathBuf; 3] {
+/// Who vouches for others, and the certificate that says who that is.
+fn authority() -> (Issuer<'static, KeyPair>, String) {
     let mut authority = CertificateParams::new(Vec::new()).unwrap();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().unwrap();
     let pem = authority.self_signed(&key).unwrap().pem();
-    let issuer = Issuer::new(authority, key);
-    ["server", "client", "nobody"].map(|role| {
-        let folder = root.join(role);
+    (Issuer::new(authority, key), pem)
+}
+
+/// Folders that trust the same authority. It vouches for the server and for one client; another client shows nothing, and
+/// the last one what somebody else has vouched for.
+fn certificates(root: &Path) -> [PathBuf; 4] {
+    let ((issuer, pem), (other, _)) = (authority(), authority());
+    let folder = |name: &str, role: &str, by: Option<&Issuer<'_, KeyPair>>| {
+        let folder = root.join(name);
         std::fs::create_dir(&folder).unwrap();
         std::fs::write(folder.join("ca-cert.pem"), &pem).unwrap();
-        if role != "nobody" {
+        if let Some(issuer) = by {
             let key = KeyPair::generate().unwrap();
             let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
-            let certificate = certificate.signed_by(&key, &issuer).unwrap().pem();
+            let certificate = certificate.signed_by(&key, issuer).unwrap().pem();
             std::fs::write(folder.join(format!("{role}-cert.pem")), certificate).unwrap();
             std::fs::write(folder.join(format!("{role}-key.pem")), key.serialize_pem()).unwrap();
         }
         folder
-    })
+    };
+    [
+        folder("server", "server", Some(&issuer)),
+        folder("good", "client", Some(&issuer)),
+        folder("none", "client", None),
+        folder("wrong", "client", Some(&other)),
+    ]
 }
 
 #[tokio::test]
-async fn an_nbds_listener_lets_nobody_in_who_does_not_speak_tls_or_has_no_certificate_where_that_is_asked_for() {
+async fn an_nbds_listener_lets_in_whom_it_is_told_to() {
     let root = tempfile::tempdir().unwrap();
-    let [server, client, nobody] = certificates(root.path()).map(|folder| folder.display().to_string());
+    let [server, good, none, wrong] = certificates(root.path()).map(|folder| folder.display().to_string());
     let memory = open("memory:?size=1MiB", OpenOptions::default()).await.unwrap();
-    for (verify, welcome) in [("", [true, true]), ("&tls-verify-peer=1", [true, false])] {
+    for (verify, welcome) in [
+        ("", [true, true, true]),
+        ("&tls-verify-peer=0", [true, true, true]),
+        ("&tls-verify-peer=optional", [true, true, false]),
+        ("&tls-verify-peer=1", [true, false, false]),
+    ] {
         let uri = format!("nbds://127.0.0.1:0/?tls-certificates={server}{verify}").parse().unwrap();
         let listeners = Registry::standard().listen(&[uri], memory.clone(), &ListenOptions::default()).await.unwrap();
         let place = listeners[0].uri();
+        assert!(place.ends_with(&format!("/?tls-certificates={server}")), "what clients verify is theirs: {place}");
         let place = place.trim_start_matches("nbds://").split(['/', '?']).next().unwrap();
-        for (folder, welcome) in [&client, &nobody].into_iter().zip(welcome) {
+        for (folder, welcome) in [&good, &none, &wrong].into_iter().zip(welcome) {
             let opened = open(&format!("nbds://{place}/?tls-certificates={folder}"), OpenOptions::default()).await;
             let read = match opened {
                 Ok(region) => region.read_at(0, &mut [0; 5]).await,
                 Err(error) => Err(error),
             };
             assert_eq!(read.is_ok(), welcome, "{folder}{verify}: {read:?}");
+            if let Err(error) = read {
+                let asks = error.message().contains("asks for a client certificate");
+                let refuses = error.message().contains("refuses the client certificate");
+                assert!(if folder == &none { asks } else { refuses }, "{folder}{verify}: {error}");
+            }
         }
         let plain = open(&format!("nbd://{place}/"), OpenOptions::default()).await.err().expect("it speaks no TLS");
         assert!(plain.message().contains("TLS"), "{plain}");

@@ -19,4 +19,4 @@ pub use client::{Client, ClientSettings, Export, Listed};
 pub use eager::{Eager, Socket};
 pub use server::{Server, ServerExport, ServerSettings, Tls};
 pub use stream::Duplex;
-pub use uri::{Address, NbdUri, TlsOptions};
+pub use uri::{Address, NbdUri, TlsOptions, VerifyPeer};

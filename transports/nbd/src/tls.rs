@@ -255,7 +255,12 @@ fn alerted(alert: rustls::AlertDescription) -> String {
             "the server asks for a client certificate: put client-cert.pem and client-key.pem into tls-certificates="
                 .to_owned()
         }
-        Alert::UnknownCA | Alert::BadCertificate | Alert::CertificateUnknown | Alert::CertificateExpired => {
+        // The last where it was vouched for by one who is called as somebody trusted, and has another key.
+        Alert::UnknownCA
+        | Alert::BadCertificate
+        | Alert::CertificateUnknown
+        | Alert::CertificateExpired
+        | Alert::DecryptError => {
             format!("the server refuses the client certificate ({alert:?})")
         }
         Alert::HandshakeFailure | Alert::InsufficientSecurity | Alert::ProtocolVersion => {

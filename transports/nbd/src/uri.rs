@@ -49,8 +49,31 @@ pub struct TlsOptions {
     pub certificates: Option<PathBuf>,
     /// The name to look for in the server's certificate, where it is not the host's.
     pub hostname: Option<String>,
-    /// Whether the server must prove who it is. True unless `tls-verify-peer=0`.
-    pub verify_peer: bool,
+    /// Whether the other side must prove who it is.
+    pub verify_peer: VerifyPeer,
+}
+
+/// What `tls-verify-peer` says. A client takes [`Yes`](Self::Yes) where it says nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VerifyPeer {
+    /// `0`: no.
+    No,
+    /// `optional`: only where it shows a certificate. Servers always do, so this is for listeners alone.
+    IfShown,
+    /// `1`: yes.
+    #[default]
+    Yes,
+}
+
+impl VerifyPeer {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "0" => Ok(Self::No),
+            "1" => Ok(Self::Yes),
+            "optional" => Ok(Self::IfShown),
+            _ => Err("tls-verify-peer is 0 or 1, or for a listener optional".to_owned()),
+        }
+    }
 }
 
 /// A standard NBD URI, taken apart.
@@ -182,7 +205,7 @@ struct Options {
     socket: Option<PathBuf>,
     certificates: Option<PathBuf>,
     hostname: Option<String>,
-    verify_peer: Option<bool>,
+    verify_peer: Option<VerifyPeer>,
     x509: Option<()>,
 }
 
@@ -202,7 +225,7 @@ impl Options {
             "socket" => once(&mut self.socket, key, path(value)?),
             "tls-certificates" => once(&mut self.certificates, key, path(value)?),
             "tls-hostname" => once(&mut self.hostname, key, text()?),
-            "tls-verify-peer" => once(&mut self.verify_peer, key, flag(key, &text()?)?),
+            "tls-verify-peer" => once(&mut self.verify_peer, key, VerifyPeer::parse(&text()?)?),
             "tls-type" => match text()?.as_str() {
                 "x509" => once(&mut self.x509, key, ()),
                 other => Err(format!("tls-type={other} is not supported; x509 is")),
@@ -224,7 +247,7 @@ impl Options {
             optional: !secure,
             certificates: self.certificates,
             hostname: self.hostname,
-            verify_peer: self.verify_peer.unwrap_or(true),
+            verify_peer: self.verify_peer.unwrap_or_default(),
         })
     }
 }
@@ -245,14 +268,6 @@ fn path(value: &str) -> Result<PathBuf, String> {
     Ok(PathBuf::from(OsString::from_vec(bytes)))
 }
 
-fn flag(key: &str, value: &str) -> Result<bool, String> {
-    match value {
-        "0" => Ok(false),
-        "1" => Ok(true),
-        _ => Err(format!("{key} is 0 or 1")),
-    }
-}
-
 /// What stays as it is in a path or a query.
 const PLAIN: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~').remove(b'/').remove(b':');
 
@@ -270,7 +285,11 @@ impl fmt::Display for NbdUri {
         if let Some(tls) = &self.tls {
             query.extend(tls.certificates.iter().map(|path| format!("tls-certificates={}", encoded(path))));
             query.extend(tls.hostname.iter().map(|name| format!("tls-hostname={}", utf8_percent_encode(name, &PLAIN))));
-            query.extend((!tls.verify_peer).then(|| "tls-verify-peer=0".to_owned()));
+            match tls.verify_peer {
+                VerifyPeer::No => query.push("tls-verify-peer=0".to_owned()),
+                VerifyPeer::IfShown => query.push("tls-verify-peer=optional".to_owned()),
+                VerifyPeer::Yes => {}
+            }
         }
         match query.is_empty() {
             true => Ok(()),
@@ -327,12 +346,12 @@ mod tests {
     fn tls_is_demanded_offered_or_absent() {
         assert_eq!(uri("nbd://h").tls, None);
         let tls = uri("nbds://h").tls.unwrap();
-        assert!(!tls.optional && tls.verify_peer && tls.certificates.is_none());
+        assert!(!tls.optional && tls.verify_peer == VerifyPeer::Yes && tls.certificates.is_none());
         assert_eq!(uri("nbds://h").tls_name(), "h");
         assert_eq!(uri("nbds+unix:///?socket=s").tls_name(), "localhost");
         let text = "nbd://h?tls-certificates=/pki&tls-hostname=other&tls-verify-peer=0&tls-type=x509";
         let tls = uri(text).tls.unwrap();
-        assert!(tls.optional && !tls.verify_peer);
+        assert!(tls.optional && tls.verify_peer == VerifyPeer::No);
         assert_eq!(tls.certificates.unwrap(), Path::new("/pki"));
         assert_eq!(uri(text).tls_name(), "other");
     }
@@ -344,6 +363,7 @@ mod tests {
             "nbds://[::1]:9/a%20b",
             "nbd+unix:///x?socket=/run/a%20b",
             "nbds+unix:///?socket=%00abstract&tls-certificates=/pki&tls-hostname=h&tls-verify-peer=0",
+            "nbds://h:1/x?tls-certificates=/pki&tls-verify-peer=optional",
         ] {
             assert_eq!(uri(text).to_string(), text);
             assert_eq!(uri(&uri(text).to_string()), uri(text));
@@ -376,7 +396,7 @@ mod tests {
             ("nbd://h?socket=s", "nbd+unix"),
             ("nbd://h?size=1", "unknown option"),
             ("nbd://h?tls-verify-peer", "has no value"),
-            ("nbds://h?tls-verify-peer=2", "0 or 1"),
+            ("nbds://h?tls-verify-peer=2", "0 or 1, or for a listener optional"),
             ("nbds://h?tls-type=psk", "x509 is"),
             ("nbds://h?tls-psk-file=x", "certificates"),
             ("nbds://h?tls-hostname=a&tls-hostname=b", "given twice"),

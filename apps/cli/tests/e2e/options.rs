@@ -229,24 +229,36 @@ fn create_and_size() {
     });
 }
 
+/// Several kinds of them in one command: all of the region is read through each.
 #[test]
 fn several_listeners() {
     Scene::play(LONG, |scene| {
-        let socket = format!("grpc+unix://{}", scene.name("socket"));
-        let server = scene.serve_at(
-            "memory:?size=1MiB",
-            "grpc://127.0.0.1:0",
-            &["--listen", &socket, "--listen", "grpc://[::1]:0"],
-        );
-        let mut uris = vec![server.uri.clone(), socket];
-        let mut program = server.program;
-        program.wait_for_event(SOON, "ready");
-        let third = program.wait_for_event(SOON, "ready");
-        uris.push(third["uri"].as_str().expect("an address").to_owned());
-        for uri in uris {
-            let info = scene.ended(&["--json", "info", &uri]).event("info");
-            assert_eq!(info["size"], MIB, "{uri}");
+        let expected = make_file(&scene.path("region"), 3 * MIB + 1, 1);
+        let places = [
+            "grpc://127.0.0.1:0".to_owned(),
+            "grpc://[::1]:0".to_owned(),
+            format!("grpc+unix://{}", scene.name("grpc.sock")),
+            "nbd://127.0.0.1:0/disk".to_owned(),
+            format!("nbd+unix:///disk?socket={}", scene.name("nbd.sock")),
+        ];
+        let region = format!("file:{}", scene.name("region"));
+        let mut arguments = vec!["--json", "serve", &region];
+        arguments.extend(places.iter().flat_map(|place| ["--listen", place]));
+        let mut program = scene.r3map(&arguments);
+        let uris = places.each_ref().map(|place| {
+            let ready = program.wait_for_event(SOON, "ready");
+            let uri = ready["uri"].as_str().expect("an address").to_owned();
+            let scheme = |uri: &str| uri.split(':').next().map(str::to_owned);
+            assert_eq!(scheme(&uri), scheme(place), "they are told in this order");
+            uri
+        });
+        for (number, uri) in uris.iter().enumerate() {
+            let copy = format!("copy{number}");
+            scene.ended(&["--json", "copy", uri, &format!("file:{}", scene.name(&copy))]).event("copied");
+            expected.check_file(&scene.path(&copy));
         }
+        program.terminate();
+        program.end_well(SOON);
     });
 }
 

@@ -9,7 +9,9 @@ use async_trait::async_trait;
 use r3map_core::{Access, Backend, Error, ErrorKind, Operation, Result};
 use r3map_nbd::kernel::{self, Interface, Settings};
 use r3map_nbd::tls::{ClientCertificates, server_config};
-use r3map_nbd::{Address, Client, ClientSettings, Listed, NbdUri, Server, ServerExport, ServerSettings, Tls};
+use r3map_nbd::{
+    Address, Client, ClientSettings, Listed, NbdUri, Server, ServerExport, ServerSettings, Tls, TlsOptions, VerifyPeer,
+};
 
 use crate::{Family, Listen, ListenOptions, Listener, Open, OpenOptions, Registry, Uri};
 
@@ -144,7 +146,8 @@ impl Open for Nbd {
 ///
 /// With `nbds` every client must speak TLS, with `nbd` and `tls-certificates` it may. The directory holds
 /// `server-cert.pem` and `server-key.pem`; with `tls-verify-peer=1` clients must show a certificate that `ca-cert.pem`
-/// there vouches for, which `nbd` refuses: it would let others in without.
+/// there vouches for, which `nbd` refuses: it would let others in without. With `tls-verify-peer=optional` they need not
+/// show one, and are refused with any other.
 #[async_trait]
 impl Listen for Nbd {
     async fn listen(&self, uri: &Uri, backend: Arc<dyn Backend>, options: &ListenOptions) -> Result<Box<dyn Listener>> {
@@ -158,7 +161,9 @@ impl Listen for Nbd {
         let settings = ServerSettings { tls: tls(uri, &named)?, ..ServerSettings::default() };
         let server = Server::new(vec![export], settings)?;
         let address = server.listen(&named.address).await?;
-        Ok(Box::new(Listening { uri: NbdUri { address, ..named }.to_string(), server }))
+        // What clients call it: they verify the server, whatever it asks of them.
+        let tls = named.tls.map(|tls| TlsOptions { verify_peer: VerifyPeer::Yes, ..tls });
+        Ok(Box::new(Listening { uri: NbdUri { address, tls, ..named }.to_string(), server }))
     }
 }
 
@@ -167,9 +172,11 @@ fn tls(uri: &Uri, named: &NbdUri) -> Result<Tls> {
     let Some(directory) = &options.certificates else {
         return Err(uri.invalid("a server with TLS needs its certificate: give a directory, tls-certificates=DIR"));
     };
-    let clients = match uri.get("tls-verify-peer") {
-        Some("1") => ClientCertificates::Required,
-        _ => ClientCertificates::None,
+    // Unlike a client, a listener that is told nothing verifies nobody.
+    let clients = match (uri.get("tls-verify-peer"), options.verify_peer) {
+        (None, _) | (_, VerifyPeer::No) => ClientCertificates::None,
+        (_, VerifyPeer::IfShown) => ClientCertificates::Optional,
+        (_, VerifyPeer::Yes) => ClientCertificates::Required,
     };
     if options.optional && clients == ClientCertificates::Required {
         return Err(uri.invalid(

@@ -17,7 +17,7 @@ use crate::client::link::{Link, lock};
 use crate::client::unflushed::Unflushed;
 use crate::stream::{Duplex, Stream, Vanished};
 use crate::tls;
-use crate::uri::NbdUri;
+use crate::uri::{NbdUri, VerifyPeer};
 use crate::wire::TransmissionFlags;
 
 /// How long a connection beyond the first is not tried again after it failed: servers may take only so many.
@@ -77,6 +77,18 @@ impl std::fmt::Debug for Source {
     }
 }
 
+/// Whether a server must prove who it is.
+fn verify(peer: VerifyPeer) -> Result<bool> {
+    match peer {
+        VerifyPeer::No => Ok(false),
+        VerifyPeer::Yes => Ok(true),
+        VerifyPeer::IfShown => {
+            let message = "tls-verify-peer=optional is for a listener: servers always show a certificate";
+            Err(Error::new(ErrorKind::InvalidInput, Operation::Open, message))
+        }
+    }
+}
+
 impl Source {
     /// A server, with the certificates that its URI names.
     ///
@@ -86,7 +98,7 @@ impl Source {
         let tls = match &uri.tls {
             None => None,
             Some(options) => Some(Tls {
-                config: tls::client_config(options.certificates.as_deref(), options.verify_peer)?,
+                config: tls::client_config(options.certificates.as_deref(), verify(options.verify_peer)?)?,
                 name: tls::server_name(uri.tls_name())?,
                 optional: options.optional,
             }),
