@@ -2,7 +2,8 @@
 
 /// Copies bytes that will not be read again soon, without taking up cache for where they go. To regions of more than the
 /// cache this is twice as fast: an ordinary store first fetches what it overwrites. (The C library's `memcpy` does the same
-/// from three quarters of the shared cache on, which on a server with hundreds of MiB of it is never.)
+/// from a length on that follows from the size of the shared cache: on a server with hundreds of MiB of it, that is longer than any
+/// request.)
 ///
 /// On processors other than x86-64 it is an ordinary copy.
 ///
@@ -35,7 +36,7 @@ fn copy(to: &mut [u8], from: &[u8]) {
             unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
         });
         for (to, loaded) in line.0.iter_mut().zip(loaded) {
-            // SAFETY: it is borrowed exclusively, and aligned. SSE2 as above.
+            // SAFETY: it is borrowed exclusively, and aligned; nobody looks at it before the fence below. SSE2 as above.
             unsafe { _mm_stream_si128(to, loaded) };
         }
     }

@@ -19,7 +19,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveM
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::mountinfo::{FILE_SYSTEM, SUBTYPE, one_line};
-use crate::settings::{FileSettings, MIN_REQUEST};
+use crate::settings::FileSettings;
 
 const DEVICE: &str = "/dev/fuse";
 /// The helper of FUSE 3 and, where only that is there, of FUSE 2; they take the same arguments.
@@ -40,12 +40,12 @@ pub(crate) struct Options {
 
 impl Options {
     pub(crate) fn of(settings: &FileSettings) -> Self {
-        let FileSettings { source, read_only, allow_other, max_read, .. } = settings;
+        let FileSettings { source, read_only, allow_other, .. } = settings;
         Self {
             source: source.clone(),
             read_only: *read_only,
-            allow_other: *allow_other, // The kernel works in pages, but takes this as it is.
-            max_read: max_read / MIN_REQUEST * MIN_REQUEST,
+            allow_other: *allow_other,
+            max_read: settings.longest_read(),
         }
     }
 

@@ -11,7 +11,7 @@ use r3map_core::{Access, Backend, Error, ErrorKind, Operation, Result};
 /// The longest request that the kernel's FUSE buffers take, in bytes.
 const MAX_REQUEST: u32 = 16 << 20;
 /// The shortest useful request: one page.
-pub(crate) const MIN_REQUEST: u32 = 4096;
+const MIN_REQUEST: u32 = 4096;
 /// The longest file name on Linux (`NAME_MAX`).
 const MAX_NAME: usize = 255;
 /// The longest source text: `mount(2)` cuts its strings at one page.
@@ -64,8 +64,9 @@ pub struct FileSettings {
     /// Default: 1 MiB.
     pub max_request: u32,
     /// The longest read in bytes that the kernel hands over at once, from 4 KiB on, where that is less than
-    /// `max_request`. It makes several of a longer one, which are answered at the same time: by several processors, each of
-    /// which gets only so much out of memory. Default: 512 KiB.
+    /// `max_request`. It makes several of a longer one, also of what it reads ahead, which are answered at the same time: by
+    /// several processors, each of which gets only so much out of memory. Not with [`Caching::Never`], where the kernel would wait for
+    /// each before it makes the next. Default: 512 KiB.
     pub max_read: u32,
     /// How far ahead of a sequential reader the kernel reads, in bytes. More than 128 KiB works only for root, who may
     /// raise the kernel's limit for this mount; for others it stays at that. Default: 1 MiB.
@@ -137,6 +138,14 @@ impl FileSettings {
         // The kernel works in pages.
         let max_request = self.max_request.min(longest) / MIN_REQUEST * MIN_REQUEST;
         Ok(Self { max_request, read_only: self.read_only || able.read_only, ..self })
+    }
+
+    /// The longest read that the kernel is asked for, in bytes: whole pages, which it works in.
+    pub(crate) fn longest_read(&self) -> u32 {
+        match self.caching {
+            Caching::Never => self.max_request,
+            Caching::Keep | Caching::UntilOpened => self.max_read / MIN_REQUEST * MIN_REQUEST,
+        }
     }
 
     pub(crate) fn thread_count(&self) -> usize {

@@ -227,6 +227,20 @@ fn long_reads_become_several_at_once() {
     fill::check(&reader.join().unwrap().unwrap(), 0, 6).unwrap();
 }
 
+/// Where the kernel would ask for the second part only when it has the first.
+#[test]
+fn long_reads_past_the_cache_stay_whole() {
+    need_fuse!();
+    let world = World::new();
+    let faults = Faults::new(Arc::new(Store::new(MIB).filled(6)));
+    let settings = FileSettings { max_read: 100_000, ..settings(Caching::Never) };
+    let mount = world.mount(faults.clone(), settings);
+    let mut seen = vec![0; len(MIB / 2)];
+    open(mount.path()).read_exact_at(&mut seen, 0).unwrap();
+    fill::check(&seen, 0, 6).unwrap();
+    assert_eq!(faults.calls().iter().map(Call::len).max(), Some(MIB / 2));
+}
+
 #[test]
 fn requests_are_no_longer_than_the_backend_takes() {
     need_fuse!();
