@@ -101,6 +101,14 @@ pub struct Outage {
     pub error: Error,
 }
 
+/// The calls that have failed and are not over.
+#[derive(Debug, Default)]
+struct Waiting {
+    count: usize,
+    /// Whether another call was answered since one of them failed last.
+    answered: bool,
+}
+
 /// A backend that tries again.
 ///
 /// A call that succeeds at once costs a timer beyond what the backend inside does, and no allocation. When one call gets
@@ -108,8 +116,7 @@ pub struct Outage {
 pub struct Retry {
     inner: Arc<dyn Backend>,
     settings: RetrySettings,
-    /// How many calls have failed and are not over.
-    waiting: Mutex<usize>,
+    waiting: Mutex<Waiting>,
     outage: watch::Sender<Option<Outage>>,
     recovered: Notify,
 }
@@ -126,7 +133,8 @@ impl Retry {
     }
 
     /// Whether the remote is away, since when and why: for whoever tells a user. It is `None` again when a call was
-    /// answered and none waits any more. That calls give up, or are dropped, says nothing of the remote.
+    /// answered and none waits any more, in whichever order. That calls give up, or are dropped, says nothing of the
+    /// remote.
     #[must_use]
     pub fn outage(&self) -> watch::Receiver<Option<Outage>> {
         self.outage.subscribe()
@@ -135,14 +143,20 @@ impl Retry {
     /// The remote has answered a call, which waits no more.
     fn answered(&self) {
         if self.outage.borrow().is_some() {
-            let waiting = self.waiting();
-            if *waiting == 0 {
-                self.outage.send_replace(None);
-            }
+            let mut waiting = self.waiting();
+            waiting.answered = true;
+            self.end_outage(&waiting);
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, usize> {
+    /// Ends the outage unless a call still waits, or none was answered.
+    fn end_outage(&self, waiting: &Waiting) {
+        if waiting.count == 0 && waiting.answered {
+            self.outage.send_replace(None);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -305,12 +319,14 @@ struct Trouble<'a> {
 
 impl<'a> Trouble<'a> {
     fn new(retry: &'a Retry, error: Error) -> Self {
-        *retry.waiting() += 1;
+        retry.waiting().count += 1;
         Self { retry, error }
     }
 
     fn goes_on(&mut self, error: Error) {
         self.error = error.clone();
+        let mut waiting = self.retry.waiting();
+        waiting.answered = false;
         self.retry.outage.send_modify(|outage| {
             let since = outage.as_ref().map_or_else(Instant::now, |outage| outage.since);
             *outage = Some(Outage { since, error });
@@ -320,7 +336,9 @@ impl<'a> Trouble<'a> {
 
 impl Drop for Trouble<'_> {
     fn drop(&mut self) {
-        *self.retry.waiting() -= 1;
+        let mut waiting = self.retry.waiting();
+        waiting.count -= 1;
+        self.retry.end_outage(&waiting);
     }
 }
 

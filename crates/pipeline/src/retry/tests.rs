@@ -329,6 +329,33 @@ async fn only_an_answer_ends_an_outage() {
     assert!(retry.outage().borrow().is_none(), "a refusal is an answer too");
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_over_when_the_last_who_waits_is_dropped_after_an_answer() {
+    let (faults, retry) = retry(None);
+    faults.add(Rule::on(Operation::Read).fail(ErrorKind::Unavailable));
+    let wait_for_failure = async |reads: usize| {
+        while faults.count(Operation::Read) < reads {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let outage = retry.outage();
+    let waiting = spawn_read(&retry);
+    wait_for_failure(1).await;
+    retry.flush().await.unwrap();
+    assert!(outage.borrow().is_some(), "one still waits");
+    waiting.abort();
+    waiting.await.unwrap_err();
+    assert!(outage.borrow().is_none(), "another was answered since");
+
+    let waiting = spawn_read(&retry);
+    wait_for_failure(2).await;
+    retry.flush().await.unwrap();
+    wait_for_failure(3).await;
+    waiting.abort();
+    waiting.await.unwrap_err();
+    assert!(outage.borrow().is_some(), "it failed again since another was answered");
+}
+
 #[test]
 fn settings_that_make_no_sense_are_refused() {
     let good = RetrySettings::default();
