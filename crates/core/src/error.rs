@@ -73,8 +73,7 @@ impl ErrorKind {
     }
 
     /// The kind for what std calls an error of the operating system.
-    #[must_use]
-    pub fn from_io(kind: std::io::ErrorKind) -> Self {
+    fn from_io(kind: std::io::ErrorKind) -> Self {
         use std::io::ErrorKind as Io;
         match kind {
             Io::InvalidInput | Io::Unsupported | Io::IsADirectory | Io::NotADirectory | Io::InvalidFilename => {

@@ -326,7 +326,7 @@ async fn a_direct_mount_goes_on_to_say_what_the_remote_has_lost() {
             file.write_all_at(b"lost", 10).unwrap();
             file.write_all_at(b"lost, too", 2000).unwrap();
             lose.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Conflict));
-            let sync = || file.sync_all().map_err(|error| ErrorKind::from_io(error.kind()));
+            let sync = || file.sync_all().map_err(|error| ErrorKind::of_io(&error));
             assert_eq!((sync(), sync()), (Err(ErrorKind::Conflict), Err(ErrorKind::Conflict)));
             file.write_all_at(b"lost", 10).unwrap();
             assert_eq!(sync(), Err(ErrorKind::Conflict));

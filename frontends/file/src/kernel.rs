@@ -164,7 +164,7 @@ fn no_device(errno: Errno) -> Error {
             "FUSE is not available: load it with `modprobe fuse`, or give the container /dev/fuse".to_owned(),
         ),
         Errno::ACCESS | Errno::PERM => (ErrorKind::Denied, format!("no permission to open {DEVICE}")),
-        _ => (ErrorKind::from_io(io::Error::from(errno).kind()), format!("{DEVICE} cannot be opened")),
+        _ => return Error::from_io(Operation::Mount, format!("{DEVICE} cannot be opened"), errno.into()),
     };
     Error::new(kind, Operation::Mount, message).with_source(errno)
 }

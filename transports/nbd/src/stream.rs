@@ -101,11 +101,13 @@ impl Stream {
 
 /// A socket that is not there yet may be there later, so unlike a missing file it is worth trying again.
 fn unreachable(address: &Address, error: io::Error) -> Error {
-    let kind = match ErrorKind::from_io(error.kind()) {
-        ErrorKind::NotFound | ErrorKind::Internal => ErrorKind::Unavailable,
-        kind => kind,
-    };
-    Error::new(kind, Operation::Open, format!("cannot connect to {address}")).with_source(error)
+    let message = format!("cannot connect to {address}");
+    match ErrorKind::of_io(&error) {
+        ErrorKind::NotFound | ErrorKind::Internal => {
+            Error::new(ErrorKind::Unavailable, Operation::Open, message).with_source(error)
+        }
+        _ => Error::from_io(Operation::Open, message, error),
+    }
 }
 
 async fn connect_any(host: &str, port: u16, vanished: Vanished) -> io::Result<Stream> {
@@ -195,5 +197,21 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         each!(self, inner => Pin::new(inner).poll_shutdown(context))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_descriptors_is_not_a_server_that_is_away() {
+        let address = Address::Unix("/run/socket".into());
+        let error = |errno: rustix::io::Errno| unreachable(&address, errno.into());
+        let lack = error(rustix::io::Errno::MFILE);
+        assert_eq!(lack.kind(), ErrorKind::Exhausted, "{lack}");
+        assert!(lack.message().contains("/run/socket") && lack.message().contains("ulimit -n"), "{lack}");
+        assert_eq!(error(rustix::io::Errno::CONNREFUSED).kind(), ErrorKind::Unavailable);
+        assert_eq!(error(rustix::io::Errno::NOENT).kind(), ErrorKind::Unavailable, "it may be there later");
     }
 }

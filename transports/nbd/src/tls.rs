@@ -219,9 +219,10 @@ pub(crate) fn explain(peer: &dyn std::fmt::Display, name: &str, error: io::Error
         Some(other) => (ErrorKind::Corrupt, format!("TLS failed: {other}")),
         None => {
             let message = format!("the TLS handshake with {peer} failed");
-            let kind = ErrorKind::from_io(error.kind());
-            let kind = if kind == ErrorKind::Corrupt { ErrorKind::Unavailable } else { kind };
-            return Error::new(kind, Operation::Open, message).with_source(error);
+            return match ErrorKind::of_io(&error) {
+                ErrorKind::Corrupt => Error::new(ErrorKind::Unavailable, Operation::Open, message).with_source(error),
+                _ => Error::from_io(Operation::Open, message, error),
+            };
         }
     };
     Error::new(kind, Operation::Open, format!("{peer}: {why}"))
