@@ -7,8 +7,8 @@
 //! waits the others leave nearly all of what is left alone.
 //!
 //! So whoever takes little passes those who wait for more, again and again. That is why an eighth of all is given out
-//! otherwise: to those who have nothing, in the order in which they came. Nobody waits longer there than it takes those
-//! who came before to give back what they got.
+//! otherwise: to those who have nothing and ask for no more than that, in the order in which they came. Nobody waits longer
+//! there than it takes those who came before to give back what they got.
 //!
 //! It counts, and wakes who waits; what the units stand for is the caller's business. Taking and giving back cost one
 //! short lock each.
@@ -91,8 +91,9 @@ pub struct FairShare {
 }
 
 impl Fair {
-    /// So many units, of which one may have at most `own`. Whoever asks for an eighth of all or less is served after a
-    /// bounded number of others, unless one may have nearly all.
+    /// So many units, of which one may have at most `own`. Whoever has nothing and asks for an eighth of all or less is
+    /// served after a bounded number of others, if those who were served in order before give back what they got, and
+    /// unless one may have nearly all. Nothing bounds how many of those who ask for little may pass one who asks for more.
     #[must_use]
     pub fn new(total: u32, own: u32) -> Arc<Self> {
         let orderly = match total / ORDERLY {

@@ -145,6 +145,7 @@ impl Shared {
 
     async fn read(&self, ranges: &[region::Range], own: &Room) -> Result<Rope> {
         self.check_ranges(ranges)?;
+        // Each has a buffer of its own, so what they need may be more than one range as long as all of them would.
         let share = own.share(ranges.iter().map(|range| room(range.length)).sum()).await;
         let found = match self.backend.capabilities().pieces {
             Some(_) => try_join_all(ranges.iter().map(|range| self.read_pieces(range, &share))).await?,
