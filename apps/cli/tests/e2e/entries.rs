@@ -107,7 +107,7 @@ fn a_directory_that_a_dead_mount_left_behind_is_taken_over_and_a_live_one_is_not
         let (mounted, path) = mount(scene, &server, &[]);
         expected.check_file(&path);
         mounted.unmount();
-        // Who made the directory is not known any more, and so it stays.
+        // That the dead one made the directory is not known any more, and so it stays.
         assert!(names(&scene.path("folder")).is_empty());
     });
 }

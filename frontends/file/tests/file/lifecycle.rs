@@ -278,6 +278,7 @@ fn a_killed_process_leaves_errors_and_a_path_that_can_be_taken_over() {
     fill::check(&fs::read(&path).unwrap(), 0, 2).unwrap();
     world.unmount(&mount);
     assert!(mounts(&path).is_empty());
+    assert_eq!(fs::metadata(&path).unwrap().len(), 0, "what the dead one mounted on looks like somebody's own");
 }
 
 #[test]
