@@ -37,9 +37,14 @@ fn a_server_without_descriptors_goes_on() {
             let crowd: Vec<_> =
                 (0..2 * FILES).map(|_| TcpStream::connect(address).expect("the queue is long")).collect();
             wait_until(SOON, "no descriptor is left", || descriptors(server.id()) >= FILES - 1);
+            let read = || block_on(region.read_at(4096, &mut [0; 4096])).expect("it is connected");
+            wait_until(SOON, "it is seen that the server works", || {
+                read();
+                worked(server.id()) > Duration::ZERO
+            });
             let (worked, began) = (worked(server.id()), Instant::now());
             while began.elapsed() < Duration::from_secs(1) {
-                block_on(region.read_at(4096, &mut [0; 4096])).expect("it is connected");
+                read();
                 std::thread::sleep(Duration::from_millis(20));
             }
             let (worked, passed) = (self::worked(server.id()) - worked, began.elapsed());
@@ -62,12 +67,11 @@ fn descriptors(process: u32) -> usize {
     std::fs::read_dir(format!("/proc/{process}/fd")).expect("it runs").count()
 }
 
-/// How long a process has run on a processor (proc_pid_schedstat(5), in nanoseconds).
+/// How long a process has run on a processor, with the threads that have ended: `utime` and `stime` of proc_pid_stat(5).
 fn worked(process: u32) -> Duration {
-    let threads = std::fs::read_dir(format!("/proc/{process}/task")).expect("it runs").flatten();
-    let of = |thread: std::fs::DirEntry| {
-        let text = std::fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
-        text.split(' ').next().and_then(|time| time.parse().ok()).unwrap_or(0)
-    };
-    Duration::from_nanos(threads.map(of).sum())
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("it runs");
+    // Behind the name, which may have spaces in it, comes the third field.
+    let (_, fields) = stat.rsplit_once(')').expect("it has a name");
+    let times = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("it is a number"));
+    Duration::from_millis(times.sum::<u64>() * 1000 / rustix::param::clock_ticks_per_second())
 }
