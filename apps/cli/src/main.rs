@@ -15,6 +15,7 @@ mod remove;
 mod serve;
 mod shown;
 mod signals;
+mod trouble;
 
 use std::process::ExitCode;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use r3map::{
-    BlockOptions, Durability, ErrorKind, FileOptions, Kept, OpenOptions, Operation, Priority, Progress, PullSettings,
+    BlockOptions, Durability, ErrorKind, FileOptions, Kept, OpenOptions, Priority, Progress, PullSettings,
     PushSettings, Region, Registry, RetrySettings, Settings, Workers, size,
 };
 use serde_json::json;
@@ -17,6 +17,7 @@ use crate::order;
 use crate::output::{Bar, Output};
 use crate::shown::{Shown, View};
 use crate::signals::Signals;
+use crate::trouble::Troubles;
 
 /// How often the bars move and the remote is looked at.
 const TICK: Duration = Duration::from_millis(200);
@@ -224,8 +225,8 @@ fn changes(progress: &Progress) -> String {
 struct Told {
     /// The remote does not answer.
     silent: bool,
-    /// Something else, which is said once for all the places where it happens.
-    trouble: Option<(ErrorKind, Operation)>,
+    /// Something else.
+    troubles: Troubles,
 }
 
 impl Told {
@@ -243,11 +244,7 @@ impl Told {
             }
             _ => {}
         }
-        let trouble = region.progress().and_then(|progress| progress.borrow().last_error.clone());
-        // Of a remote that does not answer enough is said.
-        let trouble = trouble.filter(|error| !error.kind().is_retryable());
-        if let Some(error) = trouble.filter(|error| self.trouble != Some((error.kind(), error.operation()))) {
-            self.trouble = Some((error.kind(), error.operation()));
+        if let Some(error) = self.troubles.news(region) {
             note(bar, output, "trouble", &error.to_string());
         }
     }

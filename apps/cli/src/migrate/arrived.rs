@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::select_all;
 use r3map::migration::{Arrived, Former, Leecher, Migration, Report, Running, Seeding};
-use r3map::{ErrorKind, Operation, Outage, Registry, Uri, size};
+use r3map::{Outage, Registry, Uri, size};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -20,6 +20,7 @@ use crate::args::{self, Patience};
 use crate::output::{Bar, Output};
 use crate::shown::{View, tell_refused};
 use crate::signals::Signals;
+use crate::trouble::Troubles;
 
 /// How long a seeder is told that the regions arrived after somebody has said stop: as long as one attempt to tell it may
 /// take, and a few more.
@@ -100,62 +101,63 @@ struct Arrivals {
     outages: Vec<watch::Receiver<Option<Outage>>>,
     /// Bytes so far.
     came: u64,
-    /// When something came for the last time.
+    /// When something came for the last time, or later: nothing came before because there was no room for it here, and
+    /// it did answer.
     since: Instant,
     /// It does not answer: what it was asked for in vain last.
     silence: Option<r3map::Error>,
-    /// What else goes wrong, such as that there is no room here: said once for all the places where it happens.
-    told: Option<(ErrorKind, Operation)>,
+    /// What else goes wrong, such as that there is no room here.
+    troubles: Troubles,
 }
+
+/// Something to be said: the event, and in words.
+type News = (&'static str, String);
 
 impl Arrivals {
     fn new(running: &Leecher<Running<Arrived>>) -> Self {
         let outages = running.regions().iter().map(|region| region.region().outage()).collect();
-        Self { outages, came: running.report().pulled_after, since: Instant::now(), silence: None, told: None }
+        Self::through(outages, running.report().pulled_after)
     }
 
-    /// What was asked for in vain last.
-    fn trouble(&self) -> Option<r3map::Error> {
-        self.outages.iter().find_map(|outage| outage.borrow().as_ref().map(|outage| outage.error.clone()))
+    fn through(outages: Vec<watch::Receiver<Option<Outage>>>, came: u64) -> Self {
+        Self { outages, came, since: Instant::now(), silence: None, troubles: Troubles::default() }
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        self.outages.iter().find_map(|outage| outage.borrow().clone())
     }
 
     /// Says what keeps it from arriving that is no fault of the seeder's line.
     fn tell_trouble(&mut self, running: &Leecher<Running<Arrived>>, bar: &Bar, output: Output) {
-        let errors = running.regions().iter().filter_map(|region| last_error(region));
-        for error in errors.filter(|error| !error.kind().is_retryable()) {
-            let told = self.told.replace((error.kind(), error.operation()));
-            if told != self.told {
-                bar.aside(|| output.note("trouble", &format!("what is missing is tried again: {error}")));
-            }
+        for error in running.regions().iter().filter_map(|region| self.troubles.news(region.region())) {
+            bar.aside(|| output.note("trouble", &format!("what is missing is tried again: {error}")));
         }
     }
 
     /// Says it when the seeder falls silent, and when it answers again.
     fn look(&mut self, running: &Leecher<Running<Arrived>>, bar: &Bar, output: Output) {
         self.tell_trouble(running, bar, output);
-        let (came, trouble) = (running.report().pulled_after, self.trouble());
+        tell_news(self.hear(running.report().pulled_after), bar, output);
+    }
+
+    /// What there is to say now that so many bytes have come.
+    fn hear(&mut self, came: u64) -> Option<News> {
         let comes = came > self.came;
-        match trouble {
-            Some(error) if self.silence.is_some() => self.silence = Some(error),
-            Some(error) if !comes => {
-                let human =
-                    format!("the seeder does not answer; what is missing waits for it, and it is tried again: {error}");
-                bar.aside(|| output.note("waiting", &human));
-                self.silence = Some(error);
-            }
-            None if comes => self.answers(bar, output),
-            _ => {}
-        }
         if comes {
             (self.came, self.since) = (came, Instant::now());
         }
+        let Some(Outage { since, error }) = self.outage() else { return self.answers() };
+        if comes && self.silence.is_none() {
+            return None;
+        }
+        self.since = self.since.max(since);
+        let human = format!("the seeder does not answer; what is missing waits for it, and it is tried again: {error}");
+        self.silence.replace(error).is_none().then_some(("waiting", human))
     }
 
-    /// Says it if it was silent.
-    fn answers(&mut self, bar: &Bar, output: Output) {
-        if self.silence.take().is_some() {
-            bar.aside(|| output.note("resumed", "the seeder answers again"));
-        }
+    /// What there is to say when it is not silent.
+    fn answers(&mut self) -> Option<News> {
+        self.silence.take().map(|_| ("resumed", "the seeder answers again".to_owned()))
     }
 
     /// Why there is no point in waiting any longer, if that is so.
@@ -165,9 +167,10 @@ impl Arrivals {
     }
 }
 
-/// What went wrong last as something was pulled.
-fn last_error(region: &Arrived) -> Option<r3map::Error> {
-    region.region().progress()?.borrow().last_error.clone()
+fn tell_news(news: Option<News>, bar: &Bar, output: Output) {
+    if let Some((event, human)) = news {
+        bar.aside(|| output.note(event, &human));
+    }
 }
 
 /// Regions that have arrived.
@@ -228,7 +231,7 @@ impl Site {
             }
         };
         // Since the last look.
-        arrivals.answers(&bar, self.output);
+        tell_news(arrivals.answers(), &bar, self.output);
         bar.finish();
         tell_report(&report, self.output);
         if let Err(error) = self.running.kept() {
@@ -429,4 +432,41 @@ async fn unmounted(regions: &[Arc<Arrived>]) {
 
 async fn abandon(regions: &[Arc<Arrived>]) {
     host::abandon(mounts(regions)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use r3map::{Error, ErrorKind, Operation};
+
+    use super::*;
+
+    #[test]
+    fn a_seeder_that_answers_is_not_silent_though_nothing_comes_for_want_of_room() {
+        let patience = Duration::from_secs(60);
+        let away = |since| {
+            let error = Error::new(ErrorKind::Unavailable, Operation::Read, "nobody is there");
+            Some(Outage { since, error })
+        };
+        let long_ago = Instant::now() - 2 * patience;
+        let outage = watch::Sender::new(away(long_ago));
+        let mut arrivals = Arrivals::through(vec![outage.subscribe()], 0);
+        arrivals.since = long_ago;
+        assert_eq!(arrivals.hear(0).map(|news| news.0), Some("waiting"));
+        assert_eq!(arrivals.hear(0), None, "that was said");
+        assert!(arrivals.are_over(Some(patience)).is_some() && arrivals.are_over(None).is_none());
+
+        outage.send_replace(None);
+        assert_eq!(arrivals.hear(0).map(|news| news.0), Some("resumed"));
+        assert_eq!(arrivals.are_over(Some(patience)), None, "it is not the seeder that is waited for");
+        assert_eq!(arrivals.hear(0), None);
+
+        outage.send_replace(away(Instant::now()));
+        assert_eq!(arrivals.hear(0).map(|news| news.0), Some("waiting"));
+        assert_eq!(arrivals.are_over(Some(patience)), None, "it has answered not long ago");
+        outage.send_replace(None);
+        assert!(arrivals.hear(0).is_some());
+        outage.send_replace(away(long_ago));
+        assert_eq!(arrivals.hear(1), None, "something comes");
+        assert_eq!(arrivals.are_over(Some(patience)), None);
+    }
 }
