@@ -55,12 +55,13 @@ async fn mounted(name: &'static str, kind: Kind) -> Slow {
     Slow { name, calls, pause: Pause::new(), path: device.path().to_owned(), by: By::Mount(device) }
 }
 
-fn attached(name: &'static str, interface: Interface) -> Slow {
+async fn attached(name: &'static str, interface: Interface) -> Slow {
     let calls = faults();
     let server = Server::new(vec![ServerExport::new("", calls.clone())], ServerSettings::default()).unwrap();
     let (one, disk) = connection(&server);
     let settings = Settings { interface, request_timeout: None, ..Settings::default() };
-    let device = kernel::attach(vec![one, connection(&server).0], disk, &settings).unwrap();
+    let sockets = vec![one, connection(&server).0];
+    let device = app(move || kernel::attach(sockets, disk, &settings).unwrap()).await;
     Slow { name, calls, pause: Pause::new(), path: device.path(), by: By::Kernel(device, server) }
 }
 
@@ -130,8 +131,8 @@ pub(crate) async fn a_remote_that_takes_longer_than_half_a_minute_is_waited_for(
     let all = [
         mounted("a mount by NBD", Kind::Nbd).await,
         mounted("a mount by ublk", Kind::Ublk).await,
-        attached("two connections by netlink", Interface::Netlink),
-        attached("two connections by ioctl", Interface::Ioctl),
+        attached("two connections by netlink", Interface::Netlink).await,
+        attached("two connections by ioctl", Interface::Ioctl).await,
     ];
     let mut held = Vec::new();
     for slow in all {

@@ -13,6 +13,7 @@ use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, in_vm};
 use rustix::fs::OFlags;
+use tokio::task::JoinSet;
 
 use crate::slow::a_remote_that_takes_longer_than_half_a_minute_is_waited_for;
 use crate::support::{SOON, aligned, app, each_kind, open_direct, try_device, unmount, wait_until};
@@ -24,13 +25,18 @@ async fn remotes_that_do_not_answer() {
     if !in_vm() {
         return;
     }
-    tokio::join!(
-        a_remote_that_takes_longer_than_half_a_minute_is_waited_for(),
-        a_remote_that_does_not_answer_cannot_hold_a_device_for_ever(),
-        an_unmount_that_takes_too_long_leaves_the_device_as_it_was(),
-        an_unmount_does_not_take_a_device_from_others_whose_requests_hang(),
-        a_detach_ends_what_hangs_with_errors_and_stores_what_was_acknowledged(),
-    );
+    let mut all = JoinSet::new();
+    all.spawn(a_remote_that_takes_longer_than_half_a_minute_is_waited_for());
+    all.spawn(a_remote_that_does_not_answer_cannot_hold_a_device_for_ever());
+    all.spawn(an_unmount_that_takes_too_long_leaves_the_device_as_it_was());
+    all.spawn(an_unmount_does_not_take_a_device_from_others_whose_requests_hang());
+    all.spawn(a_detach_ends_what_hangs_with_errors_and_stores_what_was_acknowledged());
+    // To the end, whoever fails: each has said by then what went wrong.
+    let mut failed = 0;
+    while let Some(done) = all.join_next().await {
+        failed += usize::from(done.is_err());
+    }
+    assert_eq!(failed, 0, "some of them failed, as is said above");
 }
 
 async fn a_remote_that_does_not_answer_cannot_hold_a_device_for_ever() {

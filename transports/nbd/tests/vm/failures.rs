@@ -20,8 +20,11 @@ use crate::support::{
     run, runtime, until,
 };
 
-/// How long a request may take, and how long one waits for another server.
-const REQUEST: Duration = Duration::from_secs(2);
+/// How long a request may take: of a server that lives, on a machine that is busy, or whose connections end with it.
+const REQUEST: Duration = Duration::from_secs(6);
+/// The same of a server that nothing ends the connections of, so that all of it passes.
+const SILENT: Duration = Duration::from_secs(2);
+/// How long one waits for another server.
 const WAIT: Duration = Duration::from_secs(2);
 
 /// What the machine may add to that.
@@ -201,13 +204,13 @@ fn a_server_that_vanishes_fails_its_readers_in_time_or_is_waited_for() {
     }
     let runtime = runtime();
     let store = r3map_testkit::store::Store::new(SIZE).filled(1);
-    let settings = ServerSettings { stall_limit: REQUEST, ..ServerSettings::default() };
+    let settings = ServerSettings { stall_limit: SILENT, ..ServerSettings::default() };
     let server = Server::new(vec![ServerExport::new("", Arc::new(store))], settings).unwrap();
     let any = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
     let uri = format!("nbd://{}", runtime.block_on(server.listen(&any)).unwrap());
     // Both at once: one that has no patience, and one that has.
-    let patient = Settings { dead_connection_timeout: LONG, ..short() };
-    let devices = [Settings { dead_connection_timeout: Duration::ZERO, ..short() }, patient.clone()].map(|settings| {
+    let devices = [Duration::ZERO, LONG].map(|dead_connection_timeout| {
+        let settings = Settings { request_timeout: Some(SILENT), dead_connection_timeout, ..short() };
         let device = attach(connect_to(&uri, 2), &settings);
         read_direct(&device.path(), 0).unwrap();
         device
@@ -227,12 +230,12 @@ fn a_server_that_vanishes_fails_its_readers_in_time_or_is_waited_for() {
     assert_eq!(dead, BTreeSet::from(indices));
     fails.join().unwrap().unwrap_err();
     let took = start.elapsed();
-    assert!(took < REQUEST + REQUEST + SLACK, "an error only after {took:?}");
+    assert!(took < SILENT + SILENT + SLACK, "an error only after {took:?}");
     until("the server has given its clients up", || server.connections() == 0);
     assert!(!waits.is_finished(), "its reader waits for a take-over");
     drop(lost);
     let (sockets, disk) = connect_to(&uri, 2);
-    let again = kernel::take_over(indices[1], sockets, disk, &patient).unwrap();
+    let again = kernel::take_over(indices[1], sockets, disk, &short()).unwrap();
     r3map_testkit::fill::check(&waits.join().unwrap().unwrap(), 8192, 1).unwrap();
     let [impatient, taken_over] = devices;
     let _ = impatient.detach();
