@@ -1,5 +1,6 @@
 //! The schemes that this build has: for each family a few lines that call it.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -110,7 +111,39 @@ impl Open for OpenDirectory {
 
 /// The path of a resource, however it was named; also of one that is not there now.
 fn absolute(uri: &Uri) -> Option<String> {
-    let path = uri.path().ok()?;
-    let path = path.canonicalize().or_else(|_| std::path::absolute(path)).ok()?;
-    Some(format!("{}:{}", uri.scheme(), path.display()))
+    Some(format!("{}:{}", uri.scheme(), resolved(&uri.path().ok()?).ok()?.display()))
+}
+
+/// A path from the root on and without links, as far as it is there: what is made in its place later has the same.
+fn resolved(path: &Path) -> std::io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    match (path.canonicalize(), path.parent(), path.file_name()) {
+        (Ok(there), ..) => Ok(there),
+        (Err(_), Some(parent), Some(name)) => Ok(resolved(parent)?.join(name)),
+        _ => Ok(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_does_not_depend_on_whether_it_is_there_and_by_which_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("real")).unwrap();
+        std::os::unix::fs::symlink("real", root.join("link")).unwrap();
+        let identity = |path: &str| absolute(&format!("file:{}/{path}?size=1MiB", root.display()).parse().unwrap());
+        let expected = |path: &str| Some(format!("file:{}", root.join(path).display()));
+        for before_and_after in 0..2 {
+            for path in ["real/disk", "link/disk", "link/../real/disk"] {
+                assert_eq!(identity(path), expected("real/disk"), "{path}, {before_and_after}");
+            }
+            std::fs::write(root.join("real/disk"), b"").unwrap();
+        }
+        for path in ["real/no/folder", "link/no/folder"] {
+            assert_eq!(identity(path), expected("real/no/folder"));
+        }
+    }
 }

@@ -66,7 +66,7 @@ pub async fn nbd_attach(uri: &Uri, attach: NbdAttach) -> Result<PathBuf> {
         let limit = ClientSettings::default().connect_timeout;
         let device = attach.device.as_deref().map(kernel::index_of).transpose()?;
         kernel::probe()?;
-        let identifier = Some(identity(uri.clone())).filter(|name| name.len() <= kernel::LONGEST_IDENTIFIER);
+        let identifier = identity(uri.clone()).filter(|name| name.len() <= kernel::LONGEST_IDENTIFIER);
         let settings = Settings {
             interface: Interface::Netlink,
             device,
@@ -115,12 +115,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 /// The server and the export, however they are written and whatever is said about TLS.
-fn identity(uri: NbdUri) -> String {
+fn identity(uri: NbdUri) -> Option<String> {
     let address = match uri.address {
-        Address::Unix(path) => Address::Unix(path.canonicalize().unwrap_or(path)),
+        Address::Unix(path) => Address::Unix(super::resolved(&path).ok()?),
         tcp => tcp,
     };
-    NbdUri { address, tls: None, ..uri }.to_string()
+    Some(NbdUri { address, tls: None, ..uri }.to_string())
 }
 
 struct Nbd;
@@ -138,7 +138,7 @@ impl Open for Nbd {
     }
 
     fn identity(&self, uri: &Uri) -> Option<String> {
-        Some(identity(uri.to_string().parse().ok()?))
+        identity(uri.to_string().parse().ok()?)
     }
 }
 
@@ -229,5 +229,7 @@ mod tests {
         let folder = std::env::current_dir().unwrap().canonicalize().unwrap();
         let absolute = format!("nbd+unix:///x?socket={}/Cargo.toml", folder.display());
         assert_eq!(identity("nbd+unix:///x?socket=Cargo.toml"), identity(&absolute));
+        let absolute = format!("nbd+unix:///x?socket={}/no-server-yet", folder.display());
+        assert_eq!(identity("nbd+unix:///x?socket=no-server-yet"), identity(&absolute));
     }
 }
