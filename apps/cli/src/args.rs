@@ -364,7 +364,7 @@ pub(crate) struct Copy {
     /// How long to keep trying a side that does not answer: a time, or `forever`.
     #[arg(long, default_value = "60s", value_parser = parse_retry, value_name = "TIME|forever")]
     pub(crate) retry: Patience,
-    /// Requests in flight.
+    /// Requests in flight, to both sides together.
     #[arg(long, default_value = "16", value_parser = parse_count::<NonZeroU32>, value_name = "N")]
     pub(crate) in_flight: NonZeroU32,
 }

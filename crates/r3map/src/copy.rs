@@ -7,8 +7,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
-use r3map_core::{Access, Backend, ChunkSize, Error, ErrorKind, Extent, ExtentKind, Operation, Result, is_zero};
+use r3map_core::{
+    Access, Backend, ChunkSize, Error, ErrorKind, Extent, ExtentKind, Geometry, Operation, Result, is_zero,
+};
 use r3map_pipeline::{Aligned, Retry, RetrySettings};
+use tokio::sync::Semaphore;
 
 /// How a copy is made.
 #[derive(Debug, Clone)]
@@ -16,8 +19,9 @@ pub struct CopySettings {
     /// Read the destination too and write only what differs: costs a read of the destination, and lets a copy that was
     /// stopped go on. Off by default.
     pub skip_same: bool,
-    /// Requests in flight; 16 by default. Each holds one buffer (two with `skip_same`) of 1 MiB, or of a chunk where that is
-    /// longer.
+    /// Requests in flight, to both sides together; 16 by default. What a side takes only in parts counts as one; that the
+    /// source is asked for its holes does not count. There are as many buffers (twice as many with `skip_same`) of 1 MiB, or
+    /// of a chunk where that is longer.
     pub in_flight: NonZeroUsize,
     /// How long to keep trying a side that does not answer.
     pub retry: RetrySettings,
@@ -50,8 +54,6 @@ pub struct CopyProgress {
 
 /// The length of a request in bytes, where chunks are not longer.
 const STEP: u64 = 1 << 20;
-/// How many writes one step may have under way, where it is in many pieces.
-const PUTS: usize = 16;
 
 /// Copies all of `source` onto `destination`, which must have the same size, and flushes it. `progress` is called after
 /// every step. Dropping the future stops the copy; what was written stays.
@@ -69,7 +71,12 @@ pub async fn copy(
         return Err(Error::new(ErrorKind::InvalidInput, Operation::Write, message));
     }
     let patient = |side| any_access(Arc::new(Retry::new(side, settings.retry.clone())?));
-    let copy = Copy { source: patient(source)?, destination: patient(destination)?, settings };
+    let whole_chunks = match destination.capabilities().access {
+        Access::WholeChunks(chunk) => Some(Geometry::new(destination.size(), chunk)?),
+        Access::Any => None,
+    };
+    let requests = Semaphore::new(settings.in_flight.get().min(Semaphore::MAX_PERMITS));
+    let copy = Copy { source: patient(source)?, destination: patient(destination)?, whole_chunks, requests, settings };
     let mut done = CopyProgress { size: copy.source.size(), ..CopyProgress::default() };
     let mut running = FuturesUnordered::new();
     let mut idle = Vec::new();
@@ -124,10 +131,20 @@ impl CopyProgress {
 struct Copy {
     source: Arc<dyn Backend>,
     destination: Arc<dyn Backend>,
+    /// What the destination writes at once, if it takes nothing else.
+    whole_chunks: Option<Geometry>,
+    /// One for each request that may be in flight. Nobody waits for one who has one.
+    requests: Semaphore,
     settings: CopySettings,
 }
 
 impl Copy {
+    /// Makes a request as soon as it may be in flight.
+    async fn request<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
+        let _permit = self.requests.acquire().await.expect("it is never closed");
+        request.await
+    }
+
     /// What the next step is for, from `at` on: one run of data or of nothing, or several that lie in one step. `known`
     /// are the runs that the source has told of and that are not copied yet.
     async fn next(&self, known: &mut VecDeque<Extent>, at: u64) -> Result<Vec<Extent>> {
@@ -146,7 +163,10 @@ impl Copy {
             }
             at = upto;
         }
-        Ok(runs)
+        Ok(match &self.whole_chunks {
+            Some(geometry) => by_chunks(&runs, geometry),
+            None => runs,
+        })
     }
 
     /// The run that begins at `at`.
@@ -174,7 +194,10 @@ impl Copy {
         let end = border(self.longest());
         match run.kind {
             ExtentKind::Hole if run.range.end > end && !self.settings.skip_same && able.write_zeroes.is_some() => {
-                run.range.end.min(border(1 << 30))
+                let all = run.range.end.min(border(1 << 30));
+                // What follows may be data of the same chunk.
+                let whole = |geometry: &Geometry| geometry.chunks_range(&geometry.chunks_covered(&(start..all))).end;
+                self.whole_chunks.as_ref().map_or(all, whole).min(all).max(end)
             }
             _ => end,
         }
@@ -209,7 +232,7 @@ impl Copy {
         if !self.settings.skip_same // then it is only known to be different once it was read
             && let Some(zeroes) = self.destination.capabilities().write_zeroes
         {
-            zeroes.write_zeroes(range.start, len).await?;
+            self.request(zeroes.write_zeroes(range.start, len)).await?;
             return Ok(Step::Zeroes(len));
         }
         let bytes = part(&mut buffers.bytes, len)?;
@@ -224,23 +247,23 @@ impl Copy {
         let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(Vec::new()) };
         let whole = first.range.start..last.range.end;
         let bytes = part(&mut buffers.bytes, whole.end - whole.start)?;
-        self.source.read_at(whole.start, bytes).await?;
+        self.request(self.source.read_at(whole.start, bytes)).await?;
         let (bytes, there) = (&*bytes, self.there(whole.start, bytes.len(), &mut buffers.there).await?);
         // Most often into what is new, and empty.
         let empty = runs.len() > 1 && there.is_none() && self.is_hole(&whole).await?;
         let puts = runs.iter().cloned().map(|run| self.put_run(run, whole.start, bytes, there, empty));
-        stream::iter(puts).buffer_unordered(PUTS).try_collect().await
+        stream::iter(puts).buffer_unordered(self.settings.in_flight.get()).try_collect().await
     }
 
     /// Puts one run of those whose bytes begin at `start`; `empty` if the destination has nothing there.
     async fn put_run(&self, run: Extent, start: u64, bytes: &[u8], there: Option<&[u8]>, empty: bool) -> Result<Step> {
-        let len = run.range.end - run.range.start;
-        if empty && run.kind == ExtentKind::Hole {
-            return Ok(Step::Zeroes(len));
+        let within = index(run.range.start - start)?..index(run.range.end - start)?;
+        let bytes = &bytes[within.clone()];
+        // What was a hole when the source told of it may be written since.
+        if empty && run.kind == ExtentKind::Hole && is_zero(bytes) {
+            return Ok(Step::Zeroes(bytes.len() as u64));
         }
-        let from = index(run.range.start - start)?;
-        let within = from..from + index(len)?;
-        self.put(run.range.start, &bytes[within.clone()], there.map(|there| &there[within])).await
+        self.put(run.range.start, bytes, there.map(|there| &there[within])).await
     }
 
     /// What the destination has in a place, if that is to be left alone where it is the same.
@@ -249,14 +272,14 @@ impl Copy {
             return Ok(None);
         }
         let there = part(buffer, len as u64)?;
-        self.destination.read_at(offset, there).await?;
+        self.request(self.destination.read_at(offset, there)).await?;
         Ok(Some(there))
     }
 
     /// Whether the destination already has nothing in all of `range`.
     async fn is_hole(&self, range: &Range<u64>) -> Result<bool> {
         let Some(extents) = self.destination.capabilities().extents else { return Ok(false) };
-        let found = extents.extents(range.start, range.end - range.start).await?;
+        let found = self.request(extents.extents(range.start, range.end - range.start)).await?;
         Ok(matches!(&found[..], [one] if one.kind == ExtentKind::Hole && one.range == *range))
     }
 
@@ -267,15 +290,40 @@ impl Copy {
         }
         match self.destination.capabilities().write_zeroes {
             Some(zeroes) if is_zero(bytes) => {
-                zeroes.write_zeroes(offset, len).await?;
+                self.request(zeroes.write_zeroes(offset, len)).await?;
                 Ok(Step::Zeroes(len))
             }
             _ => {
-                self.destination.write_at(offset, bytes).await?;
+                self.request(self.destination.write_at(offset, bytes)).await?;
                 Ok(Step::Written(len))
             }
         }
     }
+}
+
+/// The same runs, of data wherever a chunk has some: written in parts, it would be read, changed and written for each of them.
+fn by_chunks(runs: &[Extent], geometry: &Geometry) -> Vec<Extent> {
+    let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Vec::new() };
+    let (mut at, end) = (first.range.start, last.range.end);
+    let hole = |range| Extent { range, kind: ExtentKind::Hole };
+    let mut whole = Vec::<Extent>::new();
+    for data in runs.iter().filter(|run| run.kind == ExtentKind::Data) {
+        let chunks = geometry.chunks_range(&geometry.chunks_touched(&data.range));
+        // A step may be of parts of chunks, where requests are short.
+        let (start, upto) = (chunks.start.max(at), chunks.end.min(end));
+        if start > at {
+            whole.push(hole(at..start));
+        }
+        match whole.last_mut().filter(|last| last.kind == ExtentKind::Data) {
+            Some(last) => last.range.end = upto,
+            None => whole.push(Extent { range: start..upto, kind: ExtentKind::Data }),
+        }
+        at = upto;
+    }
+    if at < end {
+        whole.push(hole(at..end));
+    }
+    whole
 }
 
 /// What a step reads into. Memory that is new each time costs more than what is done with it.
