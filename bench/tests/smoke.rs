@@ -46,7 +46,7 @@ fn figures() -> BTreeSet<String> {
         "sequential write, 1 MiB",
     ] {
         add("file", name);
-        add("file", &format!("{name}: plain buffer"));
+        add("file", &format!("{name}: large buffer"));
     }
     for length in ["64 KiB", "1 MiB", "4 MiB"] {
         for in_flight in [1, 8, 64] {

@@ -195,6 +195,17 @@ impl Error {
         Self::new(ErrorKind::of_io(&error), operation, message).with_source(error)
     }
 
+    /// A connection that could not be made: what is not there yet may be there later, and a lack of descriptors may pass, so
+    /// unlike a missing file both are worth trying again.
+    #[must_use]
+    pub fn unreachable(to: impl fmt::Display, error: std::io::Error) -> Self {
+        let mut error = Self::from_io(Operation::Open, format!("cannot connect to {to}"), error);
+        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Internal | ErrorKind::Exhausted) {
+            Arc::make_mut(&mut error.0).kind = ErrorKind::Unavailable;
+        }
+        error
+    }
+
     /// The same error, about `len` bytes at `offset`.
     #[must_use]
     pub fn at(mut self, offset: u64, len: u64) -> Self {
@@ -334,6 +345,21 @@ mod tests {
         let says = |errno| Error::from_io(Operation::Open, "x", std::io::Error::from_raw_os_error(errno)).reason();
         assert!(says(23).starts_with("x; raise the limit of this system (sysctl fs.file-max): "), "{}", says(23));
         assert!(says(24).starts_with("x; raise the limit of this process (ulimit -n): "), "{}", says(24));
+    }
+
+    #[test]
+    fn who_cannot_be_reached_may_be_later_also_for_want_of_descriptors() {
+        let error = |errno| Error::unreachable("/run/socket", std::io::Error::from_raw_os_error(errno));
+        // ENOENT, ECONNREFUSED, EMFILE, ENFILE, ENOBUFS
+        for errno in [2, 111, 24, 23, 105] {
+            assert!(error(errno).kind().is_retryable(), "{errno}");
+        }
+        assert!(
+            error(24).reason().starts_with("cannot connect to /run/socket; raise the limit"),
+            "{}",
+            error(24).reason()
+        );
+        assert_eq!(error(13).kind(), ErrorKind::Denied);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_core::{Error, Result};
 use r3map_sys::socket::unacknowledged;
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -102,23 +102,12 @@ impl Stream {
             Target::Tcp { host, port } => connect_any(host, *port).await,
             Target::Unix(path) => UnixStream::connect(path).await.and_then(Self::unix),
         };
-        result.map_err(|error| unreachable(target, error))
+        result.map_err(|error| Error::unreachable(target, error))
     }
 
     /// A handle to the count of what this receives and sends.
     pub(crate) fn traffic(&self) -> Traffic {
         self.traffic.clone()
-    }
-}
-
-/// A socket that is not there yet may be there later, so unlike a missing file it is worth trying again.
-fn unreachable(target: &Target, error: io::Error) -> Error {
-    let message = format!("cannot connect to {target}");
-    match ErrorKind::of_io(&error) {
-        ErrorKind::NotFound | ErrorKind::Internal => {
-            Error::new(ErrorKind::Unavailable, Operation::Open, message).with_source(error)
-        }
-        _ => Error::from_io(Operation::Open, message, error),
     }
 }
 
@@ -196,21 +185,5 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         socket!(self, socket => Pin::new(socket).poll_shutdown(context))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lack_of_descriptors_is_not_a_server_that_is_away() {
-        let target = Target::Unix("/run/socket".into());
-        let error = |errno: rustix::io::Errno| unreachable(&target, errno.into());
-        let lack = error(rustix::io::Errno::MFILE);
-        assert_eq!(lack.kind(), ErrorKind::Exhausted, "{lack}");
-        assert!(lack.message().contains("/run/socket") && lack.message().contains("ulimit -n"), "{lack}");
-        assert_eq!(error(rustix::io::Errno::CONNREFUSED).kind(), ErrorKind::Unavailable);
-        assert_eq!(error(rustix::io::Errno::NOENT).kind(), ErrorKind::Unavailable, "it may be there later");
     }
 }

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use r3map_core::{Error, ErrorKind, Operation, Result};
+use r3map_core::{Error, Result};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
@@ -51,7 +51,7 @@ impl Stream {
             Address::Tcp { host, port } => connect_any(host, *port, vanished).await,
             Address::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
         };
-        result.map_err(|error| unreachable(address, error))
+        result.map_err(|error| Error::unreachable(address, error))
     }
 
     /// The socket itself, for somebody else to go on with; nothing if bytes go through this process (TLS).
@@ -96,17 +96,6 @@ impl Stream {
                 (Box::new(reading), Box::new(writing))
             }
         }
-    }
-}
-
-/// A socket that is not there yet may be there later, so unlike a missing file it is worth trying again.
-fn unreachable(address: &Address, error: io::Error) -> Error {
-    let message = format!("cannot connect to {address}");
-    match ErrorKind::of_io(&error) {
-        ErrorKind::NotFound | ErrorKind::Internal => {
-            Error::new(ErrorKind::Unavailable, Operation::Open, message).with_source(error)
-        }
-        _ => Error::from_io(Operation::Open, message, error),
     }
 }
 
@@ -197,21 +186,5 @@ impl AsyncWrite for Stream {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         each!(self, inner => Pin::new(inner).poll_shutdown(context))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lack_of_descriptors_is_not_a_server_that_is_away() {
-        let address = Address::Unix("/run/socket".into());
-        let error = |errno: rustix::io::Errno| unreachable(&address, errno.into());
-        let lack = error(rustix::io::Errno::MFILE);
-        assert_eq!(lack.kind(), ErrorKind::Exhausted, "{lack}");
-        assert!(lack.message().contains("/run/socket") && lack.message().contains("ulimit -n"), "{lack}");
-        assert_eq!(error(rustix::io::Errno::CONNREFUSED).kind(), ErrorKind::Unavailable);
-        assert_eq!(error(rustix::io::Errno::NOENT).kind(), ErrorKind::Unavailable, "it may be there later");
     }
 }
