@@ -507,9 +507,7 @@ impl Inner {
         if self.table.unpushed_bytes() >= self.press_at {
             self.push_wake.notify_one();
         }
-        if self.table.is_complete() {
-            self.pull_news.notify_waiters();
-        }
+        self.tell_if_complete();
         self.report.touch();
     }
 

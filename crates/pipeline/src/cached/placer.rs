@@ -10,7 +10,8 @@ use r3map_core::{BLOCK_SIZE, Error, ErrorKind, Geometry, Operation, Piece, Resul
 use super::{Inner, index};
 use crate::InstallNow;
 
-/// Takes pieces of any length in ascending order and installs whole blocks of them at once.
+/// Takes pieces of any length in ascending order and installs whole blocks of them at once. Dropping it, once the remote's
+/// bytes are given back, tells the hook: what is in place is so also where the rest is not waited for.
 pub(super) struct Placer<'a> {
     inner: &'a Inner,
     local: &'a dyn InstallNow,
@@ -54,11 +55,6 @@ impl<'a> Placer<'a> {
         self.gather(tail)
     }
 
-    /// Tells the hook, once the remote's bytes are given back.
-    pub(super) fn finish(&mut self) {
-        self.inner.tell_local(std::mem::take(&mut self.completed));
-    }
-
     fn size(&self) -> u64 {
         self.inner.table.geometry().size()
     }
@@ -98,6 +94,14 @@ impl<'a> Placer<'a> {
         }
         end_chunks(inner.table.geometry(), pull, range.end);
         Ok(())
+    }
+}
+
+impl Drop for Placer<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.inner.tell_local(std::mem::take(&mut self.completed));
+        }
     }
 }
 

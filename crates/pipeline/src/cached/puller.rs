@@ -232,11 +232,16 @@ impl Inner {
             pulled.failed.push(failed);
             pulled.error = Some(error);
         }
+        self.tell_if_complete();
+        pulled
+    }
+
+    /// Tells whoever waits for everything to be local if it is. To be called after whatever may have completed it.
+    pub(super) fn tell_if_complete(&self) {
         if self.table.is_complete() {
             self.publish();
             self.pull_news.notify_waiters();
         }
-        pulled
     }
 
     /// Fetches the chunks of a pull before `end`, and puts them in place.
@@ -267,7 +272,6 @@ impl Inner {
                 result = Err(Error::new(ErrorKind::Corrupt, Operation::Read, message).at(at, len));
             }
         }
-        placer.finish();
         result
     }
 
@@ -293,10 +297,7 @@ impl Inner {
         bytes: &[u8],
     ) -> Result<()> {
         let Some(local) = local else { return install(self, pull, range.start, bytes).await };
-        let mut placer = Placer::new(self, local, pull, range.end);
-        let result = placer.place(range.start, Piece::Data(bytes));
-        placer.finish();
-        result
+        Placer::new(self, local, pull, range.end).place(range.start, Piece::Data(bytes))
     }
 
     /// Several pulls in one request.
@@ -334,6 +335,9 @@ impl Inner {
                 () = tokio::time::sleep(again) => {}
             }
         }
+        // One that has put the last bytes in place, and waits for the reply to end, ends here without a word.
+        drop(under_way);
+        self.tell_if_complete();
     }
 
     /// Starts what the plan allows; answers when to look again at the latest.

@@ -138,6 +138,62 @@ async fn pieces_of_any_length_are_put_together() {
     fill::check(&read(&cached, 0, SIZE as usize).await, 0, 3).unwrap();
 }
 
+/// A remote that has lent everything, and never ends its reply.
+struct Unending;
+
+#[async_trait::async_trait]
+impl Backend for Unending {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn capabilities(&self) -> r3map_core::Capabilities<'_> {
+        r3map_core::Capabilities { pieces: Some(self), read_only: true, ..Default::default() }
+    }
+
+    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> r3map_core::Result<()> {
+        panic!("it lends its bytes")
+    }
+
+    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> r3map_core::Result<()> {
+        panic!("it is read-only")
+    }
+
+    async fn flush(&self) -> r3map_core::Result<()> {
+        Ok(())
+    }
+}
+
+#[async_trait::async_trait]
+impl r3map_core::ReadPieces for Unending {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        visit: &mut (dyn for<'p> FnMut(u64, r3map_core::Piece<'p>) -> r3map_core::Result<()> + Send),
+    ) -> r3map_core::Result<()> {
+        visit(offset, r3map_core::Piece::Data(&fill::bytes(offset, len as usize, 7)))?;
+        std::future::pending().await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn everything_is_there_when_it_is_though_a_reply_has_not_ended() {
+    let told: Arc<Mutex<Vec<u64>>> = Arc::default();
+    let seen = told.clone();
+    let hooks =
+        Hooks { on_chunk_local: Some(Arc::new(move |chunk| seen.lock().unwrap().push(chunk))), ..Hooks::default() };
+    let parts = CachedParts { hooks, ..CachedParts::default() };
+    let settings = background(fixed(3), 8 * CHUNK);
+    let cached = Cached::open(Side::vector(SIZE), Arc::new(Unending), settings, parts).await.unwrap();
+    deadline(SOON, "pulling", cached.pulled()).await.unwrap();
+    assert!(cached.progress().borrow().pulled);
+    fill::check(&read(&cached, 0, SIZE as usize).await, 0, 7).unwrap();
+    let mut told = told.lock().unwrap().clone();
+    told.sort_unstable();
+    assert_eq!(told, (0..21).collect::<Vec<u64>>());
+}
+
 #[tokio::test]
 async fn a_region_can_be_read_from_threads_outside_the_runtime() {
     let cached = open(Side::vector(SIZE), filled(SIZE), quiet()).await;
