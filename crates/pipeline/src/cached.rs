@@ -101,11 +101,22 @@ struct Inner {
     room: Notify,
     /// Writes that have begun; a close waits for them.
     writers: AtomicUsize,
+    /// Held while a mapping is searched for writes, and what is found is marked.
+    collecting: Mutex<()>,
     /// One round of pushes and flushes at a time.
     rounds: tokio::sync::Mutex<()>,
     flushes_asked: AtomicU64,
     flushes_done: AtomicU64,
     closing: tokio::sync::Mutex<Closing>,
+}
+
+/// Gives the region up when the runtime that works for it ends before it does, so that nobody waits for that work.
+struct Alive(Arc<Inner>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
 }
 
 /// How far a close has come.
@@ -214,7 +225,7 @@ impl Cached {
         }
         inner.stop.cancel();
         inner.tasks.close();
-        inner.tasks.wait().await;
+        inner.ended().await;
         Ok(())
     }
 
@@ -227,7 +238,7 @@ impl Cached {
     /// The same, and waits until everything that was under way has ended: nothing more is put in place afterwards.
     pub async fn abandoned(&self) {
         self.inner.abandon();
-        self.inner.tasks.wait().await;
+        self.inner.ended().await;
     }
 }
 
@@ -275,6 +286,7 @@ impl Inner {
             push_wake: Notify::new(),
             room: Notify::new(),
             writers: AtomicUsize::new(0),
+            collecting: Mutex::new(()),
             rounds: tokio::sync::Mutex::new(()),
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),
@@ -292,7 +304,8 @@ impl Inner {
     }
 
     fn start(self: &Arc<Self>) {
-        self.spawn(&self.stop, self.clone().run_report());
+        let alive = Alive(self.clone());
+        self.spawn(&self.stop, async move { alive.0.run_report().await });
         for _ in 0..self.pull_drivers() {
             self.spawn(&self.stop_pulling, self.clone().run_puller());
         }
@@ -333,11 +346,14 @@ impl Inner {
         }
     }
 
+    /// Goes on to a phase. Closed and abandoned are for good: nothing changes then.
     fn set_phase(&self, phase: Phase) {
-        self.phase.store(phase as u8, Ordering::SeqCst);
-        self.publish();
-        self.room.notify_waiters();
-        self.pull_news.notify_waiters();
+        let next = |now| (now < Phase::Closed as u8).then_some(phase as u8);
+        if self.phase.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next).is_ok() {
+            self.publish();
+            self.room.notify_waiters();
+            self.pull_news.notify_waiters();
+        }
     }
 
     fn check_serving(&self, operation: Operation) -> Result<()> {
@@ -379,11 +395,15 @@ impl Inner {
     }
 
     fn abandon(&self) {
-        if self.phase() != Phase::Closed {
-            self.set_phase(Phase::Abandoned);
-        }
+        self.set_phase(Phase::Abandoned);
         self.stop.cancel();
         self.tasks.close();
+    }
+
+    /// Waits for all work to end, and tells how things stand then.
+    async fn ended(&self) {
+        self.tasks.wait().await;
+        self.publish();
     }
 
     async fn close(self: &Arc<Self>) -> Result<()> {
@@ -401,6 +421,7 @@ impl Inner {
         }
         self.stop_pulling.cancel();
         self.set_phase(Phase::Closing);
+        self.check_serving(Operation::Close)?;
         self.writers_gone().await;
         self.drain().await?;
         self.set_phase(Phase::Closed);
@@ -480,6 +501,8 @@ impl Drop for Writing<'_> {
         if self.0.writers.fetch_sub(1, Ordering::SeqCst) == 1 && self.0.phase() != Phase::Running {
             self.0.room.notify_waiters();
         }
+        // However it has ended, something may be dirty now.
+        self.0.report.touch();
     }
 }
 
@@ -508,7 +531,6 @@ impl Inner {
             self.push_wake.notify_one();
         }
         self.tell_if_complete();
-        self.report.touch();
     }
 
     async fn change_local(&self, range: &Range<u64>, change: Change<'_>) -> Result<()> {

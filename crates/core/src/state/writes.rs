@@ -95,14 +95,15 @@ impl Table {
         }
     }
 
-    fn commit_write(&self, segment: &mut Segment, part: &Part, completed: &mut Vec<u64>) -> Result<()> {
-        if let Some(journal) = &self.journal {
-            let absent = |index| !segment.valid.word(index);
-            each_run(part.bits.clone(), absent, |run| journal.dirty(self.blocks(&Part { bits: run, ..*part })))?;
-        }
-        self.set_valid(segment, part, completed);
-        self.set_dirty(segment, part, part.bits.clone());
-        Ok(())
+    /// Nobody else makes these blocks valid before the write has ended.
+    fn journal_absent_as_dirty(&self, blocks: Range<u64>) -> Result<()> {
+        let Some(journal) = &self.journal else { return Ok(()) };
+        self.parts(blocks).try_for_each(|part| {
+            self.with(part.segment, |segment, _| {
+                let absent = |index| !segment.valid.word(index);
+                each_run(part.bits.clone(), absent, |run| journal.dirty(self.blocks(&Part { bits: run, ..part })))
+            })
+        })
     }
 
     /// Marks present blocks dirty that were changed without a claim (through a mapping).
@@ -149,22 +150,21 @@ impl Write<'_> {
     /// table [reports](Table::reporting_chunks) them.
     ///
     /// # Errors
-    /// When the journal refuses; blocks that were absent are absent still.
+    /// When the journal refuses; blocks that were absent are absent still, all of them.
     pub fn commit(mut self) -> Result<Vec<u64>> {
+        // For all parts before the first is valid: chunks of it would be present and nobody told.
+        self.table.journal_absent_as_dirty(self.claimed.clone())?;
         let mut completed = Vec::new();
-        let mut result = Ok(());
         for part in self.table.parts(self.claimed.clone()) {
-            let committed = self.table.with(part.segment, |segment, wake| {
+            self.table.with(part.segment, |segment, wake| {
                 wake.all_waiting = true;
                 segment.end_write(&part.bits);
-                let committed = self.table.commit_write(segment, &part, &mut completed);
-                self.table.dirty_what_is_valid(segment, &part);
-                committed
+                self.table.set_valid(segment, &part, &mut completed);
+                self.table.set_dirty(segment, &part, part.bits.clone());
             });
-            result = result.and(committed);
         }
         self.committed = true;
-        result.map(|()| completed)
+        Ok(completed)
     }
 }
 

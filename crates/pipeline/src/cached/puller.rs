@@ -107,6 +107,7 @@ impl UnderWay<'_> {
         // The remote as a whole is away: asking it for something else would not help.
         let away = pulled.error.as_ref().is_some_and(|error| error.kind().is_retryable());
         inner.pull_plan().finish(flight, &pulled.failed, inner.settings.pull.retry_pause, away, inner.now());
+        inner.report.touch();
         inner.pull_wake.notify_one();
     }
 }
@@ -115,6 +116,7 @@ impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         if let Some(flight) = self.flight.take() {
             self.inner.pull_plan().finish(flight, &[], Duration::ZERO, false, self.inner.now());
+            self.inner.report.touch();
         }
     }
 }
@@ -191,8 +193,15 @@ impl Inner {
     async fn start_demand(self: &Arc<Self>, pull: Pull) -> Result<Option<Wait>, Failed> {
         let wait = pull.wait();
         let chunks = wait.chunks();
+        // Like a task, so that whoever ends the region can wait for it.
+        let first_poll = self.tasks.token();
+        if self.stop.is_cancelled() {
+            return Err(Failed { chunks, error: self.given_up() });
+        }
         let mut work: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.clone().do_demand(pull));
-        if poll_once(&self.runtime, &mut work).await.is_pending() {
+        let polled = poll_once(&self.runtime, &mut work).await;
+        drop(first_poll);
+        if polled.is_pending() {
             let demand = Demand::new(self.clone());
             self.spawn(&self.stop, async move {
                 let _waiting = demand;
@@ -217,9 +226,13 @@ impl Inner {
         let mut pulled = Pulled { failed: Vec::new(), error: None };
         let mut upto = end;
         while !pull.chunks().is_empty() {
-            let Err(error) = self.fetch(&mut pull, upto).await else {
-                upto = pull.chunks().start + 1;
-                continue;
+            let error = match self.fetch(&mut pull, upto).await {
+                Err(error) if pull.chunks().start < upto => error,
+                // Also where the remote has failed afterwards: what was asked for is in place.
+                _ => {
+                    upto = pull.chunks().start + 1;
+                    continue;
+                }
             };
             let rest = pull.chunks();
             if upto > rest.start + 1 && !error.kind().is_retryable() {
@@ -326,9 +339,13 @@ impl Inner {
         }
         let _outcry = Outcry(&self);
         let mut under_way = FuturesUnordered::new();
-        while !self.table.is_complete() {
-            let again = self.start_pulls(|pulls| under_way.push(self.background_pulls(pulls)));
+        loop {
+            // Before it is looked whether everything is there: who tells of that wakes only those that wait already.
             let mut news = pin!(self.pull_wake.notified());
+            if self.table.is_complete() {
+                break;
+            }
+            let again = self.start_pulls(|pulls| under_way.push(self.background_pulls(pulls)));
             tokio::select! {
                 Some(()) = under_way.next() => tokio::task::yield_now().await,
                 () = &mut news => {}
@@ -344,8 +361,9 @@ impl Inner {
     fn start_pulls<'a>(&'a self, mut start: impl FnMut(Vec<Counted<'a>>)) -> Duration {
         // What is left while others are at work may come back: a demand that fails, a write that does.
         const LOOK_AGAIN: Duration = Duration::from_secs(1);
-        let mut plan = self.pull_plan();
+        // It outlives the lock: those in it that are not started, because the caller's order panics, tell the plan so.
         let mut batch = Vec::new();
+        let mut plan = self.pull_plan();
         let again = loop {
             let now = self.now();
             let (pull, flight) = match plan.next(now, self.demands.load(Ordering::Relaxed) > 0) {

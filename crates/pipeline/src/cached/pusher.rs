@@ -4,10 +4,13 @@
 //! that could fail behind its back. When to push is decided by [`r3map_core::push`].
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::{join, try_join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use r3map_core::push::Round;
@@ -38,6 +41,23 @@ impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         if let Some(flight) = self.flight.take() {
             self.inner.push_plan().finish(flight, self.ok, self.inner.now());
+            self.inner.report.touch();
+        }
+    }
+}
+
+/// Waits for the next while those under way go on: it may have to wait for them.
+async fn beside<T>(
+    next: impl Future<Output = T>,
+    under_way: &mut FuturesUnordered<impl Future<Output = Result<()>>>,
+    mut ended: impl FnMut(Result<()>),
+) -> T {
+    let mut next = pin!(next);
+    loop {
+        tokio::select! {
+            biased;
+            next = &mut next => return next,
+            Some(result) = under_way.next() => ended(result),
         }
     }
 }
@@ -98,6 +118,7 @@ impl Inner {
             }
             let Err(error) = self.remote.flush().await else { return self.table.flushed() };
             self.table.flush_failed();
+            self.report.touch();
             // The remote is another one than the one that was written to: what is dirty again can be pushed at once.
             if error.kind() != ErrorKind::Conflict || attempt == FLUSH_ATTEMPTS {
                 return Err(error);
@@ -120,7 +141,8 @@ impl Inner {
         loop {
             // A remote that is away would make every further run spend the whole time of its retries.
             while !away && self.push_plan().has_room() {
-                match self.next_push(&mut at).await {
+                let ended = |ended: Result<()>| ended.unwrap_or_else(|error| note(error, &mut away));
+                match beside(self.next_push(&mut at), &mut under_way, ended).await {
                     Ok(Some(push)) => under_way.push(self.counted_push(push)),
                     Ok(None) => break,
                     Err(error) => note(error, &mut away),
@@ -209,6 +231,8 @@ impl Inner {
     /// Asks a mapping what was written through it, and marks that dirty.
     fn collect(&self) -> Result<()> {
         let Some(written) = self.local.written() else { return Ok(()) };
+        // One at a time: what another has been told of, and not marked yet, would seem not to be written.
+        let _collecting = self.collecting.lock().unwrap_or_else(PoisonError::into_inner);
         let geometry = self.table.geometry();
         let mut at = 0;
         let mut journalled = Ok(());
@@ -274,14 +298,21 @@ impl Inner {
     }
 
     async fn background_round(self: &Arc<Self>, round: Round) -> Result<()> {
-        let result = match round {
-            Round::Later(_) => return Ok(()),
-            Round::Budget => {
-                let _round = self.rounds.lock().await;
-                self.push_round().await
+        let work = async {
+            match round {
+                Round::Later(_) => Ok(()),
+                Round::Budget => {
+                    let _round = self.rounds.lock().await;
+                    self.push_round().await
+                }
+                Round::Complete => self.complete_round().await,
             }
-            Round::Complete => self.complete_round().await,
         };
+        // Whoever waits for room would wait for ever if this were the end.
+        let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
+            let message = "pushing has panicked, in a hook of the caller or in the remote";
+            Err(Error::new(ErrorKind::Internal, Operation::Write, message))
+        });
         self.push_plan().round_ended(round, result.is_ok(), self.now());
         result
     }

@@ -1,10 +1,9 @@
 //! Telling how far a region is, without costing the work that it tells of: whoever makes progress sets a flag, and one
 //! task publishes.
 
-use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use r3map_core::Error;
@@ -42,6 +41,8 @@ impl Report {
 
     /// Something has changed.
     pub(super) fn touch(&self) {
+        // Either the task that publishes sees the change, or this sees that it has begun to look.
+        fence(Ordering::SeqCst);
         if !self.changed.load(Ordering::Relaxed) && !self.changed.swap(true, Ordering::AcqRel) {
             self.wake.notify_one();
         }
@@ -60,12 +61,17 @@ impl Report {
 }
 
 impl Inner {
-    pub(super) async fn run_report(self: Arc<Self>) {
+    pub(super) async fn run_report(&self) {
         loop {
             self.report.wake.notified().await;
             tokio::time::sleep(GATHER).await;
-            self.report.changed.store(false, Ordering::Release);
+            self.report.changed.store(false, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
             self.publish();
+            if self.table.is_complete() {
+                // Whatever they wait for, they need no longer.
+                self.pull_wake.notify_waiters();
+            }
         }
     }
 

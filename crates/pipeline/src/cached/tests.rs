@@ -10,5 +10,6 @@ mod promises;
 mod pulling;
 mod pushing;
 mod restarts;
+mod waits;
 
 use fakes::{Side, open};

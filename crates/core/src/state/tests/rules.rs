@@ -3,9 +3,9 @@
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
-use super::super::{Begin, Need, NextPush, Push, Table, Write};
+use super::super::{Begin, Journal, Need, NextPush, Push, Table, Write};
 use super::table;
-use crate::{BLOCK_SIZE, Error, ErrorKind, Operation};
+use crate::{BLOCK_SIZE, ChunkSize, Error, ErrorKind, Geometry, Operation};
 use std::ops::Range;
 use std::pin::pin;
 use std::sync::Arc;
@@ -269,4 +269,35 @@ fn a_whole_tebibyte_keeps_no_bitmaps() {
         }
     }
     assert!(size_of::<super::super::Segment>() * 65536 < 20 << 20);
+}
+
+/// Refuses to call anything dirty from a block on.
+struct Refusing(u64);
+
+impl Journal for Refusing {
+    fn clean(&self, _blocks: Range<u64>) -> crate::Result<()> {
+        Ok(())
+    }
+
+    fn dirty(&self, blocks: Range<u64>) -> crate::Result<()> {
+        match blocks.end > self.0 {
+            true => Err(Error::new(ErrorKind::Exhausted, Operation::Write, "the disk is full")),
+            false => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn a_write_that_cannot_be_recorded_makes_nothing_present() {
+    let geometry = Geometry::new(8192 * BLOCK, ChunkSize::new(CHUNK).unwrap()).unwrap();
+    let table = Arc::new(Table::new(geometry, Some(Box::new(Refusing(4096)))).reporting_chunks());
+    // Across the border of two segments, of which only the first can be recorded.
+    let error = begin(&table, 4088 * BLOCK..4104 * BLOCK).commit().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exhausted);
+    assert_eq!(
+        (table.valid_bytes(), table.unpushed_bytes()),
+        (0, 0),
+        "of what is present somebody would have been told"
+    );
+    assert_eq!(write(&table, 4088 * BLOCK..4096 * BLOCK), [1022, 1023]);
 }

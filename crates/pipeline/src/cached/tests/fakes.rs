@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -29,6 +29,8 @@ pub(crate) struct Side {
     pub(crate) zeroed: Mutex<Vec<Range<u64>>>,
     pub(crate) installs: AtomicUsize,
     pub(crate) refuses_installs: AtomicBool,
+    /// Called before pulled bytes are put in place, and when a search knows what was written and has not told of it.
+    pub(crate) meanwhile: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Side {
@@ -58,6 +60,7 @@ impl Side {
             zeroed: Mutex::default(),
             installs: AtomicUsize::new(0),
             refuses_installs: AtomicBool::new(false),
+            meanwhile: OnceLock::new(),
         }
     }
 
@@ -67,7 +70,14 @@ impl Side {
         self.mapped.as_ref().unwrap().lock().unwrap().push(offset..offset + bytes.len() as u64);
     }
 
+    fn meanwhile(&self) {
+        if let Some(call) = self.meanwhile.get() {
+            call();
+        }
+    }
+
     fn note_install(&self) -> Result<()> {
+        self.meanwhile();
         self.installs.fetch_add(1, Ordering::SeqCst);
         match self.refuses_installs.load(Ordering::SeqCst) {
             true => Err(Error::new(ErrorKind::Exhausted, Operation::Write, "the local disk is full")),
@@ -138,14 +148,10 @@ impl InstallNow for Side {
 
 impl Written for Side {
     fn collect(&self, valid: Range<u64>, found: &mut dyn FnMut(Range<u64>)) -> Result<()> {
-        let mut mapped = self.mapped.as_ref().unwrap().lock().unwrap();
-        mapped.retain(|range| {
-            let inside = valid.start <= range.start && range.end <= valid.end;
-            if inside {
-                found(range.start / 4096 * 4096..range.end.next_multiple_of(4096));
-            }
-            !inside
-        });
+        let inside = |range: &mut Range<u64>| valid.start <= range.start && range.end <= valid.end;
+        let written: Vec<_> = self.mapped.as_ref().unwrap().lock().unwrap().extract_if(.., inside).collect();
+        self.meanwhile();
+        written.into_iter().for_each(|range| found(range.start / 4096 * 4096..range.end.next_multiple_of(4096)));
         Ok(())
     }
 }
