@@ -2,8 +2,8 @@
 //!
 //! What the page cache can serve is done at once, on the caller's thread, with `RWF_NOWAIT`; the rest goes to tokio's
 //! threads for blocking calls. A change that went there cannot be taken back when its caller goes away, so it holds
-//! its range until it has happened: later changes to the same bytes wait for it and win. Calls must be made within a
-//! tokio runtime.
+//! its range until it has happened: later changes to the same bytes wait for it and win, and later reads wait for it and
+//! see it. Calls must be made within a tokio runtime.
 
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -79,6 +79,7 @@ impl Window {
 
     pub(crate) async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let range = range(offset, buf.len() as u64);
+        self.0.changing.free(&range).await;
         let mut done = self.0.read_now(offset, buf).map_err(|error| self.fault(Operation::Read, &range, error))?;
         while done < buf.len() {
             let (at, len) = (self.0.base + offset + done as u64, (buf.len() - done).min(STEP));
@@ -289,8 +290,42 @@ fn write_zeros(file: &fs::File, mut at: u64, len: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
+    use r3map_testkit::faults::cancel_after;
+
     use super::*;
     use crate::opened::Purpose;
+
+    /// Whoever reads what a change that was given up has left, to store it elsewhere, must not be overtaken by it.
+    #[test]
+    fn a_change_that_was_given_up_has_happened_when_its_range_is_read() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let window = Window::new(Opened::existing(file.path(), Purpose::Write).unwrap(), 0, 8192);
+        window.0.no_write_now.store(true, Ordering::Relaxed);
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+        runtime.block_on(async {
+            let (release, released) = mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || released.recv().is_err());
+            assert!(cancel_after(1, window.write_at(0, &[1; 4096])).await.is_none());
+            let read = |offset| {
+                let window = window.clone();
+                tokio::spawn(async move {
+                    let mut buf = [0; 4096];
+                    window.read_at(offset, &mut buf).await.map(|()| buf)
+                })
+            };
+            let reader = read(0);
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            drop(release);
+            assert!(busy.await.unwrap());
+            assert!(reader.await.unwrap().unwrap() == [1; 4096]);
+            assert!(read(4096).await.unwrap().unwrap() == [0; 4096]);
+        });
+    }
 
     #[test]
     fn zeros_can_be_written_where_they_cannot_be_made() {

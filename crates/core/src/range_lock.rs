@@ -40,8 +40,13 @@ impl RangeLock {
     /// Waits until nobody holds a range that overlaps `range`, and holds it. An empty range overlaps nothing. Dropping
     /// the future gives up; dropping the guard, from any thread, releases.
     pub async fn lock(&self, range: Range<u64>) -> RangeGuard {
-        let id = poll_fn(|context| self.poll_lock(&range, context)).await;
+        let id = poll_fn(|context| self.poll(context, |held| held.take(&range))).await;
         RangeGuard { held: self.held.clone(), id }
+    }
+
+    /// Waits until nobody holds a range that overlaps `range`, and holds nothing. Dropping the future gives up.
+    pub async fn free(&self, range: &Range<u64>) {
+        poll_fn(|context| self.poll(context, |held| held.is_free(range).then_some(()))).await;
     }
 
     /// Holds `range` if nobody holds one that overlaps it.
@@ -51,10 +56,10 @@ impl RangeLock {
         Some(RangeGuard { held: self.held.clone(), id })
     }
 
-    fn poll_lock(&self, range: &Range<u64>, context: &mut Context<'_>) -> Poll<u64> {
+    fn poll<T>(&self, context: &mut Context<'_>, attempt: impl FnOnce(&mut Held) -> Option<T>) -> Poll<T> {
         let mut held = lock(&self.held);
-        if let Some(id) = held.take(range) {
-            return Poll::Ready(id);
+        if let Some(got) = attempt(&mut held) {
+            return Poll::Ready(got);
         }
         if !held.waiting.iter().any(|waker| waker.will_wake(context.waker())) {
             held.waiting.push(context.waker().clone());
@@ -64,8 +69,12 @@ impl RangeLock {
 }
 
 impl Held {
+    fn is_free(&self, range: &Range<u64>) -> bool {
+        !self.ranges.iter().any(|(_, other)| other.start < range.end && range.start < other.end)
+    }
+
     fn take(&mut self, range: &Range<u64>) -> Option<u64> {
-        if self.ranges.iter().any(|(_, other)| other.start < range.end && range.start < other.end) {
+        if !self.is_free(range) {
             return None;
         }
         self.next += 1;
@@ -124,6 +133,19 @@ mod tests {
         drop(held);
         let Poll::Ready(guard) = waiting.as_mut().poll(&mut context) else { panic!("the range is free") };
         drop(guard);
+        assert!(ranges.try_lock(0..10).is_some());
+    }
+
+    #[test]
+    fn who_waits_for_a_range_to_be_free_holds_nothing() {
+        let ranges = RangeLock::new();
+        let held = ranges.try_lock(0..10).unwrap();
+        let mut context = Context::from_waker(Waker::noop());
+        let mut waiting = Box::pin(ranges.free(&(5..6)));
+        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        assert!(Box::pin(ranges.free(&(10..20))).as_mut().poll(&mut context).is_ready());
+        drop(held);
+        assert!(waiting.as_mut().poll(&mut context).is_ready());
         assert!(ranges.try_lock(0..10).is_some());
     }
 }

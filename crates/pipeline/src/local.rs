@@ -7,6 +7,9 @@ use r3map_core::{Backend, Error, Piece, Result};
 
 /// A local copy that is filled from a remote. It does not know which of its blocks are valid; the cached stage does,
 /// and never reads a block here that it has not put here.
+///
+/// What a call that was dropped was about to put here or to write has happened when a later read of that range returns, or
+/// never does: what is read is sent to the remote, and must be what stays here.
 #[async_trait]
 pub trait Local: Backend {
     /// Puts pulled bytes in place, without making them count as written by the application. The range is block-aligned
