@@ -8,7 +8,7 @@
 use std::future::poll_fn;
 use std::ops::Range;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
@@ -90,6 +90,8 @@ struct Inner {
     pull_wake: Notify,
     /// A pull has failed, or all are done.
     pull_news: Notify,
+    /// Whether it has been told that all are done.
+    told_complete: AtomicBool,
     pull_failures: puller::Failures,
     /// Demand pulls that wait for the remote.
     demands: AtomicUsize,
@@ -279,6 +281,7 @@ impl Inner {
             pull_plan: Mutex::new(pull_plan),
             pull_wake: Notify::new(),
             pull_news: Notify::new(),
+            told_complete: AtomicBool::new(false),
             pull_failures: puller::Failures::default(),
             demands: AtomicUsize::new(0),
             press_at: push_plan.press_at(),

@@ -251,7 +251,9 @@ impl Inner {
 
     /// Tells whoever waits for everything to be local if it is. To be called after whatever may have completed it.
     pub(super) fn tell_if_complete(&self) {
-        if self.table.is_complete() {
+        let told = &self.told_complete;
+        // Once: who begins to wait later sees it, and each write to a region that is all here comes by.
+        if self.table.is_complete() && !told.load(Ordering::Relaxed) && !told.swap(true, Ordering::Relaxed) {
             self.publish();
             self.pull_news.notify_waiters();
         }

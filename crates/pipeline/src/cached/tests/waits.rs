@@ -397,3 +397,17 @@ async fn what_a_failed_write_may_have_changed_is_told_of_as_dirty() {
     assert_eq!(cached.write_at(0, &[1; 4096]).await.unwrap_err().kind(), ErrorKind::Exhausted);
     deadline(SOON, "the last word", progress.wait_for(|now| now.dirty_bytes == BLOCK)).await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn writes_to_what_is_all_local_are_told_of_together() {
+    let cached = open(Side::vector(SIZE), filled(), pulling(1)).await;
+    deadline(SOON, "pulling", cached.pulled()).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut progress = cached.progress();
+    assert!(progress.borrow_and_update().pulled);
+    for block in 0..3 {
+        cached.write_at(block * BLOCK, &[1; 4096]).await.unwrap();
+        assert!(!progress.has_changed().unwrap());
+    }
+    deadline(SOON, "the news", progress.wait_for(|now| now.dirty_bytes == 3 * BLOCK)).await.unwrap();
+}
