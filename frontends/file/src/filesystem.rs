@@ -287,7 +287,8 @@ impl Filesystem for RegionFile {
             None => reply.error(Errno::ENOTCONN),
             Some(_) if self.settings.read_only => reply.ok(),
             Some(backend) => {
-                self.service.run(requests::flush(backend, reply));
+                let service = self.service.clone();
+                self.service.run(requests::flush(backend, move |error| service.flush_failed(error), reply));
             }
         }
     }

@@ -135,6 +135,18 @@ impl FileMount {
         let mounted = self.mounted.clone();
         off_runtime(move || mounted.leave(true)).await
     }
+
+    /// Unmounts without storing anything more, also while the backend does not answer: requests that wait for it get an
+    /// error, and so does whoever has the file open from then on.
+    ///
+    /// Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// If it cannot be unmounted.
+    pub async fn abandon(&self) -> Result<()> {
+        let mounted = self.mounted.clone();
+        off_runtime(move || mounted.abandon()).await
+    }
 }
 
 impl From<Mounted> for FileMount {
@@ -240,6 +252,18 @@ impl Mounted {
         synced.and(self.finish())
     }
 
+    /// Unmounts without storing anything. Blocks, not for ever.
+    fn abandon(&self) -> Result<()> {
+        // First, so that nobody waits for the backend whom the kernel would wait for.
+        self.session.close();
+        if !self.gone.load(Relaxed) && self.is_on_path() {
+            unmount(&self.point, Unmount::Abort)?;
+        }
+        self.gone.store(true, Relaxed);
+        self.made.remove();
+        self.session.give_up()
+    }
+
     fn finish(&self) -> Result<()> {
         self.gone.store(true, Relaxed);
         self.made.remove();
@@ -264,7 +288,7 @@ impl Mounted {
     /// Has the kernel hand over what mappings wrote, and the backend flush it. Blocks without a limit.
     fn sync(&self) -> Result<()> {
         let cannot = format!("{} cannot be flushed before unmounting", shown(&self.file));
-        self.session.synced(apart::sync(&self.file), &cannot)
+        self.session.synced(|| apart::sync(&self.file), &cannot)
     }
 
     fn within_limit(

@@ -107,7 +107,7 @@ impl Open {
 
     fn close(self) -> Result<()> {
         let cannot = "what was written to the opened file cannot be flushed";
-        let synced = self.session.synced(apart::sync_file(&self.file), cannot);
+        let synced = self.session.synced(|| apart::sync_file(&self.file), cannot);
         drop(self.file);
         synced.and(self.session.settle())
     }

@@ -143,9 +143,13 @@ pub(crate) async fn finish_write(
     }
 }
 
-/// Makes everything written durable.
-pub(crate) async fn flush(backend: Arc<dyn Backend>, reply: ReplyEmpty) {
-    answer(reply, backend.flush().await);
+/// Makes everything written durable; `failed` is told why it cannot be, before the kernel is told that it cannot.
+pub(crate) async fn flush(backend: Arc<dyn Backend>, failed: impl FnOnce(&Error), reply: ReplyEmpty) {
+    let done = backend.flush().await;
+    if let Err(error) = &done {
+        failed(error);
+    }
+    answer(reply, done);
 }
 
 fn answer(reply: ReplyEmpty, done: Result<()>) {

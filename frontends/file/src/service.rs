@@ -8,10 +8,10 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll, Waker};
 
-use r3map_core::{Backend, Result};
+use r3map_core::{Backend, Error, Result};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,6 +30,8 @@ pub(crate) struct Service {
     /// Whether the last write was done at once: the guess for the next one. A write's bytes are the kernel's until the
     /// request handler returns, so one that will wait needs a copy first, and one that will not is better without.
     writes_are_prompt: AtomicBool,
+    /// Why the last `fsync` that failed did: the kernel passes on only a number.
+    failed_flush: Mutex<Option<Error>>,
 }
 
 impl Service {
@@ -44,6 +46,7 @@ impl Service {
             buffers: Buffers::new(keep),
             zeroes: vec![0; max_request],
             writes_are_prompt: AtomicBool::new(true),
+            failed_flush: Mutex::default(),
         }
     }
 
@@ -91,6 +94,20 @@ impl Service {
     pub(crate) fn run_write(&self, request: impl Future<Output = ()> + Send + 'static) {
         let prompt = self.run(request);
         self.writes_are_prompt.store(prompt, Relaxed);
+    }
+
+    /// Remembers why an `fsync` failed.
+    pub(crate) fn flush_failed(&self, error: &Error) {
+        *self.failed_flush.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+    }
+
+    /// Why one has failed since [`Self::forget_failed_flush`].
+    pub(crate) fn failed_flush(&self) -> Option<Error> {
+        self.failed_flush.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn forget_failed_flush(&self) {
+        *self.failed_flush.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// From now on there is no backend, and requests that wait are given up: each answers with an error.

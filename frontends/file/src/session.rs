@@ -97,22 +97,32 @@ impl Session {
         self.service.close();
     }
 
-    /// After the last request: waits for what is left of those that were given up, and flushes the backend. Blocks, at
-    /// most for the limit; not to be called on a thread of the runtime.
-    pub(crate) fn settle(&self) -> Result<()> {
+    /// [`Self::close`], and waits for what is left of the requests that were given up. Blocks, at most for the limit; not
+    /// to be called on a thread of the runtime.
+    pub(crate) fn give_up(&self) -> Result<()> {
         self.close();
         let service = self.service.clone();
         self.wait_for("the requests that were given up", async move {
             service.drained().await;
             Ok(())
-        })?;
+        })
+    }
+
+    /// After the last request: the same, and flushes the backend.
+    pub(crate) fn settle(&self) -> Result<()> {
+        self.give_up()?;
         self.flush()
     }
 
-    /// After the kernel was to hand over what mappings wrote, and the backend to flush it: the kernel says only that
+    /// Has the kernel hand over what mappings wrote, and the backend flush it, by `sync`. The kernel says only that
     /// something went wrong; if the backend can say what, that is the error.
-    pub(crate) fn synced(&self, synced: std::io::Result<()>, what: &str) -> Result<()> {
-        synced.or_else(|error| self.flush().and(Err(Error::from_io(Operation::Flush, what, error))))
+    pub(crate) fn synced(&self, sync: impl FnOnce() -> std::io::Result<()>, what: &str) -> Result<()> {
+        self.service.forget_failed_flush();
+        sync().or_else(|error| match self.service.failed_flush() {
+            // Asking again could take as long again as a remote is waited for.
+            Some(why) => Err(why),
+            None => self.flush().and(Err(Error::from_io(Operation::Flush, what, error))),
+        })
     }
 
     /// Flushes the backend. Blocks without a limit; not to be called on a thread of the runtime.

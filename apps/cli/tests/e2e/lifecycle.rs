@@ -178,6 +178,17 @@ fn asked_once_with_nobody_to_store_it() {
         assert!(message.contains("bytes) of changes not pushed"), "{message}");
         assert!(!is_mounted(&path) && !path.exists(), "nothing is left");
 
+        // The same if it is frozen and there is no copy; then nobody refuses, and nothing may be waited for.
+        let server = scene.serve("memory:?size=8MiB", &[]);
+        let mounted = scene.mount(&server.uri, "region", &["--mode", "direct", "--retry", "1s"]);
+        mounted.open().write_all_at(&[1; 5000], 0).expect("it can be written");
+        server.program.freeze();
+        mounted.program.terminate();
+        let outcome = mounted.program.end(SOON);
+        assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        assert!(!is_mounted(&path) && !path.exists(), "nothing is left");
+        server.kill();
+
         // The same if another one is there instead.
         let server = scene.serve("memory:?size=8MiB", &[]);
         let mounted = scene.mount(&server.uri, "region", &["--push-interval", "1h"]);

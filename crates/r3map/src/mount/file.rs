@@ -196,7 +196,9 @@ impl PathMount {
     /// Unmounts whoever still uses the file, and ends the mount without storing anything more.
     pub async fn abandon(&self) {
         self.region.abandon();
-        let _ = self.shown.detach().await; // its error is that nothing was stored, which is what was asked for
+        if let Err(error) = self.shown.abandon().await {
+            tracing::warn!(%error, "the file cannot be unmounted");
+        }
     }
 }
 

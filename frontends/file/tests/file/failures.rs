@@ -16,6 +16,7 @@ use r3map_testkit::fill;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
+use crate::lifecycle::mounts;
 use crate::support::{World, content, errno, faulty, filled, need_fuse, open, open_direct};
 
 const SIZE: u64 = 1 << 20;
@@ -227,6 +228,68 @@ fn unmounting_does_not_wait_for_ever_for_a_backend_that_hangs() {
     let error = world.wait("detaching", mount.detach()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     assert!(!path.exists());
+}
+
+/// Nobody is asked again what could not be had, which may take as long as a remote is waited for.
+#[test]
+fn a_flush_that_fails_is_asked_for_once_and_says_why() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    open(mount.path()).write_all_at(b"changed", 5).unwrap();
+    faults.add(Rule::on(Operation::Flush).fail(ErrorKind::Unavailable));
+    for calls in 1..=3 {
+        let error = world.wait("flushing", mount.flush()).unwrap_err();
+        assert_eq!((error.kind(), error.operation()), (ErrorKind::Unavailable, Operation::Flush), "{error}");
+        assert_eq!(faults.count(Operation::Flush), calls, "{error}");
+    }
+    faults.clear();
+    world.unmount(&mount);
+}
+
+/// What a mapping wrote fails before the backend is flushed: that the last flush failed too is not why.
+#[test]
+fn what_a_flush_says_is_not_what_an_earlier_one_said() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Unavailable));
+    let error = world.wait("flushing", mount.flush()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    let file = open(mount.path());
+    let mapping = FileMapping::new(&file, 1 << 18, Sharing::Shared, true).unwrap();
+    mapping.write(4096, b"lost?").unwrap();
+    faults.add(Rule::on(Operation::Write).fail(ErrorKind::Exhausted));
+    let error = world.wait("flushing", mount.flush()).unwrap_err();
+    assert_ne!(error.kind(), ErrorKind::Unavailable, "{error}");
+    faults.clear();
+    drop((mapping, file));
+    world.unmount(&mount);
+}
+
+#[test]
+fn who_gives_up_waits_for_no_backend_and_leaves_nothing() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let mount = world.mount(faults.clone(), FileSettings::default());
+    let file = open(mount.path());
+    file.write_all_at(b"changed", 5).unwrap();
+    faults.add(Rule::any().hang());
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| file.read_at(&mut [0; 10], 100_000).unwrap_err());
+        let flusher = scope.spawn(|| file.sync_all().unwrap_err());
+        world.wait("the calls", faults.wait_in_flight(2));
+        world.wait("giving up", mount.abandon()).unwrap();
+        assert!(reader.join().unwrap().raw_os_error().is_some());
+        assert!(flusher.join().unwrap().raw_os_error().is_some());
+    });
+    assert!(mounts(mount.path()).is_empty() && !mount.path().exists(), "nothing is left");
+    assert_eq!(faults.count(Operation::Flush), 1, "only the user's");
+    world.wait("the requests are given up", faults.wait_idle());
+    world.wait("giving up again", mount.abandon()).unwrap();
 }
 
 #[test]
