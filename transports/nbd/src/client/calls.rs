@@ -30,6 +30,12 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Whether what was to be flushed may be lost where a flush ended so. No rule has a server keep for the next flush what it
+    /// could not make durable, and most do not.
+    pub(crate) fn loses(&self) -> bool {
+        !matches!(self, Self::Refused(Errno::Shutdown, _))
+    }
+
     /// As an error of ours, about `peer`.
     pub(crate) fn into_error(self, operation: Operation, peer: &dyn std::fmt::Display) -> Error {
         let (kind, what) = self.says();
@@ -92,7 +98,7 @@ pub(crate) struct Calls {
 struct Pending {
     asked: Asked,
     sent: Moment,
-    /// Keeps others from changing the range until the fate of this is known.
+    /// Keeps others from changing the range, or from flushing, until the fate of this is known.
     guard: Option<Arc<RangeGuard>>,
     covered: Coverage,
     /// Each with its place in the caller's buffer.
@@ -286,7 +292,6 @@ impl Calls {
         if result.is_ok() && matches!(command, Command::Write | Command::WriteZeroes | Command::Trim) {
             unflushed.written(link, pending.sent);
         }
-        pending.guard = None;
         self.refusing |= refusing;
         self.done(cookie, result);
         Ok(())
@@ -295,6 +300,10 @@ impl Calls {
     fn done(&mut self, cookie: u64, result: Result<Reply, Failure>) {
         self.unanswered -= 1;
         let Some(pending) = self.pending.get_mut(&cookie) else { return };
+        if pending.asked.command == Command::Flush && result.as_ref().is_err_and(Failure::loses) {
+            self.unflushed.lost();
+        }
+        pending.guard = None;
         pending.done = Some(result);
         let waker = pending.waker.take();
         if pending.abandoned {
@@ -366,7 +375,9 @@ impl Calls {
     pub(crate) fn fail(&mut self, failure: Failure) -> Vec<Arc<RangeGuard>> {
         let failure = self.broken.get_or_insert(failure).clone();
         let open: Vec<u64> = self.pending.iter().filter(|(_, p)| p.done.is_none()).map(|(cookie, _)| *cookie).collect();
-        let guards = open.iter().filter_map(|cookie| self.pending.get_mut(cookie)?.guard.take()).collect();
+        let changes = |pending: &&mut Pending| pending.asked.command != Command::Flush;
+        let guards =
+            open.iter().filter_map(|cookie| self.pending.get_mut(cookie).filter(changes)?.guard.take()).collect();
         open.into_iter().for_each(|cookie| self.done(cookie, Err(failure.clone())));
         guards
     }

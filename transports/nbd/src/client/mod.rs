@@ -25,13 +25,13 @@ use async_trait::async_trait;
 use futures_util::future::try_join_all;
 use futures_util::stream::{self, TryStreamExt};
 use r3map_core::{
-    Access, Activity, Backend, Capabilities, Error, ErrorKind, Extent, ExtentKind, Extents, Operation, RangeLock,
-    Result, check_range,
+    Access, Activity, Backend, Capabilities, Error, ErrorKind, Extent, ExtentKind, Extents, Operation, RangeGuard,
+    RangeLock, Result, check_range,
 };
 
 use crate::stream::{Duplex, Vanished};
 use crate::uri::NbdUri;
-use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, Errno, StateFlags, TransmissionFlags};
+use crate::wire::{BlockSizes, Command, CommandFlags, Descriptor, StateFlags, TransmissionFlags};
 use calls::{Asked, Failure};
 use link::Link;
 use links::{Links, Source};
@@ -41,6 +41,8 @@ pub use handshake::{Export, Listed};
 
 /// Requests of one call that are under way at once, where the call is too long for one request.
 const PARTS_IN_FLIGHT: usize = 8;
+/// All of what flushes are locked by.
+const TURN: Range<u64> = 0..1;
 /// How often a request is made when its connection breaks under it: once more, at once. What is to be tried for longer
 /// is the retry stage's matter.
 const ATTEMPTS: usize = 2;
@@ -79,7 +81,8 @@ impl Default for ClientSettings {
 ///
 /// `flush` fails with `Conflict`, once, when a connection broke after it had acknowledged writes that no other connection
 /// makes durable: the server may have restarted, so these may be lost and must be written again. So it does when the server
-/// answers a flush of writes with an error: NBD does not say that the next flush would include them.
+/// answers a flush of writes with an error: NBD does not say that the next flush would include them. Whoever's flush is
+/// under way then is told; where nobody's is, because it was given up, the next.
 ///
 /// A server that comes back with another export (size, abilities) is refused with `Conflict`. One that breaks the
 /// protocol's rules is `Corrupt`, and the connection is dropped.
@@ -90,6 +93,8 @@ impl Default for ClientSettings {
 pub struct Client {
     links: Links,
     changes: RangeLock,
+    /// Held as a whole by the flush whose turn it is, until its fate is known.
+    flushes: RangeLock,
 }
 
 impl Client {
@@ -122,7 +127,7 @@ impl Client {
     }
 
     async fn open(source: Source, settings: ClientSettings) -> Result<Self> {
-        Ok(Self { links: Links::open(source, settings).await?, changes: RangeLock::new() })
+        Ok(Self { links: Links::open(source, settings).await?, changes: RangeLock::new(), flushes: RangeLock::new() })
     }
 
     /// Names the exports of a server, with what it says about each. The URI's own export does not matter.
@@ -253,24 +258,31 @@ impl Backend for Client {
             // Such a server has no cache that it could flush.
             return Ok(());
         }
-        let mark = self.links.unflushed().mark();
-        let asked = self.to_flush(&mark).await?;
         let unflushed = self.links.unflushed();
-        let why = match try_join_all(asked.iter().map(|link| self.flush_on(link))).await {
+        let reports = unflushed.reports();
+        let (turn, waited) = self.turn().await;
+        let mark = unflushed.mark();
+        if waited && mark.is_empty() && unflushed.reports() == reports {
+            return Ok(()); // another's has flushed all of it
+        }
+        let asked = self.to_flush(&mark).await?;
+        let why = match try_join_all(asked.iter().map(|link| self.flush_on(link, &turn))).await {
             Ok(_) => {
                 unflushed.settled(&mark);
-                if mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written))) {
-                    return Ok(());
+                let covered = mark.iter().all(|written| asked.iter().any(|link| self.covers(link, written)));
+                match covered {
+                    true if unflushed.reports() == reports => return Ok(()),
+                    true => "another flush has failed".to_owned(),
+                    false => "the connection broke since then, or a flush has failed".to_owned(),
                 }
-                "the connection broke since then, so the server may have restarted".to_owned()
             }
-            // No rule has a server keep for the next flush what it could not make durable, and most do not.
-            Err(Failure::Refused(errno, why)) if errno != Errno::Shutdown && !mark.is_empty() => {
-                unflushed.lost(&mark);
-                Failure::Refused(errno, why).says().1
+            Err(failure @ Failure::Refused(..)) if failure.loses() && !mark.is_empty() => {
+                unflushed.settled(&mark);
+                failure.says().1
             }
             Err(failure) => return Err(self.failed(Operation::Flush, failure)),
         };
+        unflushed.report();
         let message =
             format!("{}: {why}: what was written since the last flush may be lost, write it again", self.links.peer());
         Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))
@@ -278,6 +290,15 @@ impl Backend for Client {
 }
 
 impl Client {
+    /// The right to flush, and whether it had to be waited for. One has it at a time: a server tells of a loss once, and all are
+    /// to hear of it who have asked by then.
+    async fn turn(&self) -> (Arc<RangeGuard>, bool) {
+        match self.flushes.try_lock(TURN) {
+            Some(turn) => (Arc::new(turn), false),
+            None => (Arc::new(self.flushes.lock(TURN).await), true),
+        }
+    }
+
     /// The connections to flush for what there is at `mark`: the oldest, which covers most, and those with something of
     /// their own that it does not cover.
     async fn to_flush(&self, mark: &[Written]) -> Result<Vec<Arc<Link>>> {
@@ -299,9 +320,9 @@ impl Client {
         written.covered_by(link.name(), self.links.facts().has(TransmissionFlags::CAN_MULTI_CONN))
     }
 
-    async fn flush_on(&self, link: &Link) -> Result<(), Failure> {
+    async fn flush_on(&self, link: &Link, turn: &Arc<RangeGuard>) -> Result<(), Failure> {
         let asked = Asked { command: Command::Flush, offset: 0, length: 0 };
-        link.request(asked, CommandFlags::empty(), &[], None).await.map(|_| ())
+        link.request(asked, CommandFlags::empty(), &[], Some(turn.clone())).await.map(|_| ())
     }
 }
 

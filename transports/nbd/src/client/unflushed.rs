@@ -20,6 +20,8 @@ const NO_LINK: Moment = 0;
 #[derive(Debug, Default)]
 pub(crate) struct Unflushed {
     clock: AtomicU64,
+    /// How often it was reported that something may be lost.
+    reports: AtomicU64,
     written: Mutex<Vec<Written>>,
 }
 
@@ -64,15 +66,23 @@ impl Unflushed {
     /// What there was to flush at `mark` is flushed, or reported as lost. What was acknowledged on the same connection
     /// since then is kept, as if it had been sent as early as the rest.
     pub(crate) fn settled(&self, mark: &[Written]) {
-        self.lock()
-            .retain(|written| !mark.iter().any(|marked| (marked.link, marked.last) == (written.link, written.last)));
+        self.lock().retain(|written| !mark.iter().any(|marked| marked.last == written.last));
     }
 
-    /// What there was to flush at `mark` is reported as lost. What was acknowledged since then may be lost with it: no
-    /// connection covers that.
-    pub(crate) fn lost(&self, mark: &[Written]) {
-        self.settled(mark);
+    /// A flush has failed, or nobody knows what became of it: no connection covers any of what was acknowledged, as the next
+    /// flush finds, whether anybody heard of this one or not.
+    pub(crate) fn lost(&self) {
         self.lock().iter_mut().for_each(|written| (written.link, written.first_sent) = (NO_LINK, NO_LINK));
+    }
+
+    /// Somebody is told that what there was to flush may be lost.
+    pub(crate) fn report(&self) {
+        self.reports.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How often that was so.
+    pub(crate) fn reports(&self) -> u64 {
+        self.reports.load(Ordering::SeqCst)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Written>> {
@@ -140,12 +150,14 @@ mod tests {
         write(&unflushed, link);
         let mark = unflushed.mark();
         write(&unflushed, link);
-        unflushed.lost(&mark);
+        unflushed.lost();
+        unflushed.settled(&mark);
         write(&unflushed, link);
         let covered =
             |shared| unflushed.mark().iter().map(|written| written.covered_by(link, shared)).collect::<Vec<_>>();
         assert_eq!((covered(false), covered(true)), (vec![false, true], vec![false, true]));
-        unflushed.lost(&unflushed.mark());
+        unflushed.lost();
+        unflushed.settled(&unflushed.mark());
         assert_eq!(unflushed.mark(), []);
     }
 }

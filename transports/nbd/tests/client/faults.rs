@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use r3map_core::{Backend, ErrorKind, Operation};
 use r3map_nbd::{Client, ClientSettings, NbdUri, Server, ServerExport, ServerSettings};
-use r3map_testkit::faults::{Faults, Rule};
-use r3map_testkit::fill;
+use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::process::Process;
 use r3map_testkit::store::Store;
+use r3map_testkit::{deadline, fill};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -187,14 +188,19 @@ async fn a_flush_does_not_promise_what_a_dead_server_has_lost() {
     }
 }
 
-/// A server that could not make something durable may have forgotten it: that its next flush succeeds says nothing.
-#[tokio::test]
-async fn what_a_server_could_not_flush_counts_as_lost() {
+/// A server of ours, and a client of it.
+async fn served() -> (Arc<Faults>, Server, Client) {
     let faults = Faults::new(Arc::new(Store::new(SIZE as u64)));
     let server = Server::new(vec![ServerExport::new("", faults.clone())], ServerSettings::default()).unwrap();
     let address = server.listen(&"nbd://127.0.0.1:0".parse::<NbdUri>().unwrap().address).await.unwrap();
     let uri = NbdUri { address, export: String::new(), tls: None };
-    let client = Client::connect(uri, ClientSettings::default()).await.unwrap();
+    (faults, server, Client::connect(uri, ClientSettings::default()).await.unwrap())
+}
+
+/// A server that could not make something durable may have forgotten it: that its next flush succeeds says nothing.
+#[tokio::test]
+async fn what_a_server_could_not_flush_counts_as_lost() {
+    let (faults, _server, client) = served().await;
     let fails = |kind| faults.add(Rule::on(Operation::Flush).times(1).fail(kind));
     for kind in [ErrorKind::Internal, ErrorKind::Conflict, ErrorKind::Exhausted] {
         client.write_at(0, b"lost").await.unwrap();
@@ -207,6 +213,32 @@ async fn what_a_server_could_not_flush_counts_as_lost() {
     fails(ErrorKind::Internal);
     let error = client.flush().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal, "nothing was written: {error}");
+}
+
+/// The server tells of a loss once. Whoever it tells may wait no more, or not be the only one who flushes.
+#[tokio::test]
+async fn a_failure_of_a_flush_that_was_given_up_is_told_by_the_next_and_to_all_who_wait() {
+    let (faults, _server, client) = served().await;
+    for given_up in [true, false] {
+        client.write_at(0, b"lost").await.unwrap();
+        let pause = Pause::new();
+        faults.add(Rule::on(Operation::Flush).times(1).hold(&pause));
+        faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Internal));
+        let mut first = Some(Box::pin(client.flush()));
+        assert!(first.as_mut().unwrap().now_or_never().is_none());
+        deadline(LONG, "the first flush", pause.wait_held(1)).await;
+        if given_up {
+            first = None;
+        }
+        let mut second = Box::pin(client.flush());
+        assert!(second.as_mut().now_or_never().is_none());
+        pause.release();
+        for flush in first.into_iter().chain([second]) {
+            let error = deadline(LONG, "a flush", flush).await.expect_err("it is lost");
+            assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+        }
+        deadline(LONG, "another flush", client.flush()).await.expect("that was told");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
