@@ -187,9 +187,9 @@ impl Pager {
         self.check_pages(offset, len)?;
         let _healthy = self.healthy(offset, len)?;
         let (start, len) = (self.span.address() + offset, len.next_multiple_of(PAGE_SIZE));
-        let fill = |done| {
+        let fill = |part: Range<u64>| {
             // SAFETY: the pages are the span's, `check_pages` says; only missing ones change, see `Mapping`.
-            unsafe { userfault::zero(&self.uffd, start + done, len - done) }
+            unsafe { userfault::zero(&self.uffd, start + part.start, part.end - part.start) }
         };
         for_missing(len, fill, |_| Ok(()))?;
         if self.protection == Protection::Tracked {
@@ -232,10 +232,10 @@ impl Pager {
         protect: bool,
         present: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let fill = |done| {
-            let address = self.span.address() + offset + done;
+        let fill = |part: Range<u64>| {
+            let address = self.span.address() + offset + part.start;
             // SAFETY: the pages are the span's, `check_pages` says; only missing ones change, see `Mapping`.
-            unsafe { userfault::copy(&self.uffd, address, &bytes[done as usize..], protect) }
+            unsafe { userfault::copy(&self.uffd, address, &bytes[part.start as usize..part.end as usize], protect) }
         };
         let present = |done| present(offset + done, &bytes[done as usize..][..PAGE_SIZE as usize]);
         for_missing(bytes.len() as u64, fill, present)
@@ -501,18 +501,25 @@ fn invalid(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
-/// Drives a fill over `len` bytes: `fill(done)` fills from `done` on. Goes on where the kernel stopped short; pages that
-/// are there go to `present`.
+/// Drives a fill over `len` bytes: `fill` fills what lies in a range of them. Goes on where the kernel stopped short; pages
+/// that are there go to `present`.
+///
+/// The kernel fills nothing over the border of two parts of a mapping that differ: while the protection is changed, or
+/// where somebody has locked a part of it in memory. It does not say where the border is.
 fn for_missing(
     len: u64,
-    mut fill: impl FnMut(u64) -> Filled,
+    mut fill: impl FnMut(Range<u64>) -> Filled,
     mut present: impl FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut done = 0;
+    let (mut done, mut upto) = (0, len);
     while done < len {
-        let filled = fill(done);
+        let filled = fill(done..upto);
         done += filled.bytes;
         match filled.stopped {
+            Some(Errno::NOENT) if upto - done > PAGE_SIZE => {
+                upto = done + ((upto - done) / 2).next_multiple_of(PAGE_SIZE);
+                continue;
+            }
             None | Some(Errno::AGAIN) => {}
             Some(Errno::EXIST) => {
                 present(done)?;
@@ -520,6 +527,39 @@ fn for_missing(
             }
             Some(error) => return Err(error.into()),
         }
+        upto = len;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel fills nothing over the border of two parts whose protection differs.
+    #[test]
+    fn memory_whose_protection_is_being_changed_is_filled_over_every_border() {
+        let step = PROTECT_STEP as u64;
+        let pager = Pager::new(3 * step, Protection::Tracked, ScopeWanted::Widest).unwrap();
+        let bytes: Vec<u8> = (0..7 * PAGE_SIZE).map(|at| (at % 251) as u8 + 1).collect();
+        let border = std::cell::Cell::new(step);
+        pager
+            .freeze_with(|_| {
+                let at = border.replace(border.get() + step);
+                if at < 3 * step {
+                    pager.install(at - 3 * PAGE_SIZE, &bytes, Install::Clean).unwrap();
+                    pager.install_zeroes(at - 13 * PAGE_SIZE, 26 * PAGE_SIZE).unwrap();
+                }
+            })
+            .unwrap();
+        for at in [step, 2 * step] {
+            let mut found = vec![1; 26 * PAGE_SIZE as usize];
+            pager.read(at - 13 * PAGE_SIZE, &mut found).unwrap();
+            let (before, rest) = found.split_at(10 * PAGE_SIZE as usize);
+            assert!(rest.starts_with(&bytes));
+            assert!(before.iter().chain(&rest[bytes.len()..]).all(|byte| *byte == 0));
+            let filled = at - 13 * PAGE_SIZE..at + 13 * PAGE_SIZE;
+            pager.collect(filled, &mut |run| panic!("{run:?} counts as written")).unwrap();
+        }
+    }
 }
