@@ -265,13 +265,20 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        if !self.0.pager.is_ours() {
-            // A forked child has none of the threads that an orderly end would wait for.
-            std::mem::forget(self.0.clone());
-        } else if !self.0.kept.load(Ordering::Relaxed) {
+        if !leave_to_parent(&self.0) && !self.0.kept.load(Ordering::Relaxed) {
             self.0.end();
         }
     }
+}
+
+/// In a forked child, keeps it from being ended: the child has none of the threads that an orderly end would wait for, and
+/// what tells them to stop it shares with its parent, whose faults nobody would answer any more.
+fn leave_to_parent(inner: &Arc<Inner>) -> bool {
+    let is_child = !inner.pager.is_ours();
+    if is_child {
+        std::mem::forget(inner.clone());
+    }
+    is_child
 }
 
 /// What a slice and its handles share.
@@ -326,6 +333,12 @@ impl Drop for Inner {
 pub struct SliceHandle {
     inner: Arc<Inner>,
     writable: bool,
+}
+
+impl Drop for SliceHandle {
+    fn drop(&mut self) {
+        leave_to_parent(&self.inner);
+    }
 }
 
 impl SliceHandle {
