@@ -18,6 +18,9 @@ use tokio::task::{JoinError, JoinHandle};
 pub(crate) struct SliceSource {
     handle: SliceHandle,
     fence: Arc<Mutex<Fence>>,
+    /// Held while a fence is set or lifted: one that is lifted for longer than anybody waits must not take the next one
+    /// with it.
+    turn: Arc<Mutex<()>>,
 }
 
 /// How writing is ended.
@@ -35,7 +38,7 @@ struct Fence {
 
 impl SliceSource {
     pub(crate) fn new(handle: SliceHandle) -> Self {
-        Self { handle, fence: Arc::default() }
+        Self { handle, fence: Arc::default(), turn: Arc::default() }
     }
 }
 
@@ -141,6 +144,7 @@ impl Source for SliceSource {
     }
 
     async fn fence(&self, fencing: Fencing) -> Result<()> {
+        let _turn = self.turn.lock().await;
         match fencing {
             Fencing::Strict => self.fence_strictly().await,
             Fencing::Trusting => self.fence_trusting().await,
@@ -148,9 +152,10 @@ impl Source for SliceSource {
     }
 
     async fn unfence(&self) {
-        let (handle, fence) = (self.handle.clone(), self.fence.clone());
+        let (handle, fence, turn) = (self.handle.clone(), self.fence.clone(), self.turn.clone());
         // Whoever does not wait for it any more must not leave memory behind that stays read-only.
         let lifting = crate::engine::handle().spawn(async move {
+            let _turn = turn.lock().await;
             let protecting = fence.lock().await.protecting.take();
             if let Some(protecting) = protecting {
                 let _ = protecting.await; // it says by itself what went wrong
@@ -224,6 +229,7 @@ mod tests {
         source.unfence().await;
         assert_eq!(blocks(&source.take().await.unwrap()), [3], "it is not lost if the region stays");
     }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_fence_is_lifted_also_where_nobody_waits_for_that_any_more() {
         let (mut slice, source) = slice();
@@ -247,5 +253,35 @@ mod tests {
         })
         .await;
         write(&mut slice, 3);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fence_that_is_lifted_late_leaves_the_next_one_alone() {
+        let (_slice, source) = slice();
+        source.fence(Fencing::Strict).await.unwrap();
+        let (ends, end) = oneshot::channel();
+        let slow = async {
+            let _ = end.await;
+            Ok(())
+        };
+        source.fence.lock().await.protecting = Some(crate::engine::handle().spawn(slow));
+        tokio::select! {
+            biased;
+            () = source.unfence() => panic!("it waits until changing the protection has ended"),
+            () = std::future::ready(()) => {}
+        }
+        r3map_testkit::deadline(std::time::Duration::from_secs(60), "the lifting", async {
+            while source.fence.lock().await.protecting.is_some() {
+                tokio::task::yield_now().await;
+            }
+            let begun = async { ends.send(()).unwrap() };
+            let (fenced, ()) = tokio::join!(source.fence(Fencing::Strict), begun);
+            fenced.unwrap();
+            while Arc::strong_count(&source.fence) > 1 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        assert!(source.fence.lock().await.set);
     }
 }
