@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 
 use futures_util::stream::{self, FuturesUnordered, StreamExt, TryStreamExt};
@@ -82,7 +83,21 @@ pub async fn copy(
     let mut idle = Vec::new();
     let (mut known, mut at) = (VecDeque::new(), 0);
     while at < done.size {
-        let runs = copy.next(&mut known, at).await?;
+        let runs = {
+            let mut next = pin!(copy.next(&mut known, at));
+            loop {
+                tokio::select! {
+                    biased;
+                    runs = &mut next => break runs?,
+                    // What is under way goes on: the answer may be behind it on its way from the source.
+                    Some((steps, buffers)) = running.next() => {
+                        idle.push(buffers);
+                        done.add(steps?);
+                        progress(done);
+                    }
+                }
+            }
+        };
         at = runs.last().map_or(done.size, |run| run.range.end);
         if running.len() >= copy.settings.in_flight.get()
             && let Some((steps, buffers)) = running.next().await

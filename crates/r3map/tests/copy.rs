@@ -11,6 +11,7 @@ use r3map_local::Memory;
 use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill};
+use tokio::sync::Semaphore;
 
 const SIZE: u64 = (5 << 20) + 77;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -174,6 +175,54 @@ async fn what_was_a_hole_and_is_read_as_data_is_copied() {
     let destination = Arc::new(Store::new(SIZE));
     run(Arc::new(Changing { now: now.clone(), before }), destination.clone(), CopySettings::default()).await.unwrap();
     assert!(now.snapshot() == destination.snapshot());
+}
+
+/// A source behind a connection that carries one answer at a time, and tells of a part of its holes at a time.
+struct Narrow {
+    store: Arc<Store>,
+    way: Semaphore,
+}
+
+#[async_trait]
+impl Backend for Narrow {
+    fn size(&self) -> u64 {
+        self.store.size()
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { extents: Some(self), ..Capabilities::default() }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let _way = self.way.acquire().await.unwrap();
+        tokio::task::yield_now().await;
+        self.store.read_at(offset, buf).await
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
+        self.store.write_at(offset, buf).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.store.flush().await
+    }
+}
+
+#[async_trait]
+impl Extents for Narrow {
+    async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
+        let _way = self.way.acquire().await.unwrap();
+        self.store.capabilities().extents.unwrap().extents(offset, len.min(1 << 20)).await
+    }
+}
+
+#[tokio::test]
+async fn what_is_under_way_goes_on_while_the_source_is_asked_for_its_holes() {
+    let source = Arc::new(Narrow { store: Arc::new(Store::new(SIZE).filled(1)), way: Semaphore::new(1) });
+    let destination = Arc::new(Store::new(SIZE));
+    let settings = CopySettings { in_flight: NonZeroUsize::new(2).unwrap(), ..CopySettings::default() };
+    deadline(LIMIT, "the copy", run(source.clone(), destination.clone(), settings)).await.unwrap();
+    assert!(source.store.snapshot() == destination.snapshot());
 }
 
 #[tokio::test]
