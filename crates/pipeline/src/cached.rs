@@ -377,7 +377,8 @@ impl Inner {
         }
     }
 
-    /// Polls a future inside the region's runtime, whatever thread polls it: remotes need its timers and sockets.
+    /// Polls a future inside the region's runtime, whatever thread polls it: remotes need its timers and sockets, files its
+    /// threads.
     async fn in_runtime<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         poll_fn(|context| {
@@ -520,7 +521,7 @@ impl Inner {
             match self.table.write(&range).await? {
                 Begin::Absent(block) => self.demand(block).await?,
                 Begin::Now(write) => {
-                    self.change_local(&range, change).await?;
+                    self.in_runtime(self.change_local(&range, change)).await?;
                     self.tell_local(write.commit()?);
                     self.changed();
                     return Ok(());
@@ -585,7 +586,7 @@ impl Inner {
         self.check_serving(Operation::Read)?;
         check_range(Operation::Read, self.local.size(), offset, buf.len() as u64)?;
         self.demand(offset..offset + buf.len() as u64).await?;
-        self.local.read_at(offset, buf).await
+        self.in_runtime(self.local.read_at(offset, buf)).await
     }
 
     async fn change_at(self: &Arc<Self>, offset: u64, len: u64, change: Change<'_>) -> Result<()> {
@@ -624,7 +625,7 @@ impl Backend for Cached {
         'b: 'c,
         Self: 'c,
     {
-        if self.inner.is_readable_now(offset, buf.len() as u64) {
+        if self.inner.is_readable_now(offset, buf.len() as u64) && Handle::try_current().is_ok() {
             return self.inner.local.read_at(offset, buf);
         }
         Box::pin(self.inner.read(offset, buf))
@@ -655,7 +656,7 @@ impl ReadPieces for Cached {
         check_range(Operation::Read, self.size(), offset, len)?;
         self.demand(offset..offset + len).await?;
         match self.inner.local.capabilities().pieces {
-            Some(local) => local.read_pieces(offset, len, visit).await,
+            Some(local) => self.inner.in_runtime(local.read_pieces(offset, len, visit)).await,
             None => Err(Error::new(ErrorKind::Internal, Operation::Read, "the local side no longer lends its bytes")),
         }
     }

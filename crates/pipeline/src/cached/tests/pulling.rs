@@ -195,17 +195,82 @@ async fn everything_is_there_when_it_is_though_a_reply_has_not_ended() {
 }
 
 #[tokio::test]
-async fn a_region_can_be_read_from_threads_outside_the_runtime() {
-    let cached = open(Side::vector(SIZE), filled(SIZE), quiet()).await;
-    let reader = {
+async fn a_region_can_be_used_from_threads_outside_the_runtime() {
+    let cached = open(Side::over(Arc::new(OnThreads(Store::new(SIZE)))), filled(SIZE), quiet()).await;
+    let user = {
         let cached = cached.clone();
         move || {
-            let mut buf = vec![0; SIZE as usize];
-            block_on(cached.read_at(0, &mut buf)).map(|()| buf)
+            assert!(tokio::runtime::Handle::try_current().is_err());
+            let mut bytes = [vec![0; SIZE as usize], vec![0; SIZE as usize]];
+            // The first time it is pulled, and the second time it is local.
+            for buf in &mut bytes {
+                block_on(cached.read_at(0, buf))?;
+            }
+            block_on(cached.write_at(5, &[1; 5000]))?;
+            block_on(cached.capabilities().write_zeroes.unwrap().write_zeroes(CHUNK, 5000))?;
+            let mut visit = |_: u64, piece: r3map_core::Piece<'_>| -> r3map_core::Result<()> {
+                assert!(piece == r3map_core::Piece::Data(&[1; 5000]));
+                Ok(())
+            };
+            block_on(cached.capabilities().pieces.unwrap().read_pieces(5, 5000, &mut visit))?;
+            block_on(cached.flush())?;
+            block_on(cached.close()).map(|()| bytes)
         }
     };
-    let buf = joined(tokio::task::spawn_blocking(reader)).await.unwrap();
-    fill::check(&buf, 0, 7).unwrap();
+    let (ended, end) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || ended.send(user()));
+    for bytes in deadline(SOON, "its end", end).await.unwrap().unwrap() {
+        fill::check(&bytes, 0, 7).unwrap();
+    }
+}
+
+/// Bytes that are reached on tokio's threads, as those of a file are.
+struct OnThreads(Store);
+
+impl OnThreads {
+    async fn hop() {
+        tokio::task::spawn_blocking(|| {}).await.unwrap();
+    }
+}
+
+#[async_trait::async_trait]
+impl Backend for OnThreads {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn capabilities(&self) -> r3map_core::Capabilities<'_> {
+        r3map_core::Capabilities { pieces: Some(self), ..Default::default() }
+    }
+
+    async fn read_at(&self, offset: u64, buf: &mut [u8]) -> r3map_core::Result<()> {
+        Self::hop().await;
+        self.0.read_at(offset, buf).await
+    }
+
+    async fn write_at(&self, offset: u64, buf: &[u8]) -> r3map_core::Result<()> {
+        Self::hop().await;
+        self.0.write_at(offset, buf).await
+    }
+
+    async fn flush(&self) -> r3map_core::Result<()> {
+        Self::hop().await;
+        self.0.flush().await
+    }
+}
+
+#[async_trait::async_trait]
+impl r3map_core::ReadPieces for OnThreads {
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        visit: &mut (dyn for<'p> FnMut(u64, r3map_core::Piece<'p>) -> r3map_core::Result<()> + Send),
+    ) -> r3map_core::Result<()> {
+        let mut bytes = vec![0; len as usize];
+        self.read_at(offset, &mut bytes).await?;
+        visit(offset, r3map_core::Piece::Data(&bytes))
+    }
 }
 
 /// Polls a future on this thread, with no runtime around it.
