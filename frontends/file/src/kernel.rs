@@ -260,22 +260,34 @@ impl Unmount {
     }
 }
 
-/// Unmounts what lies on the path. What is in use is given a moment: a program that has just closed it, or a child that
-/// does so as it starts, may not be quite done.
+/// Unmounts what lies on the path. What is in use is given a moment.
 ///
 /// # Errors
 /// `Conflict` if it is in use, `Denied` if the user may not.
 pub(crate) fn unmount(path: &Path, how: Unmount) -> Result<()> {
+    with_a_moment(|| unmount_now(path, how))
+}
+
+/// Tries to unmount, again for a moment while it is in use: a program that has just closed it, or a child that does so as
+/// it starts, may not be quite done.
+///
+/// # Errors
+/// Those of the last attempt.
+pub(crate) fn with_a_moment(attempt: impl Fn() -> Result<()>) -> Result<()> {
     let begun = Instant::now();
     loop {
-        match unmount_now(path, how) {
+        match attempt() {
             Err(error) if error.kind() == ErrorKind::Conflict && begun.elapsed() < MOMENT => thread::sleep(MOMENT / 30),
             result => return result,
         }
     }
 }
 
-fn unmount_now(path: &Path, how: Unmount) -> Result<()> {
+/// Unmounts what lies on the path, as things are.
+///
+/// # Errors
+/// As [`unmount`].
+pub(crate) fn unmount_now(path: &Path, how: Unmount) -> Result<()> {
     let Err(error) = r3map_sys::apart::unmount(path, how.flags()) else { return Ok(()) };
     match Errno::from_io_error(&error) {
         Some(Errno::PERM) => unmount_by_helper(path, how),

@@ -53,6 +53,7 @@
 
 mod attributes;
 mod filesystem;
+mod flusher;
 mod kernel;
 mod mount;
 mod mountinfo;
@@ -64,6 +65,7 @@ mod service;
 mod session;
 mod settings;
 
+pub use flusher::Flusher;
 pub use mount::FileMount;
 pub use opened::OpenedFile;
 pub use prepared::PreparedMount;

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
@@ -11,9 +11,10 @@ use r3map_sys::apart;
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::filesystem::Shape;
-use crate::kernel::{self, Options, Unmount, shown, unmount};
+use crate::flusher::Flusher;
+use crate::kernel::{self, Options, Unmount, shown, unmount, unmount_now, with_a_moment};
 use crate::mountinfo::mounted_on;
-use crate::place::{Made, Place};
+use crate::place::{Made, Place, is_dead};
 use crate::session::Session;
 use crate::settings::{FileSettings, Show};
 use r3map_pipeline::blocking::{off_runtime, spawn, within};
@@ -40,6 +41,8 @@ pub(crate) struct Mounted {
     file: PathBuf,
     made: Made,
     gone: AtomicBool,
+    /// Held by whoever unmounts: a second one would find the path empty, or somebody else's mount on it.
+    leaving: Mutex<()>,
 }
 
 impl FileMount {
@@ -108,8 +111,14 @@ impl FileMount {
     /// # Errors
     /// What the backend answers to the writes and the flush.
     pub async fn flush(&self) -> Result<()> {
+        self.flusher().flush().await
+    }
+
+    /// Does the same for somebody who does not have the mount. Once it is unmounted, that flushes the backend alone.
+    #[must_use]
+    pub fn flusher(&self) -> Flusher {
         let mounted = self.mounted.clone();
-        off_runtime(move || mounted.flush()).await
+        Flusher::new(move || mounted.flush())
     }
 
     /// Hands over what the kernel still holds, flushes the backend, and unmounts if nobody uses the file. Does nothing
@@ -212,7 +221,15 @@ impl Mounted {
     /// What is mounted on the place.
     pub(crate) fn new(place: &Place, session: Session, device: String, show: &Show) -> Self {
         let (point, file) = (place.path().to_owned(), file_on(place, show));
-        Self { session, point, device, file, made: place.made(), gone: AtomicBool::new(false) }
+        Self {
+            session,
+            point,
+            device,
+            file,
+            made: place.made(),
+            gone: AtomicBool::new(false),
+            leaving: Mutex::default(),
+        }
     }
 
     /// Takes it off its path now. Whoever has it open goes on using it.
@@ -229,39 +246,58 @@ impl Mounted {
 
     /// Flushes and unmounts; `anyway` also if that fails or the file is in use. Blocks, not for ever.
     fn leave(self: &Arc<Self>, anyway: bool) -> Result<()> {
+        let _leaving = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
         // The kernel lets go of what was unmounted a moment later.
-        let is_unmounted = self.gone.load(Relaxed) || self.session.has_ended();
-        if is_unmounted || anyway && !self.is_on_path() {
+        if self.gone.load(Relaxed) {
             return self.finish();
         }
-        if !self.is_on_path() {
-            return Err(self.out_of_reach());
+        let is_on_path = self.is_on_path();
+        if self.session.has_ended() {
+            // By whoever unmounted it, or has ended the connection to the kernel: that leaves a dead mount on the path.
+            if is_on_path && !self.is_over() {
+                self.unmount(Unmount::Detach)?;
+            }
+            return self.finish();
+        }
+        if !is_on_path {
+            return if anyway { self.finish() } else { Err(self.out_of_reach()) };
         }
         let synced = self.within_limit("handing over what the kernel holds", Self::sync);
         if synced.is_err() && !anyway {
             return synced;
         }
-        let unmounted = self.within_limit("unmounting", |mounted| unmount(&mounted.point, Unmount::Unused));
-        if let Err(error) = unmounted {
+        // Each attempt by itself: one that went on behind our back could unmount what comes next.
+        if let Err(error) = with_a_moment(|| self.unmount(Unmount::Unused)) {
             if !anyway {
                 return Err(error);
             }
             self.session.close();
-            unmount(&self.point, Unmount::Abort)?;
+            // The attempt before may have come through after all.
+            self.unmount(Unmount::Abort).or_else(|error| if self.is_on_path() { Err(error) } else { Ok(()) })?;
         }
         synced.and(self.finish())
     }
 
     /// Unmounts without storing anything. Blocks, not for ever.
-    fn abandon(&self) -> Result<()> {
-        // First, so that nobody waits for the backend whom the kernel would wait for.
+    fn abandon(self: &Arc<Self>) -> Result<()> {
+        // First, so that nobody waits for the backend whom the kernel would wait for, nor whoever is just unmounting.
         self.session.close();
-        if !self.gone.load(Relaxed) && self.is_on_path() {
-            unmount(&self.point, Unmount::Abort)?;
+        let _leaving = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.gone.load(Relaxed) && self.is_on_path() && !self.is_over() {
+            self.unmount(Unmount::Abort)?;
         }
         self.gone.store(true, Relaxed);
         self.made.remove();
         self.session.give_up()
+    }
+
+    /// Whether what is on the path cannot be ours, whatever its number.
+    fn is_over(&self) -> bool {
+        self.session.has_ended() && !is_dead(&self.point).unwrap_or(false)
+    }
+
+    fn unmount(self: &Arc<Self>, how: Unmount) -> Result<()> {
+        self.within_limit("unmounting", move |mounted| unmount_now(&mounted.point, how))
     }
 
     fn finish(&self) -> Result<()> {
@@ -280,9 +316,10 @@ impl Mounted {
         Error::new(ErrorKind::Conflict, Operation::Close, message)
     }
 
-    /// As [`Self::sync`]; where it is out of reach, only the backend can be flushed.
+    /// As [`Self::sync`]; where it is out of reach, or the kernel holds nothing any more, only the backend can be flushed.
     fn flush(&self) -> Result<()> {
-        if self.is_on_path() { self.sync() } else { self.session.flush_patiently() }
+        let is_there = !self.session.has_ended() && self.is_on_path();
+        if is_there { self.sync() } else { self.session.flush_patiently() }
     }
 
     /// Has the kernel hand over what mappings wrote, and the backend flush it. Blocks without a limit.

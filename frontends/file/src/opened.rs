@@ -7,17 +7,20 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use r3map_core::{Backend, Error, Operation, Result};
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result};
 use r3map_sys::apart;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
 use crate::filesystem::Shape;
+use crate::flusher::Flusher;
 use crate::mount::{Mounted, wait_outside_runtime};
 use crate::prepared::Detached;
 use crate::session::Session;
 use crate::settings::{FileSettings, Show};
-use r3map_pipeline::blocking::{off_runtime, spawn};
+use r3map_pipeline::blocking::{off_runtime, spawn, within};
+
+const CANNOT_FLUSH: &str = "what was written to the opened file cannot be flushed";
 
 /// A region that is open as a file. It is on no path, so nothing is left behind even when the process is killed; other
 /// processes reach it through `/proc/PID/fd/N`.
@@ -33,8 +36,8 @@ pub struct OpenedFile {
 }
 
 struct Open {
-    file: File,
-    session: Session,
+    file: Arc<File>,
+    session: Arc<Session>,
 }
 
 impl OpenedFile {
@@ -61,14 +64,40 @@ impl OpenedFile {
         self.get().session.invalidate(range).await
     }
 
+    /// Flushes the file, also for somebody who does not have it. Unlike `fsync` in this process, it does not keep the
+    /// process from being killed.
+    #[must_use]
+    pub fn flusher(&self) -> Flusher {
+        let (file, session) = (Arc::downgrade(&self.get().file), self.get().session.clone());
+        Flusher::new(move || {
+            let closed = || Error::new(ErrorKind::NotFound, Operation::Flush, "the opened file was closed");
+            let file = file.upgrade().ok_or_else(closed)?;
+            session.synced(|| apart::sync_file(&file), CANNOT_FLUSH)
+        })
+    }
+
     /// Hands over what the kernel still holds, flushes the backend, and closes the file. Clones of the descriptor and
-    /// mappings get errors from then on.
+    /// mappings get errors from then on. Where there may be much to hand over, [flush](Self::flusher) it first, which
+    /// has no limit.
     ///
     /// # Errors
-    /// Whatever the backend answers to the last writes and the flush; it is closed all the same.
+    /// Whatever the backend answers to the last writes and the flush, `Unavailable` if it does not take them within
+    /// [`FileSettings::unmount_limit`]; it is closed all the same.
     pub async fn close(mut self) -> Result<()> {
         match self.open.take() {
             Some(open) => off_runtime(move || open.close()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Closes the file without storing anything more, also while the backend does not answer: requests that wait for it get
+    /// an error, and so does whoever has a clone or a mapping of it from then on.
+    ///
+    /// # Errors
+    /// If a request does not end that was given up.
+    pub async fn abandon(mut self) -> Result<()> {
+        match self.open.take() {
+            Some(open) => off_runtime(move || open.abandon()).await,
             None => Ok(()),
         }
     }
@@ -86,7 +115,7 @@ impl Open {
         let opened = detached.and_then(|Detached { mount, session, .. }| {
             session.bind(backend.clone());
             let file = open(Path::new(&format!("/proc/self/fd/{}", mount.as_raw_fd())), settings)?;
-            Ok(Self { file, session })
+            Ok(Self { file: Arc::new(file), session: Arc::new(session) })
         });
         match opened {
             Ok(opened) => Ok(opened),
@@ -102,12 +131,26 @@ impl Open {
         let mounted = Mounted::mount(backend, &directory.path().join("region"), settings, runtime)?;
         let opened = open(mounted.file(), settings);
         mounted.hide()?;
-        Ok(Self { file: opened?, session: mounted.session })
+        Ok(Self { file: Arc::new(opened?), session: Arc::new(mounted.session) })
     }
 
+    /// Blocks, not for ever.
+    fn abandon(self) -> Result<()> {
+        // First: closing the file would wait for what it could not hand over.
+        self.session.close();
+        drop(self.file);
+        self.session.give_up()
+    }
+
+    /// Blocks, not for ever.
     fn close(self) -> Result<()> {
-        let cannot = "what was written to the opened file cannot be flushed";
-        let synced = self.session.synced(|| apart::sync_file(&self.file), cannot);
+        let (file, session) = (self.file.clone(), self.session.clone());
+        let sync = move || session.synced(|| apart::sync_file(&file), CANNOT_FLUSH);
+        let synced = within(self.session.limit(), "handing over what the kernel holds", sync);
+        if synced.is_err() {
+            // What could not be handed over is an error now: closing the file would wait for it.
+            self.session.close();
+        }
         drop(self.file);
         synced.and(self.session.settle())
     }

@@ -147,7 +147,7 @@ fn clear_dead_mounts(path: &Path) -> Result<()> {
 }
 
 /// Whether the process that serves a mount is gone: the kernel then answers everything with `ENOTCONN`.
-fn is_dead(path: &Path) -> Result<bool> {
+pub(crate) fn is_dead(path: &Path) -> Result<bool> {
     let dead = |error: io::Error| error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error());
     // Not `stat`, which the kernel answers by itself for a while after the process is gone.
     Ok(answer(path, |path| Ok(rustix::fs::statfs(path)?))?.is_err_and(dead))

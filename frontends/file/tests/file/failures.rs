@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use r3map_core::{Backend, ErrorKind, Operation, Result};
-use r3map_file::{Caching, FileSettings};
+use r3map_file::{Caching, FileSettings, OpenedFile};
 use r3map_sys::{FileMapping, Sharing};
 use r3map_testkit::faults::{Link, Pause, Rule};
 use r3map_testkit::fill;
@@ -290,6 +290,28 @@ fn who_gives_up_waits_for_no_backend_and_leaves_nothing() {
     assert_eq!(faults.count(Operation::Flush), 1, "only the user's");
     world.wait("the requests are given up", faults.wait_idle());
     world.wait("giving up again", mount.abandon()).unwrap();
+}
+
+#[test]
+fn closing_an_opened_file_does_not_wait_for_ever_for_a_backend_that_hangs() {
+    need_fuse!();
+    let world = World::new();
+    for operation in [Operation::Flush, Operation::Write] {
+        for close in [true, false] {
+            let faults = faulty(SIZE, 1);
+            let settings = FileSettings { unmount_limit: Duration::from_millis(300), ..FileSettings::default() };
+            let file = world.wait("opening", OpenedFile::open(faults.clone(), settings)).unwrap();
+            let mapping = FileMapping::new(&file, 300_001, Sharing::Shared, true).unwrap();
+            mapping.write(0, b"not handed over yet").unwrap();
+            faults.add(Rule::on(operation).hang());
+            if close {
+                let error = world.wait("closing", file.close()).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+            } else {
+                world.wait("dropping", async { tokio::task::spawn_blocking(|| drop(file)).await }).unwrap();
+            }
+        }
+    }
 }
 
 #[test]

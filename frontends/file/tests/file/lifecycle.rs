@@ -8,13 +8,13 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use r3map_core::{ChunkSize, ErrorKind, Operation};
 use r3map_file::{FileMount, FileSettings, OpenedFile, Show};
 use r3map_local::Memory;
 use r3map_sys::{FileMapping, Sharing};
-use r3map_testkit::faults::Rule;
+use r3map_testkit::faults::{Pause, Rule};
 use r3map_testkit::process::Process;
 use r3map_testkit::{crash, fill, skip};
 use rustix::io::Errno;
@@ -330,6 +330,49 @@ fn unmounting_again_flushes_and_does_nothing_else() {
     }
 }
 
+/// Who comes second would find the path empty, or somebody else's mount on it.
+#[test]
+fn two_that_unmount_at_once_both_find_it_unmounted() {
+    need_fuse!();
+    let world = World::new();
+    for _ in 0..10 {
+        let (faults, pause) = (faulty(SIZE, 1), Pause::new());
+        faults.add(Rule::on(Operation::Flush).hold(&pause));
+        let mount = world.try_mount(faults, FileSettings::default()).unwrap();
+        let held = async {
+            pause.wait_held(1).await;
+            pause.release();
+        };
+        let both = async { tokio::join!(mount.unmount(), mount.detach(), held) };
+        let (unmounted, detached, ()) = world.wait("unmounting", both);
+        unmounted.and(detached).unwrap();
+        assert!(!world.path().exists());
+    }
+}
+
+/// As by `umount -f`: whoever has the file open gets errors, and the dead mount stays on the path.
+#[test]
+fn what_somebody_has_ended_by_force_does_not_stay_on_the_path() {
+    need_fuse!();
+    let world = World::new();
+    for detach in [false, true] {
+        let mount = world.mount(filled(SIZE, 1), FileSettings::default());
+        let file = open(mount.path());
+        let error = rustix::mount::unmount(world.path(), UnmountFlags::FORCE).unwrap_err();
+        assert_eq!(error, Errno::BUSY);
+        assert_eq!(errno(file.read_at(&mut [0; 10], 0)), Errno::NOTCONN);
+        world.wait("it is known", mount.unmounted());
+        world.wait("flushing", mount.flush()).unwrap();
+        if detach {
+            world.wait("detaching", mount.detach()).unwrap();
+        } else {
+            world.unmount(&mount);
+        }
+        assert!(mounts(&world.path()).is_empty());
+        assert!(!world.path().exists());
+    }
+}
+
 fn opened(world: &World, memory: &Arc<Memory>, settings: FileSettings) -> OpenedFile {
     world.wait("opening", OpenedFile::open(memory.clone(), settings)).unwrap()
 }
@@ -565,6 +608,34 @@ fn an_ordinary_user_is_told_what_to_do() {
         fs::write(world.path(), "").unwrap();
         let told_elsewhere = told(&[], "elsewhere");
         assert!(told_elsewhere.contains(world.path().to_str().unwrap()), "{told_elsewhere}");
+    });
+}
+
+/// Mounts, and waits for ever where it is to unmount.
+const HELPER: &str = "#!/bin/sh\ncase $1 in -o) PATH=/usr/bin:/bin exec fusermount3 \"$@\";; *) exec sleep 60;; esac\n";
+
+#[test]
+fn an_ordinary_user_does_not_wait_for_ever_for_a_helper_that_hangs() {
+    if let Some(path) = crash::role("user") {
+        let world = World::beside(&path);
+        let settings = FileSettings { unmount_limit: Duration::from_millis(300), ..FileSettings::default() };
+        let mount = world.wait("mounting", FileMount::open(filled(SIZE, 1), path, settings)).unwrap();
+        let (begun, detached) = (Instant::now(), world.wait("detaching", mount.detach()));
+        assert_eq!(detached.unwrap_err().kind(), ErrorKind::Unavailable);
+        assert!(begun.elapsed() < Duration::from_secs(50), "it did not wait for the helper to end");
+        crash::stop("not detached");
+    }
+    need_fuse!();
+    let test = "lifecycle::an_ordinary_user_does_not_wait_for_ever_for_a_helper_that_hangs";
+    for_ordinary_users(test, |world| {
+        let helper = world.home.path().join("fusermount3");
+        fs::write(&helper, HELPER).unwrap();
+        fs::set_permissions(&helper, Permissions::from_mode(0o755)).unwrap();
+        let path = format!("PATH={}:/usr/bin:/bin:/usr/sbin:/sbin", world.home.path().display());
+        let mut user = as_nobody(world, &["env", &path], test, "user");
+        user.wait_for_line(LIMIT, "not detached");
+        user.kill();
+        rustix::mount::unmount(world.path(), UnmountFlags::DETACH).unwrap();
     });
 }
 
