@@ -12,7 +12,7 @@ use r3map::{
 };
 use r3map_testkit::faults::{Faults, Rule};
 use r3map_testkit::store::Store;
-use r3map_testkit::{deadline, fill};
+use r3map_testkit::{crash, deadline, fill, skip};
 
 const SIZE: u64 = (1 << 20) + 4097;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -385,4 +385,44 @@ async fn a_cache_file_notices_another_region_under_the_same_name() {
     }
     let nameless = Mount::managed(remote()).cache(cache).slice().await.unwrap_err();
     assert_eq!(nameless.kind(), ErrorKind::InvalidInput, "{nameless}");
+}
+
+/// A thread that waits for its own process's file system would keep the process, and the process the thread.
+#[test]
+fn a_process_can_be_killed_while_it_flushes_the_file_that_it_serves() {
+    if let Some(path) = crash::role("server") {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let faults = Faults::new(remote());
+            let mount = Mount::direct(faults.clone()).migratable();
+            let (_path, _file, source);
+            if path.is_empty() {
+                let mount = mount.file().await.unwrap();
+                source = mount.source().unwrap();
+                _file = mount;
+            } else {
+                let mount = mount.path(&path).await.unwrap();
+                source = mount.source().unwrap();
+                _path = mount;
+            }
+            faults.add(Rule::on(Operation::Flush).hang());
+            tokio::spawn(async move { source.flush().await });
+            deadline(LIMIT, "the flush", faults.wait_in_flight(1)).await;
+            crash::stop("flushing");
+        });
+    }
+    if !std::path::Path::new("/dev/fuse").exists() {
+        return skip("there is no /dev/fuse");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("region");
+    let test = "a_process_can_be_killed_while_it_flushes_the_file_that_it_serves";
+    for path in ["", path.to_str().unwrap()] {
+        let mut server = crash::child(test, "server", path);
+        server.wait_for_line(LIMIT, "flushing");
+        server.kill();
+    }
+    // What is left of it, for the folder to be removed.
+    let mounted = std::process::Command::new("umount").arg(&path).status();
+    assert!(mounted.is_ok_and(|status| status.success()));
 }

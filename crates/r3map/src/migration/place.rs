@@ -342,7 +342,7 @@ impl Target for Landing {
                         Front::File => {
                             show_file(name, cached, guarded, retry, async |region| {
                                 let mount = FileMount::show(region, &settings, true).await?;
-                                Ok((mount.syncing()?, Kept::File(mount)))
+                                Ok((mount.syncing(), Kept::File(mount)))
                             })
                             .await?
                         }

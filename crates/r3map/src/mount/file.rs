@@ -9,9 +9,9 @@ use std::sync::Arc;
 #[cfg(feature = "slice")]
 use r3map_core::Geometry;
 use r3map_core::{Error, ErrorKind, Operation, Result};
-#[cfg(feature = "slice")]
-use r3map_file::PreparedMount;
 use r3map_file::{Caching, FileMount as Fuse, FileSettings, OpenedFile, Show};
+#[cfg(feature = "slice")]
+use r3map_file::{Flusher, PreparedMount};
 
 use super::Mount;
 use super::region::{self, Region};
@@ -131,11 +131,7 @@ impl PathMount {
     /// Has the kernel hand over what it holds, from now on whenever it is called.
     #[cfg(feature = "slice")]
     pub(crate) fn syncing(&self) -> Syncing {
-        let path = self.path().to_owned();
-        Arc::new(move || {
-            let path = path.clone();
-            Box::pin(sync(move || File::open(path)))
-        })
+        syncing(self.shown.flusher())
     }
 
     /// The path of the file.
@@ -221,22 +217,16 @@ impl FileMount {
     /// The region as one that can leave for another host; see [`crate::migration`].
     ///
     /// # Errors
-    /// `InvalidInput` unless the mount was made to be [migratable](Mount::migratable); `Exhausted` if there are no
-    /// descriptors left.
+    /// `InvalidInput` unless the mount was made to be [migratable](Mount::migratable).
     #[cfg(feature = "slice")]
     pub fn source(&self) -> Result<Arc<dyn r3map_migrate::Source>> {
-        Ok(Arc::new(FileSource { guarded: self.region.guarded()?, sync: self.syncing()? }))
+        Ok(Arc::new(FileSource { guarded: self.region.guarded()?, sync: self.syncing() }))
     }
 
     /// Has the kernel hand over what it holds, from now on whenever it is called.
     #[cfg(feature = "slice")]
-    pub(crate) fn syncing(&self) -> Result<Syncing> {
-        let cannot = |error| Error::from_io(Operation::Open, "the file cannot be opened once more", error);
-        let file = Arc::new(self.file().try_clone().map_err(cannot)?);
-        Ok(Arc::new(move || {
-            let file = file.clone();
-            Box::pin(sync(move || file.try_clone()))
-        }))
+    pub(crate) fn syncing(&self) -> Syncing {
+        syncing(self.opened.flusher())
     }
 
     /// The file. Use it from threads that may wait: a read can take as long as the remote.
@@ -256,8 +246,7 @@ impl FileMount {
     /// # Errors
     /// What could not be stored; it stays to be stored by the next flush.
     pub async fn flush(&self) -> Result<()> {
-        let file = self.file().try_clone();
-        sync(move || file).await
+        self.opened.flusher().flush().await
     }
 
     /// Makes the kernel forget what it has cached of a range of bytes, because the region changed underneath.
@@ -274,8 +263,10 @@ impl FileMount {
     /// What could not be stored.
     pub async fn close(self) -> Result<()> {
         let Self { opened, region } = self;
+        // As for a file on a path: closing has a time-out of its own, in which there must be little left to do.
+        let flushed = opened.flusher().flush().await;
         let handed_over = opened.close().await;
-        region.close().await.and(handed_over)
+        region.close().await.and(flushed).and(handed_over)
     }
 
     /// Closes the file and ends the mount without storing anything more.
@@ -286,13 +277,11 @@ impl FileMount {
     }
 }
 
-/// `fsync`, on a thread that may wait.
-async fn sync(open: impl FnOnce() -> std::io::Result<File> + Send + 'static) -> Result<()> {
-    let sync = move || open()?.sync_all();
-    let done = crate::engine::handle().spawn_blocking(sync).await;
-    let cannot = |error| Error::from_io(Operation::Flush, "what was written cannot be flushed", error);
-    match done {
-        Ok(done) => done.map_err(cannot),
-        Err(error) => Err(cannot(std::io::Error::other(error))),
-    }
+/// A file's flush, as often as it is asked for.
+#[cfg(feature = "slice")]
+fn syncing(flusher: Flusher) -> Syncing {
+    Arc::new(move || {
+        let flusher = flusher.clone();
+        Box::pin(async move { flusher.flush().await })
+    })
 }

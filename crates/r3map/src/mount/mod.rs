@@ -133,7 +133,8 @@ impl Mount {
     }
 
     /// Calls `hook` before each flush that somebody asks for, `fsync` among them, and before the last one of a close, and
-    /// waits for it. It may write to the region: through a slice's memory, or by [`Region::backend`], of which a file's
+    /// waits for it. It may write to the region: through a slice's memory, but on a thread that may wait (`spawn_blocking`),
+    /// because the one that calls it also fetches what is missing; or by [`Region::backend`], of which a file's
     /// kernel has to be told ([`PathMount::invalidate`]). It must not use the file itself, which waits for the flush. An
     /// error makes the flush fail.
     pub fn on_before_flush<F>(mut self, hook: impl Fn() -> F + Send + Sync + 'static) -> Self
