@@ -273,7 +273,9 @@ impl FileMount {
     pub async fn abandon(self) {
         let Self { opened, region } = self;
         region.abandon();
-        let _ = opened.close().await; // its error is that nothing was stored, which is what was asked for
+        if let Err(error) = opened.abandon().await {
+            tracing::warn!(%error, "the file was not closed in an orderly way");
+        }
     }
 }
 

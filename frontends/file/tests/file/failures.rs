@@ -312,6 +312,24 @@ fn closing_an_opened_file_does_not_wait_for_ever_for_a_backend_that_hangs() {
 }
 
 #[test]
+fn an_opened_file_is_given_up_at_once() {
+    need_fuse!();
+    let world = World::new();
+    let faults = faulty(SIZE, 1);
+    let file = world.wait("opening", OpenedFile::open(faults.clone(), FileSettings::default())).unwrap();
+    faults.add(Rule::any().hang());
+    let clone = file.try_clone().unwrap();
+    thread::scope(|scope| {
+        let flusher = scope.spawn(|| clone.sync_all().unwrap_err());
+        world.wait("the flush", faults.wait_in_flight(1));
+        world.wait("giving up", file.abandon()).unwrap();
+        assert!(flusher.join().unwrap().raw_os_error().is_some());
+    });
+    assert_eq!(faults.count(Operation::Flush), 1, "only the user's");
+    world.wait("the requests are given up", faults.wait_idle());
+}
+
+#[test]
 fn a_reader_that_waits_gets_an_error_when_the_file_is_detached() {
     need_fuse!();
     let world = World::new();
