@@ -196,7 +196,8 @@ pub(crate) struct Mount {
     /// What fsync waits for: that the remote has everything, or only the cache file (needs --cache FILE).
     #[arg(long, value_enum, default_value_t = Fsync::Remote)]
     pub(crate) fsync: Fsync,
-    /// How long to keep trying a remote that does not answer before readers get an error: a time, or `forever`.
+    /// How long to keep trying a remote that does not answer before readers get an error, and one that has no room when the
+    /// mount is to end: a time, or `forever`.
     #[arg(long, default_value = "60s", value_parser = parse_retry, value_name = "TIME|forever")]
     pub(crate) retry: Patience,
     /// How long to wait for an answer while nothing moves on the link, before the request is made again. However slow

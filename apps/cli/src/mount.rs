@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use r3map::{
@@ -23,6 +23,8 @@ use crate::trouble::Troubles;
 const TICK: Duration = Duration::from_millis(200);
 /// How long giving up may take.
 const GIVE_UP_LIMIT: Duration = Duration::from_secs(3);
+/// How often storing is tried where there is no room: each time something may be sent in vain.
+const ROOM_TICK: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) -> Result<()> {
     let mut signals = Signals::new()?;
@@ -56,7 +58,7 @@ pub(crate) async fn run(registry: &Registry, args: args::Mount, output: Output) 
         () = mount.gone() => output.note("unmounted", "somebody else unmounted it; storing what is left"),
         () = signals.next() => output.note("stopping", "storing what is left; Ctrl-C again gives up"),
     }
-    drain(mount, &mut signals, told, output).await
+    drain(mount, &mut signals, args.retry.limit(), told, output).await
 }
 
 async fn open(registry: &Registry, args: &args::Mount, output: Output) -> Result<Shown> {
@@ -259,13 +261,19 @@ fn note(bar: Option<&Bar>, output: Output, event: &str, human: &str) {
 }
 
 /// Unmounts and stores what is left; a second signal gives up.
-async fn drain(mount: View<'_>, signals: &mut Signals, mut told: Told, output: Output) -> Result<()> {
+async fn drain(
+    mount: View<'_>,
+    signals: &mut Signals,
+    patience: Option<Duration>,
+    mut told: Told,
+    output: Output,
+) -> Result<()> {
     let bar = mount.region().progress().map(|progress| {
         let dirty = progress.borrow().dirty_bytes;
         (output.bar("storing", dirty), dirty)
     });
     tokio::select! {
-        closed = close(mount, bar.as_ref(), output) => if let Err(error) = closed {
+        closed = close(mount, patience, bar.as_ref(), output) => if let Err(error) = closed {
             return give_up(mount, &format!(": {error}")).await;
         },
         () = show_left(mount, bar.as_ref(), &mut told, output) => {}
@@ -281,22 +289,35 @@ async fn drain(mount: View<'_>, signals: &mut Signals, mut told: Told, output: O
 /// What is being stored: its bar, and how much it was.
 type Storing = (Bar, u64);
 
-/// Closes, and waits for those who still use the file.
-async fn close(mount: View<'_>, storing: Option<&Storing>, output: Output) -> r3map::Result<()> {
-    let mut busy = false;
+/// Closes, and waits for those who still use the file; and for room, as long as for a remote that does not answer: what is
+/// not stored when this ends may be nowhere.
+async fn close(
+    mount: View<'_>,
+    patience: Option<Duration>,
+    storing: Option<&Storing>,
+    output: Output,
+) -> r3map::Result<()> {
+    let began = Instant::now();
+    let mut said = None;
     loop {
-        match mount.close().await {
-            Err(error) if mount.is_busy(&error) => {
-                if !busy {
-                    let human = format!("{error}; waiting until it is closed, Ctrl-C gives up");
-                    note(storing.map(|(bar, _)| bar), output, "busy", &human);
-                    busy = true;
-                }
-                tokio::time::sleep(TICK).await;
+        let closed = mount.close().await;
+        let (event, until, tick, error) = match closed {
+            Err(error) if mount.is_busy(&error) => ("busy", "until it is closed", TICK, error),
+            Err(error) if is_full(&error) && patience.is_none_or(|patience| began.elapsed() < patience) => {
+                ("full", "for room", ROOM_TICK, error)
             }
             closed => return closed,
+        };
+        if said.replace(event) != Some(event) {
+            let human = format!("{error}; waiting {until}, Ctrl-C gives up");
+            note(storing.map(|(bar, _)| bar), output, event, &human);
         }
+        tokio::time::sleep(tick).await;
     }
+}
+
+fn is_full(error: &r3map::Error) -> bool {
+    error.kind() == ErrorKind::Exhausted
 }
 
 /// Shows how storing goes, and what goes wrong. Never returns.

@@ -345,6 +345,39 @@ fn the_disk_of_the_source_is_full() {
     });
 }
 
+/// What is not stored when it ends may be nowhere, so that it waits for room as for a remote that does not answer.
+#[test]
+fn asked_once_with_no_room_it_waits_for_room() {
+    Scene::with_root(LONG, |scene| {
+        let disk = scene.tmpfs("disk", 8 * MIB);
+        let source = disk.join("source");
+        std::fs::File::create(&source).and_then(|file| file.set_len(SIZE)).expect("a sparse file takes no room");
+        let server = scene.serve(&format!("file:{}", source.display()), &[]);
+        let bytes = fill::bytes(0, 16 << 20, 5);
+        let stopped = |retry| {
+            let mut mounted = scene.mount(&server.uri, "region", &["--retry", retry, "--push-interval", "1h"]);
+            mounted.open().write_all_at(&bytes, 0).expect("there is room here");
+            mounted.program.terminate();
+            let full = mounted.program.wait_for_event(SOON, "full");
+            let why = full["message"].as_str().expect("a message");
+            assert!(why.contains("No space left") && why.ends_with("waiting for room, Ctrl-C gives up"), "{why}");
+            mounted
+        };
+
+        let outcome = stopped("2s").program.end(SOON);
+        assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        let message = outcome.event("error")["message"].as_str().expect("a message").to_owned();
+        assert!(message.starts_with("gave up with ") && message.contains("No space left"), "{message}");
+
+        let mounted = stopped("forever");
+        mount_remount(&disk, MountFlags::empty(), "size=64M").expect("a tmpfs can grow");
+        let outcome = mounted.program.end(SOON);
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        server.stop();
+        assert!(std::fs::read(&source).expect("it is there")[..bytes.len()] == bytes, "every byte is there");
+    });
+}
+
 #[test]
 fn the_disk_of_the_cache_is_full() {
     Scene::with_root(LONG, |scene| {
