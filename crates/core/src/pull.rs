@@ -33,7 +33,7 @@ pub enum Priority {
     #[default]
     None,
     /// The chunks with the highest value first, of equal ones the lower index. Asked for every chunk, several times in
-    /// a large region.
+    /// a large region: it must be short, and must neither wait for the region nor look at its progress, which waits for it.
     Function(Arc<dyn Fn(u64) -> i64 + Send + Sync>),
     /// These chunks in this order, then the others. Chunks past the end are ignored.
     List(Arc<[u64]>),
