@@ -48,6 +48,14 @@ impl Rope {
         head
     }
 
+    /// The same bytes; `guard` is dropped when all of them have been taken, or are.
+    pub(crate) fn guarded(mut self, guard: impl Send + 'static) -> Self {
+        if let Some(last) = self.segments.back_mut() {
+            *last = Bytes::from_owner(Guarded { bytes: std::mem::take(last), _guard: guard });
+        }
+        self
+    }
+
     pub(crate) fn segments(&self) -> impl Iterator<Item = &Bytes> {
         self.segments.iter()
     }
@@ -63,6 +71,17 @@ impl Rope {
     pub(crate) fn into_bytes(mut self) -> Bytes {
         let len = self.len;
         self.copy_to_bytes(len)
+    }
+}
+
+struct Guarded<G> {
+    bytes: Bytes,
+    _guard: G,
+}
+
+impl<G> AsRef<[u8]> for Guarded<G> {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
     }
 }
 

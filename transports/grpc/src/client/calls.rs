@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use r3map_core::{Error, ErrorKind, Extent, ExtentKind, Operation, Result};
 use tokio::runtime::Handle;
+use tokio::sync::Mutex;
 
 use crate::client::ClientSettings;
 use crate::client::facts::{Facts, Protocol, SMALL};
@@ -33,12 +34,15 @@ struct Shared {
     links: Links,
     protocol: Protocol,
     unflushed: Unflushed,
+    /// Held by the one sync of a Go server that is under way.
+    syncing: Arc<Mutex<()>>,
 }
 
 impl Calls {
     pub(crate) async fn open(target: Target, settings: ClientSettings, pass: Arc<Pass>) -> Result<(Self, Facts)> {
         let (links, facts) = Links::open(target, settings, pass).await?;
-        let shared = Shared { links, protocol: facts.protocol, unflushed: Unflushed::default() };
+        let shared =
+            Shared { links, protocol: facts.protocol, unflushed: Unflushed::default(), syncing: Arc::default() };
         Ok((Self { shared: Arc::new(shared) }, facts))
     }
 
@@ -91,7 +95,29 @@ impl Calls {
     }
 
     pub(crate) async fn flush(&self) -> Result<()> {
-        self.shared.flush().await
+        match self.shared.protocol {
+            Protocol::Region { .. } => self.shared.flush().await,
+            Protocol::Go => self.go_sync().await,
+        }
+    }
+
+    /// Syncs a Go server, one call at a time and each to its end: the server tells of a loss once, and all are to hear of it
+    /// who have asked by then, or whoever asks next where nobody waits.
+    async fn go_sync(&self) -> Result<()> {
+        let shared = self.shared.clone();
+        let reports = shared.unflushed.reports();
+        let turn = shared.syncing.clone().lock_owned().await;
+        let mark = shared.unflushed.mark();
+        let syncing = async move {
+            let synced = shared.go_sync().await;
+            if synced.as_ref().is_err_and(|error| !error.kind().is_retryable()) {
+                shared.unflushed.lost();
+            }
+            drop(turn);
+            synced
+        };
+        let synced = self.to_the_end(syncing).await;
+        self.shared.go_synced(&mark, reports, synced)
     }
 
     pub(crate) async fn extents(&self, offset: u64, length: u64) -> Result<Vec<Extent>> {
@@ -176,32 +202,37 @@ impl Shared {
     async fn flush(&self) -> Result<()> {
         let mark = self.unflushed.mark();
         let link = self.links.first(Operation::Flush).await?;
-        let instance = match self.protocol {
-            Protocol::Region { .. } => {
-                let request = message::encode(&region::FlushRequest {});
-                let reply: region::FlushReply = self.small(&link, Operation::Flush, path::FLUSH, request).await?;
-                self.instance(Operation::Flush, &reply.instance)?
-            }
-            Protocol::Go => {
-                let request = message::encode(&go::SyncArgs {});
-                let synced = self.small::<go::SyncReply>(&link, Operation::Flush, path::GO_SYNC, request).await;
-                return self.go_synced(&mark, link.serial, synced.map(drop));
-            }
-        };
+        let request = message::encode(&region::FlushRequest {});
+        let reply: region::FlushReply = self.small(&link, Operation::Flush, path::FLUSH, request).await?;
+        let instance = self.instance(Operation::Flush, &reply.instance)?;
         match self.unflushed.flushed(&mark, instance) {
             true => Ok(()),
             false => Err(self.lost("the server restarted since these writes, or what it serves did")),
         }
     }
 
-    /// What an answer of a Go program to a flush means, over the connection `serial`.
-    fn go_synced(&self, mark: &Mark, serial: u128, synced: Result<()>) -> Result<()> {
+    /// Over which connection it was done.
+    async fn go_sync(&self) -> Result<u128> {
+        let link = self.links.first(Operation::Flush).await?;
+        let request = message::encode(&go::SyncArgs {});
+        self.small::<go::SyncReply>(&link, Operation::Flush, path::GO_SYNC, request).await?;
+        Ok(link.serial)
+    }
+
+    /// What an answer of a Go program to a flush means that was asked for after so many `reports`.
+    fn go_synced(&self, mark: &Mark, reports: u64, synced: Result<u128>) -> Result<()> {
         match synced {
-            Ok(()) if self.unflushed.flushed(mark, serial) => Ok(()),
-            Ok(()) => Err(self.lost("the connection broke since these writes, so the server may have restarted")),
+            Ok(serial) if self.unflushed.flushed(mark, serial) => match self.unflushed.reports() == reports {
+                true => Ok(()),
+                false => Err(self.lost("another flush of these writes has failed")),
+            },
+            Ok(_) => {
+                self.unflushed.report(mark);
+                Err(self.lost("the connection broke since these writes, or a flush of them has failed"))
+            }
             Err(error) if error.kind().is_retryable() => Err(error),
             // It syncs a file. What that could not make durable once is not tried again, and the next sync succeeds.
-            Err(error) => match self.unflushed.given_up(mark) {
+            Err(error) => match self.unflushed.report(mark) {
                 true => {
                     let message = format!("{}: these writes may be lost, write them again", error.message());
                     Err(Error::new(ErrorKind::Conflict, Operation::Flush, message))

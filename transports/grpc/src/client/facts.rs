@@ -1,8 +1,6 @@
 //! What a client learns about a region when it connects, and whether it is still the same region when it connects
 //! again.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use r3map_core::{ChunkSize, Error, ErrorKind, Geometry, MAX_REGION_SIZE, Operation, Result};
 use tonic::Code;
@@ -168,11 +166,6 @@ impl Facts {
         };
         let message = format!("the region that {target} serves now {what}: open it anew");
         Err(Error::new(ErrorKind::Conflict, Operation::Open, message))
-    }
-
-    /// A call that makes a living server answer something, whatever it is.
-    pub(crate) async fn ping(link: Arc<Link>) {
-        let _ = ask(&link, Bytes::new(), 0).await;
     }
 }
 

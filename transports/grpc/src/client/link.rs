@@ -13,25 +13,32 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::rt::Executor;
 use hyper_util::rt::TokioIo;
 use r3map_core::{Error, ErrorKind, Operation, Result};
+use tokio::sync::Semaphore;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
 
-use crate::REGION_HEADER;
 use crate::exchange::{self, Arriving, Failure, Outgoing};
 use crate::pass::Pass;
 use crate::rope::Rope;
 use crate::status;
 use crate::stream::{Stream, Traffic};
 use crate::target::Target;
+use crate::{REGION_HEADER, path};
 
 /// How much a server may send before it is told that bytes were taken, in all and per call. A link keeps a pipe of
 /// this much full: 1 GB/s at a round trip of 64 ms.
-const WINDOW: u32 = 64 << 20;
+pub(crate) const WINDOW: u32 = 64 << 20;
 /// The longest piece in which a server sends: long enough that its cost does not show, short enough that a small reply
 /// gets in between and that a piece is still in the processor's cache when it is looked at.
 const FRAME: u32 = 256 << 10;
 /// How much of a request is handed to HTTP/2 at once.
 const SEND_BUFFER: usize = 8 << 20;
+/// The most bytes of longer requests that are being sent at once: they are sent nearly one after another. What comes to a
+/// server that has no room for it takes up the connection's window. Those for which there is room are all sent by then, or
+/// need no more than is left of it.
+const SENDING: usize = 4 << 20;
+/// How long a request is that does not wait for that.
+const SHORT: usize = 1 << 10;
 
 /// An open connection. Dropping it closes the connection.
 #[derive(Debug)]
@@ -45,6 +52,8 @@ pub(crate) struct Link {
     pass: Arc<Pass>,
     traffic: Traffic,
     broken: Arc<OnceLock<String>>,
+    /// [`SENDING`].
+    sending: Arc<Semaphore>,
     closed: CancellationToken,
     _close: DropGuard,
 }
@@ -58,6 +67,15 @@ pub(crate) enum CallError {
     Broken(String),
     /// What came back is not a gRPC reply.
     Malformed(String),
+}
+
+/// Nobody waits for a turn to send any more when this is dropped.
+struct Sender(Arc<Semaphore>);
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// Runs what HTTP/2 does for a connection, until the connection is closed: then everything ends at once, and with it
@@ -93,7 +111,10 @@ impl Link {
                 Error::new(ErrorKind::Unavailable, Operation::Open, format!("cannot connect to {target}"))
                     .with_source(error)
             })?;
+        let sending = Arc::new(Semaphore::new(SENDING));
+        let sends = Sender(sending.clone());
         tasks.execute(async move {
+            let _sends = sends;
             if let Err(error) = connection.await {
                 tracing::debug!("connection lost: {}", innermost(&error));
             }
@@ -106,6 +127,7 @@ impl Link {
             pass,
             traffic,
             broken: Arc::default(),
+            sending,
             _close: closed.clone().drop_guard(),
             closed,
         })
@@ -133,7 +155,7 @@ impl Link {
     /// # Errors
     /// As [`CallError`] says.
     pub(crate) async fn start(&self, path: &'static str, message: Rope) -> Result<Arriving, CallError> {
-        let request = self.request(path, Outgoing::request(message));
+        let request = self.request(path, Outgoing::request(self.in_turn(message).await?));
         let response = self.sender.clone().send_request(request).await;
         let (head, body) = response.map_err(|error| self.failed(Failure::Transport(error)))?.into_parts();
         if head.status != http::StatusCode::OK {
@@ -143,6 +165,28 @@ impl Link {
             Some(status) => Err(CallError::Status(status)),
             None => Ok(Arriving::new(body)),
         }
+    }
+
+    /// Waits until a request may be sent.
+    async fn in_turn(&self, message: Rope) -> Result<Rope, CallError> {
+        if message.len() <= SHORT {
+            return Ok(message);
+        }
+        let units = u32::try_from(message.len().min(SENDING)).unwrap_or(u32::MAX);
+        match self.sending.clone().acquire_many_owned(units).await {
+            Ok(turn) => Ok(message.guarded(turn)),
+            Err(_) => {
+                let reason = self.broken.get().cloned();
+                Err(CallError::Broken(reason.unwrap_or_else(|| "it is closed".to_owned())))
+            }
+        }
+    }
+
+    /// Has a living server answer something, whatever it is. Neither the request nor the answer has a message, so that both get
+    /// through where the connection's window is used up: as long as the server has no room for what was sent.
+    async fn ping(&self) {
+        let request = self.request(path::DESCRIBE, Outgoing::default());
+        let _ = self.sender.clone().send_request(request).await;
     }
 
     /// Waits for the length of a reply's message, which may be at most `limit`. A reply that has none is an error, most
@@ -212,11 +256,8 @@ impl Link {
     }
 
     /// Sees to it that the link breaks when the server gives no sign of life: when nothing was received for `interval`,
-    /// `ping` is called, and must make something be received within another one. On the current runtime.
-    pub(crate) fn watch<F>(self: &Arc<Self>, interval: Duration, ping: impl Fn(Arc<Self>) -> F + Send + Sync + 'static)
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
+    /// it is asked for one, and something must be received within another one. On the current runtime.
+    pub(crate) fn watch(self: &Arc<Self>, interval: Duration) {
         let (link, closed) = (Arc::downgrade(self), self.closed.clone());
         tokio::spawn(async move {
             let watching = async {
@@ -224,7 +265,7 @@ impl Link {
                 loop {
                     tokio::time::sleep(interval).await;
                     let Some(link) = link.upgrade() else { return };
-                    if link.traffic.received() == before && !link.answers(ping(link.clone()), interval).await {
+                    if link.traffic.received() == before && !link.answers(interval).await {
                         return;
                     }
                     before = link.traffic.received();
@@ -234,11 +275,11 @@ impl Link {
         });
     }
 
-    /// Waits for an answer to `ping`, or for another sign of life: bytes that arrive here, or there while others are still
+    /// Waits for an answer to a ping, or for another sign of life: bytes that arrive here, or there while others are still
     /// under way, behind which the ping waits on a slow line.
-    async fn answers(&self, ping: impl Future<Output = ()>, limit: Duration) -> bool {
+    async fn answers(&self, limit: Duration) -> bool {
         let (received, (before, _)) = (self.traffic.received(), self.traffic.delivered());
-        let answered = tokio::time::timeout(limit, ping).await.is_ok();
+        let answered = tokio::time::timeout(limit, self.ping()).await.is_ok();
         let (delivered, under_way) = self.traffic.delivered();
         if answered || self.traffic.received() != received || delivered > before && under_way > 0 {
             return true;

@@ -154,7 +154,7 @@ impl Opener {
         let facts = describe(&link, id, serial, &self.settings).await?;
         self.facts.get_or_init(|| facts.clone()).same_region(&facts, &self.target)?;
         if facts.is_ours() {
-            link.watch(self.settings.keep_alive, Facts::ping);
+            link.watch(self.settings.keep_alive);
         }
         Ok(Arc::new(OpenLink { link, serial: serial.into() }))
     }

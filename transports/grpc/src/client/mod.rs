@@ -17,17 +17,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, FuturesOrdered, TryStreamExt};
 use r3map_core::{
     Access, Activity, Backend, Capabilities, ChunkSize, Error, ErrorKind, Extent, Extents, Operation, Piece,
     RangeGuard, RangeLock, ReadMany, ReadOp, ReadPieces, Result, Trim, WriteZeroes, check_range,
 };
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::pass::Pass;
 use crate::path;
 use crate::target::Target;
 use calls::Calls;
 use facts::{Facts, Protocol};
+use link::WINDOW;
 use reply::Reply;
 
 pub(crate) use links::random;
@@ -40,6 +42,9 @@ const PARTS_IN_FLIGHT: u64 = 4;
 const MOST_PARTS_IN_FLIGHT: u64 = 256;
 /// The most bytes in a part of a call that is cut: enough to fill a pipe, four times, and not much memory.
 const PART: u64 = 4 << 20;
+/// The most bytes that reads ask for beyond the part that each is given now: half of what a connection lets a server send
+/// before any of it is taken, so that there is always a way for what is taken first.
+const AHEAD: usize = WINDOW as usize / 2;
 
 /// How a [`Client`] connects. Plain data.
 #[derive(Debug, Clone)]
@@ -122,6 +127,8 @@ pub struct Client {
     calls: Arc<Calls>,
     facts: Facts,
     writes: RangeLock,
+    /// [`AHEAD`].
+    ahead: Semaphore,
 }
 
 impl Client {
@@ -146,7 +153,7 @@ impl Client {
     async fn with(target: Target, settings: ClientSettings, pass: Arc<Pass>) -> Result<Self> {
         crate::heap::keep();
         let (calls, facts) = Calls::open(target, settings, pass).await?;
-        Ok(Self { calls: Arc::new(calls), facts, writes: RangeLock::new() })
+        Ok(Self { calls: Arc::new(calls), facts, writes: RangeLock::new(), ahead: Semaphore::new(AHEAD) })
     }
 
     /// Where the server is.
@@ -177,11 +184,16 @@ impl Client {
         })
     }
 
-    /// Asks for a range. The reply is only beginning to arrive.
-    async fn fetch(&self, part: Range<u64>) -> Result<((u64, u64), Reply)> {
+    /// Asks for a range. The reply is only beginning to arrive; `room` is for it where it comes before its turn.
+    async fn fetch<R>(&self, part: Range<u64>, room: R) -> Result<((u64, u64), Reply, R)> {
         let range = (part.start, part.end - part.start);
         let reply = self.calls.read(&[range]).await;
-        Ok((range, reply.map_err(|error| error.at(range.0, range.1))?))
+        Ok((range, reply.map_err(|error| error.at(range.0, range.1))?, room))
+    }
+
+    /// Room for a part that comes before its turn, if there is some now.
+    fn room_ahead(&self, part: &Range<u64>) -> Option<SemaphorePermit<'_>> {
+        self.ahead.try_acquire_many(u32::try_from(part.end - part.start).ok()?).ok()
     }
 
     /// Calls something that changes `range`, to its end even if the caller does not wait for it.
@@ -293,12 +305,21 @@ impl ReadPieces for Client {
         visit: &mut (dyn for<'p> FnMut(u64, Piece<'p>) -> Result<()> + Send),
     ) -> Result<()> {
         self.check_transfer(Operation::Read, offset, len)?;
-        let parts = stream::iter(self.parts(offset..offset + len));
-        let mut replies = parts.map(|part| self.fetch(part)).buffered(self.parts_in_flight());
-        while let Some((range, reply)) = replies.try_next().await? {
+        let mut parts = self.parts(offset..offset + len).peekable();
+        let mut replies = FuturesOrdered::new();
+        loop {
+            while replies.len() < self.parts_in_flight()
+                && let Some(part) = parts.peek()
+            {
+                let room = self.room_ahead(part);
+                if room.is_none() && !replies.is_empty() {
+                    break;
+                }
+                replies.extend(parts.next().map(|part| self.fetch(part, room)));
+            }
+            let Some((range, reply, _room)) = replies.try_next().await? else { return Ok(()) };
             reply.lend(&[range], visit).await?;
         }
-        Ok(())
     }
 }
 

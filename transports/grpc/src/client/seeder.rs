@@ -9,6 +9,7 @@ use r3map_core::{Backend, ChunkSize, Error, ErrorKind, Geometry, Operation, Resu
 use r3map_pipeline::BlockSet;
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::Code;
 
 use crate::client::facts::{SMALL, probe};
@@ -76,7 +77,7 @@ impl SeederClient {
             runtime: Handle::current(),
             link: Mutex::default(),
         };
-        let (go, regions) = calls.what_is_there().await?;
+        let (go, regions) = calls.in_time(calls.what_is_there()).await?;
         let mut client = Self {
             geometries: regions
                 .iter()
@@ -331,25 +332,29 @@ impl Calls {
             return Ok(link.clone());
         }
         let (target, settings, pass) = (self.target.clone(), self.settings.clone(), self.pass.clone());
-        let opening = self.runtime.spawn(async move {
+        let opening = AbortOnDropHandle::new(self.runtime.spawn(async move {
             let link = Arc::new(Link::open(&target, 0, pass).await?);
             // A Go server does not stand for being asked.
             if ask(&link).await.is_ok() {
-                link.watch(settings.keep_alive, |link| async move { drop(ask(&link).await) });
+                link.watch(settings.keep_alive);
             }
             Ok(link)
-        });
-        let limit = self.settings.connect_timeout;
-        let silent = || {
-            let message = format!("{} does not answer within {} s", self.target, limit.as_secs_f32());
-            Error::new(ErrorKind::Unavailable, Operation::Open, message)
-        };
-        let opened = tokio::time::timeout(limit, opening).await.map_err(|_| silent())?;
+        }));
+        let opened = self.in_time(async { Ok(opening.await) }).await?;
         let link = opened.map_err(|error| {
             Error::new(ErrorKind::Cancelled, Operation::Open, "the client's runtime has shut down").with_source(error)
         })??;
         *slot = Some(link.clone());
         Ok(link)
+    }
+
+    /// Limits something that connecting waits for.
+    async fn in_time<T>(&self, waiting: impl Future<Output = Result<T>>) -> Result<T> {
+        let limit = self.settings.connect_timeout;
+        tokio::time::timeout(limit, waiting).await.unwrap_or_else(|_| {
+            let message = format!("{} does not answer within {} s", self.target, limit.as_secs_f32());
+            Err(Error::new(ErrorKind::Unavailable, Operation::Open, message))
+        })
     }
 
     fn corrupt(&self, what: &str) -> Error {

@@ -1,6 +1,6 @@
 //! Which server has which writes: so that a flush does not promise what a server that died has taken with it.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// No instance.
 const NOBODY: u128 = u128::MAX;
@@ -13,6 +13,8 @@ pub(crate) struct Unflushed(Mutex<State>);
 struct State {
     /// Counts acknowledgements.
     clock: u64,
+    /// How often it was reported that something may be lost.
+    reports: u64,
     /// Instances, each with the time of its last acknowledgement. Rarely more than one.
     writes: Vec<(u128, u64)>,
 }
@@ -22,9 +24,13 @@ struct State {
 pub(crate) struct Mark(Vec<(u128, u64)>);
 
 impl Unflushed {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A write was acknowledged by `instance`.
     pub(crate) fn written(&self, instance: u128) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         state.clock += 1;
         let now = state.clock;
         match state.writes.iter_mut().find(|(other, _)| *other == instance) {
@@ -35,25 +41,35 @@ impl Unflushed {
 
     /// A flush begins.
     pub(crate) fn mark(&self) -> Mark {
-        Mark(self.0.lock().unwrap_or_else(PoisonError::into_inner).writes.clone())
+        Mark(self.state().writes.clone())
     }
 
     /// The flush that began at `mark` was answered by `instance`. Returns whether that instance has everything that was
     /// written before; if not, what is lost counts as reported and is forgotten, so that writing it again and flushing
     /// again can succeed.
     pub(crate) fn flushed(&self, mark: &Mark, instance: u128) -> bool {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         state.writes.retain(|write| !mark.0.contains(write));
         mark.0.iter().all(|(other, _)| *other == instance)
     }
 
-    /// The flush that began at `mark` failed for good. Returns whether there was anything to flush, all of which counts as
-    /// reported. What was acknowledged since then may be lost with it: no instance has that.
-    pub(crate) fn given_up(&self, mark: &Mark) -> bool {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.writes.retain(|write| !mark.0.contains(write));
-        state.writes.iter_mut().for_each(|(instance, _)| *instance = NOBODY);
+    /// A flush failed for good: no instance has any of what was acknowledged, as the next flush finds, whether anybody hears
+    /// of this one or not.
+    pub(crate) fn lost(&self) {
+        self.state().writes.iter_mut().for_each(|(instance, _)| *instance = NOBODY);
+    }
+
+    /// Whoever flushes is told that what there was at `mark` may be lost. Returns whether there was anything.
+    pub(crate) fn report(&self, mark: &Mark) -> bool {
+        let mut state = self.state();
+        state.writes.retain(|(_, last)| !mark.0.iter().any(|(_, marked)| marked == last));
+        state.reports += 1;
         !mark.0.is_empty()
+    }
+
+    /// How often somebody was told.
+    pub(crate) fn reports(&self) -> u64 {
+        self.state().reports
     }
 }
 
@@ -98,9 +114,10 @@ mod tests {
         unflushed.written(1);
         let mark = unflushed.mark();
         unflushed.written(1);
-        assert!(unflushed.given_up(&mark));
+        unflushed.lost();
+        assert!(unflushed.report(&mark));
         unflushed.written(1);
         assert!(!unflushed.flushed(&unflushed.mark(), 1));
-        assert!(!unflushed.given_up(&unflushed.mark()), "it was reported");
+        assert!(!unflushed.report(&unflushed.mark()), "it was reported");
     }
 }

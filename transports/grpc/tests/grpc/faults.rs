@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use r3map_core::{Backend, ChunkSize, ErrorKind, Operation, Result};
 use r3map_grpc::{Client, ClientSettings, Server, ServerSettings, Target};
 use r3map_local::Memory;
@@ -236,6 +237,33 @@ async fn what_a_go_server_could_not_sync_counts_as_lost() {
     let error = client.flush().await.unwrap_err();
     assert!(error.kind() == ErrorKind::Conflict && error.message().contains("write them again"), "{error}");
     client.flush().await.expect("that was told");
+}
+
+/// It tells that once. Whoever it tells may wait no more, or not be the only one who flushes.
+#[tokio::test]
+async fn a_failure_of_a_sync_that_was_given_up_is_told_by_the_next_and_to_all_who_wait() {
+    let faults = Faults::new(memory());
+    let target = crate::common::tonic_go::serve(faults.clone()).await;
+    let client = Client::connect(target, go_settings(SIZE)).await.unwrap();
+    for given_up in [true, false] {
+        client.write_at(0, b"lost").await.unwrap();
+        let pause = Pause::new();
+        faults.add(Rule::on(Operation::Flush).times(1).hold(&pause));
+        faults.add(Rule::on(Operation::Flush).times(1).fail(ErrorKind::Internal));
+        let mut first = Some(Box::pin(client.flush()));
+        assert!(first.as_mut().unwrap().now_or_never().is_none());
+        in_time("the first flush", pause.wait_held(1)).await;
+        if given_up {
+            first = None;
+        }
+        let mut second = Box::pin(client.flush());
+        assert!(second.as_mut().now_or_never().is_none());
+        pause.release();
+        for flush in first.into_iter().chain([second]) {
+            assert_eq!(in_time("a flush", flush).await.unwrap_err().kind(), ErrorKind::Conflict);
+        }
+        in_time("another flush", client.flush()).await.expect("that was told");
+    }
 }
 
 #[tokio::test]

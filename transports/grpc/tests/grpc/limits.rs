@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures_util::future::{join_all, try_join_all};
 use prost::Message;
 use r3map_core::{Backend, Operation};
-use r3map_grpc::ServerSettings;
+use r3map_grpc::{Client, ClientSettings, ServerSettings};
 use r3map_local::{Memory, Null};
 use r3map_testkit::faults::{Faults, Pause, Rule};
 use r3map_testkit::{deadline, fill};
@@ -191,6 +191,67 @@ async fn one_long_call_is_cut_and_several_parts_are_under_way() {
     assert!(read == bytes);
     assert!((5..=6).contains(&faults.count(Operation::Write)), "{}", faults.count(Operation::Write));
     assert!((5..=6).contains(&faults.count(Operation::Read)), "{}", faults.count(Operation::Read));
+}
+
+/// What comes first of a long read may be what the backend has last: what was asked for ahead must leave room for it.
+#[tokio::test]
+async fn long_reads_whose_beginnings_come_last_do_not_keep_them_out() {
+    const LONG: usize = 16 << 20;
+    let memory = Memory::new(LONG as u64).unwrap();
+    memory.write_at(0, &fill::bytes(0, LONG, 5)).await.unwrap();
+    let faults = Faults::new(Arc::new(memory));
+    let (_server, target) = serve(faults.clone(), lasting()).await;
+    let client = Arc::new(connect(&target).await);
+    let pause = Pause::new();
+    faults.add(Rule::on(Operation::Read).touching(0..1).hold(&pause));
+    let reads: Vec<_> = (0..8)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move {
+                let mut read = vec![0; LONG];
+                client.read_at(0, &mut read).await.unwrap();
+                fill::check(&read, 0, 5).unwrap();
+            })
+        })
+        .collect();
+    deadline(LIMIT, "the beginnings", pause.wait_held(8)).await;
+    let moved = || client.capabilities().activity.unwrap().moved();
+    let all_that_can = async {
+        let mut before = 0;
+        while std::mem::replace(&mut before, moved()) != before {
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    };
+    deadline(LIMIT, "what was asked for ahead", all_that_can).await;
+    pause.release();
+    for read in deadline(LIMIT, "the reads", join_all(reads)).await {
+        read.unwrap();
+    }
+}
+
+/// More than the server has room for, and than a connection's window holds beside that: those that wait for room must leave
+/// a way for the rest of those that have it.
+#[tokio::test]
+async fn writes_that_wait_for_room_do_not_keep_out_what_there_is_room_for() {
+    let faults = Faults::new(Arc::new(Memory::new(128 << 20).unwrap()));
+    let settings = ServerSettings { max_request: 4 << 20, in_flight: 16 << 20, ..lasting() };
+    let (_server, target) = serve(faults.clone(), settings).await;
+    let keep_alive = std::time::Duration::from_millis(200);
+    let settings = ClientSettings { keep_alive, ..ClientSettings::default() };
+    let client = &Client::connect(target, settings).await.unwrap();
+    let pause = Pause::new();
+    faults.add(Rule::on(Operation::Write).hold(&pause));
+    let write = |part: u64| async move { client.write_at(part << 22, &fill::bytes(part << 22, 4 << 20, 3)).await };
+    let writes = try_join_all((0..32).map(write));
+    let hold = async {
+        // Until the server takes no more, and some times as long as it takes to give it up if it gives no sign of life.
+        pause.wait_held(3).await;
+        tokio::time::sleep(10 * keep_alive).await;
+        pause.release();
+        Ok(())
+    };
+    deadline(LIMIT, "the writes", futures_util::future::try_join(writes, hold)).await.unwrap();
+    assert_eq!(faults.count(Operation::Write), 32, "each was made once");
 }
 
 #[tokio::test]

@@ -14,6 +14,7 @@ use r3map_local::Memory;
 use r3map_pipeline::BlockSet;
 use r3map_testkit::faults::{Faults, Rule};
 use r3map_testkit::{deadline, fill};
+use tokio::io::AsyncReadExt;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
@@ -383,11 +384,22 @@ struct PlayedInGo {
     /// Answers to `Sync` that get lost.
     lost: AtomicU32,
     closed: Arc<AtomicU32>,
+    /// It is asked and does not answer.
+    hangs: bool,
+}
+
+impl PlayedInGo {
+    fn new() -> Self {
+        Self { region: filled(SIZE, 1), lost: AtomicU32::new(0), closed: Arc::default(), hangs: false }
+    }
 }
 
 #[tonic::async_trait]
 impl GoSeeder for PlayedInGo {
     async fn read_at(&self, request: Request<ReadAtArgs>) -> Result<Response<ReadAtReply>, Status> {
+        if self.hangs {
+            std::future::pending::<()>().await;
+        }
         let ReadAtArgs { length, off } = request.into_inner();
         let mut bytes = vec![0; usize::try_from(length).unwrap()];
         let there = (SIZE - usize::try_from(off).unwrap()).min(bytes.len());
@@ -414,8 +426,8 @@ impl GoSeeder for PlayedInGo {
 
 #[tokio::test]
 async fn a_seeder_in_go_is_understood() {
-    let closed = Arc::new(AtomicU32::new(0));
-    let played = PlayedInGo { region: filled(SIZE, 1), lost: AtomicU32::new(0), closed: closed.clone() };
+    let played = PlayedInGo::new();
+    let closed = played.closed.clone();
     let target = tonic_go::serve_with(Routes::new(SeederServer::new(played))).await;
     assert!(connect(&target, b"", ClientSettings::default()).await.is_err(), "its size is not known");
     let go = Some(GoRegion { size: SIZE as u64, chunk_size: ChunkSize::new(8192).unwrap(), requests: GoRequests::Any });
@@ -437,10 +449,28 @@ async fn a_seeder_in_go_is_understood() {
 
 #[tokio::test]
 async fn where_the_answer_of_a_seeder_in_go_is_lost_everything_counts_as_written() {
-    let played = PlayedInGo { region: filled(SIZE, 1), lost: AtomicU32::new(1), closed: Arc::default() };
+    let played = PlayedInGo { lost: AtomicU32::new(1), ..PlayedInGo::new() };
     let target = tonic_go::serve_with(Routes::new(SeederServer::new(played))).await;
     let go = Some(GoRegion { size: SIZE as u64, chunk_size: ChunkSize::MIN, requests: GoRequests::Any });
     let client = connect(&target, b"", ClientSettings { go, ..ClientSettings::default() }).await.unwrap();
     assert_eq!(client.finalize(ID, 0).await.unwrap_err().kind(), ErrorKind::Unavailable);
     assert_eq!(client.finalize(ID, 0).await.unwrap().dirty, [blocks(&[0..5, 5..11])]);
+}
+
+#[tokio::test]
+async fn a_seeder_that_does_not_answer_is_given_up_in_time_and_nothing_is_left_of_it() {
+    let go = Some(GoRegion { size: SIZE as u64, chunk_size: ChunkSize::MIN, requests: GoRequests::Any });
+    let hasty = ClientSettings { connect_timeout: Duration::from_millis(300), go, ..ClientSettings::default() };
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let in_go = Routes::new(SeederServer::new(PlayedInGo { hangs: true, ..PlayedInGo::new() }));
+    let targets = [silent.local_addr().unwrap().to_string().parse().unwrap(), tonic_go::serve_with(in_go).await];
+    for target in targets {
+        let connecting = connect(&target, b"", hasty.clone());
+        let error = deadline(LIMIT, "giving up", connecting).await.expect_err("it does not answer");
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        assert!(error.message().contains("does not answer within"), "{error}");
+    }
+    let (mut left, _) = silent.accept().await.unwrap();
+    let mut said = Vec::new();
+    deadline(LIMIT, "the end of the connection", left.read_to_end(&mut said)).await.unwrap();
 }

@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use r3map_core::{Backend, ErrorKind, Operation, Result};
+use r3map_core::{Backend, ChunkSize, ErrorKind, Operation, Result};
 use r3map_grpc::{Client, ClientSettings, Server, ServerSettings, Target};
 use r3map_local::Memory;
 use r3map_pipeline::{Backoff, Retry, RetrySettings};
@@ -75,8 +75,9 @@ async fn a_request_may_take_many_times_as_long_as_a_server_waits_in_silence() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_trickles_for_ever_is_refused() {
-    // Sixty times this are three seconds; the line takes eight for all of it.
-    let slow = slow(ServerSettings { patience: millis(50), ..lasting() }, settings()).await;
+    // Sixty times this are three seconds; the line takes four for each of two requests.
+    let chunk_size = Some(ChunkSize::new(8 * MIB as u64).unwrap());
+    let slow = slow(ServerSettings { patience: millis(50), chunk_size, ..lasting() }, settings()).await;
     slow.set_rate(2 * MIB);
     let start = Instant::now();
     let error = slow.client.write_at(0, &vec![1; 16 * MIB]).await.unwrap_err();
