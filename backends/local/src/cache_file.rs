@@ -233,11 +233,13 @@ impl Table {
         }
         let (here, there) = (here.geometry, there.geometry);
         if here.size() != there.size() {
-            let what = format!("is the cache of a region of {} bytes, not {}", there.size(), here.size());
+            let what =
+                format!("is the cache of a region of {} bytes, not {}; give another file", there.size(), here.size());
             return refuse(ErrorKind::InvalidInput, what);
         }
         if here.chunk_size() != there.chunk_size() {
-            let what = format!("was made for chunks of {}, not {}", there.chunk_size(), here.chunk_size());
+            let (there, here) = (there.chunk_size(), here.chunk_size());
+            let what = format!("was made for chunks of {there}, not {here}; ask for that size, or give another file");
             return refuse(ErrorKind::InvalidInput, what);
         }
         Ok(())
