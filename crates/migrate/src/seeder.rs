@@ -376,13 +376,14 @@ impl Shared {
         let track = work.seat.track(id, leased, after)?;
         self.pulse.beat();
         if track == Track::Start {
-            let tracked = within(self.limit(), "starting to record what is written", async {
+            let tracking = within(self.limit(), "starting to record what is written", async {
                 for source in &self.sources {
                     source.track().await?;
                 }
                 Ok(())
             });
-            if let Err(error) = tracked.await {
+            let tracked = AssertUnwindSafe(tracking).catch_unwind().await;
+            if let Err(error) = tracked.unwrap_or_else(|_| Err(panicked("what the region stands on"))) {
                 self.untrack(&mut work).await;
                 return Err(error);
             }

@@ -96,6 +96,7 @@ impl Source for Watched {
 
     async fn track(&self) -> Result<()> {
         self.hang(Call::Track).await;
+        self.panic(Call::Track);
         self.inner.track().await
     }
 
@@ -270,6 +271,23 @@ async fn one_region_that_hangs_or_panics_keeps_no_other_from_being_written() {
         ends(calls.abort(id)).await.unwrap();
         assert!(bad.is_done() && !good.inner.is_fenced(), "{fault:?}");
     }
+}
+
+/// A leecher that comes has what was recorded for another forgotten, region by region.
+#[tokio::test(start_paused = true)]
+async fn where_a_panic_keeps_a_record_from_beginning_the_one_before_has_ended() {
+    let (good, bad, id) = (watched().await, watched().await, fresh_id());
+    let regions = vec![("good".into(), good.clone() as _), ("bad".into(), bad.clone() as _)];
+    let seeder = Seeder::new(regions, SeederParts::default()).await.unwrap();
+    let calls = seeder.admit(b"").unwrap();
+    calls.track(id, None).await.unwrap();
+    good.inner.front().write_at(0, &[1]).await.unwrap();
+    bad.fails(Call::Track, Fault::Panic);
+    calls.track(fresh_id(), None).await.unwrap_err();
+    let error = calls.dirty(id, 1).await.expect_err("a record without what was written");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    assert_eq!(seeder.progress().borrow().phase, SeederPhase::Owner);
+    calls.track(fresh_id(), None).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
