@@ -70,7 +70,7 @@ impl RangeLock {
 
 impl Held {
     fn is_free(&self, range: &Range<u64>) -> bool {
-        !self.ranges.iter().any(|(_, other)| other.start < range.end && range.start < other.end)
+        !self.ranges.iter().any(|(_, other)| other.start.max(range.start) < other.end.min(range.end))
     }
 
     fn take(&mut self, range: &Range<u64>) -> Option<u64> {
@@ -134,6 +134,15 @@ mod tests {
         let Poll::Ready(guard) = waiting.as_mut().poll(&mut context) else { panic!("the range is free") };
         drop(guard);
         assert!(ranges.try_lock(0..10).is_some());
+    }
+
+    #[test]
+    fn an_empty_range_overlaps_nothing() {
+        let ranges = RangeLock::new();
+        let _held = ranges.try_lock(0..10).unwrap();
+        let _empty = ranges.try_lock(5..5).unwrap();
+        let _other = ranges.try_lock(20..20).unwrap();
+        assert!(ranges.try_lock(15..25).is_some());
     }
 
     #[test]
