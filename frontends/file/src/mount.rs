@@ -281,7 +281,7 @@ impl Mounted {
     /// Unmounts without storing anything. Blocks, not for ever.
     fn abandon(self: &Arc<Self>) -> Result<()> {
         // First, so that nobody waits for the backend whom the kernel would wait for, nor whoever is just unmounting.
-        self.session.close();
+        self.session.abandon();
         let _leaving = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.gone.load(Relaxed) && self.is_on_path() && !self.is_over() {
             self.unmount(Unmount::Abort)?;

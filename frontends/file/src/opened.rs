@@ -137,7 +137,7 @@ impl Open {
     /// Blocks, not for ever.
     fn abandon(self) -> Result<()> {
         // First: closing the file would wait for what it could not hand over.
-        self.session.close();
+        self.session.abandon();
         drop(self.file);
         self.session.give_up()
     }
@@ -148,8 +148,8 @@ impl Open {
         let sync = move || session.synced(|| apart::sync_file(&file), CANNOT_FLUSH);
         let synced = within(self.session.limit(), "handing over what the kernel holds", sync);
         if synced.is_err() {
-            // What could not be handed over is an error now: closing the file would wait for it.
-            self.session.close();
+            // What could not be handed over is an error now: closing the file would wait for it. The backend was asked.
+            self.session.abandon();
         }
         drop(self.file);
         synced.and(self.session.settle())

@@ -7,9 +7,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fuser::{Config, INodeNo, Notifier, SessionACL};
-use r3map_core::{Backend, Error, Operation, Result, check_range};
+use r3map_core::{Backend, Error, ErrorKind, Operation, Result, check_range};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::filesystem::{RegionFile, Shape, file_ino};
 use crate::kernel::device_can_be_opened;
@@ -27,6 +28,8 @@ pub(crate) struct Session {
     file: INodeNo,
     read_only: bool,
     limit: Duration,
+    /// Nobody is to wait for the backend any more.
+    given_up: CancellationToken,
     ended: watch::Receiver<bool>,
 }
 
@@ -52,8 +55,8 @@ impl Session {
         let ended = serve(served)?;
         let file = file_ino(&settings.show);
         let (read_only, limit) = (settings.read_only, settings.unmount_limit);
-        let backend = backend.map_or_else(OnceLock::new, OnceLock::from);
-        Ok(Self { backend, size: shape.size, service, notifier, file, read_only, limit, ended })
+        let (backend, given_up) = (backend.map_or_else(OnceLock::new, OnceLock::from), CancellationToken::new());
+        Ok(Self { backend, size: shape.size, service, notifier, file, read_only, limit, given_up, ended })
     }
 
     /// Serves `backend` from now on, which has the shape that was told. Only where there is none yet.
@@ -97,6 +100,12 @@ impl Session {
         self.service.close();
     }
 
+    /// The same, and nobody waits for the backend's flush any more.
+    pub(crate) fn abandon(&self) {
+        self.given_up.cancel();
+        self.close();
+    }
+
     /// [`Self::close`], and waits for what is left of the requests that were given up. Blocks, at most for the limit; not
     /// to be called on a thread of the runtime.
     pub(crate) fn give_up(&self) -> Result<()> {
@@ -127,20 +136,22 @@ impl Session {
 
     /// Flushes the backend. Blocks without a limit; not to be called on a thread of the runtime.
     pub(crate) fn flush_patiently(&self) -> Result<()> {
-        match self.to_flush() {
-            Some(backend) => self.service.runtime().block_on(backend.flush()),
-            None => Ok(()),
-        }
+        self.service.runtime().block_on(self.flushing())
     }
 
     fn flush(&self) -> Result<()> {
-        let Some(backend) = self.to_flush() else { return Ok(()) };
-        self.wait_for("the backend's flush", async move { backend.flush().await })
+        self.wait_for("the backend's flush", self.flushing())
     }
 
-    /// The backend, if anything can have been written to it.
-    fn to_flush(&self) -> Option<Arc<dyn Backend>> {
-        self.backend.get().filter(|_| !self.read_only).cloned()
+    /// Flushes the backend, if anything can have been written to it, unless that is given up.
+    fn flushing(&self) -> impl Future<Output = Result<()>> + Send + use<> {
+        let backend = self.backend.get().filter(|_| !self.read_only).cloned();
+        let given_up = self.given_up.clone();
+        async move {
+            let Some(backend) = backend else { return Ok(()) };
+            let flushed = given_up.run_until_cancelled(backend.flush()).await;
+            flushed.unwrap_or_else(|| Err(Error::new(ErrorKind::Cancelled, Operation::Flush, "the file was given up")))
+        }
     }
 
     fn wait_for(&self, what: &str, future: impl Future<Output = Result<()>> + Send + 'static) -> Result<()> {

@@ -292,6 +292,30 @@ fn who_gives_up_waits_for_no_backend_and_leaves_nothing() {
     world.wait("giving up again", mount.abandon()).unwrap();
 }
 
+/// Nor for somebody else who asks a backend that hangs, as whoever unmounts does.
+#[test]
+fn who_gives_up_ends_also_what_others_wait_for() {
+    need_fuse!();
+    let world = World::new();
+    for detach in [false, true] {
+        let faults = faulty(SIZE, 1);
+        let settings = FileSettings { unmount_limit: Duration::from_secs(3600), ..FileSettings::default() };
+        let mount = world.mount(faults.clone(), settings);
+        faults.add(Rule::on(Operation::Flush).hang());
+        let leaving = async { if detach { mount.detach().await } else { mount.unmount().await } };
+        let giving_up = async {
+            faults.wait_in_flight(1).await;
+            mount.abandon().await
+        };
+        let all = async { tokio::join!(leaving, giving_up) };
+        let (left, given_up) = world.wait("giving up", all);
+        assert!(left.is_err());
+        given_up.unwrap();
+        assert!(mounts(mount.path()).is_empty() && !mount.path().exists(), "nothing is left");
+        world.wait("the requests are given up", faults.wait_idle());
+    }
+}
+
 #[test]
 fn closing_an_opened_file_does_not_wait_for_ever_for_a_backend_that_hangs() {
     need_fuse!();
@@ -305,6 +329,7 @@ fn closing_an_opened_file_does_not_wait_for_ever_for_a_backend_that_hangs() {
         if close {
             let error = world.wait("closing", file.close()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+            assert_eq!(faults.count(Operation::Flush), 1, "it is not waited for again");
         } else {
             world.wait("dropping", async { tokio::task::spawn_blocking(|| drop(file)).await }).unwrap();
         }
