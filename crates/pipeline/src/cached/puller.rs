@@ -193,15 +193,13 @@ impl Inner {
     async fn start_demand(self: &Arc<Self>, pull: Pull) -> Result<Option<Wait>, Failed> {
         let wait = pull.wait();
         let chunks = wait.chunks();
-        // Like a task, so that whoever ends the region can wait for it.
-        let first_poll = self.tasks.token();
+        // Like a task until there is one, so that whoever ends the region can wait for it.
+        let _first_poll = self.tasks.token();
         if self.stop.is_cancelled() {
             return Err(Failed { chunks, error: self.given_up() });
         }
         let mut work: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.clone().do_demand(pull));
-        let polled = poll_once(&self.runtime, &mut work).await;
-        drop(first_poll);
-        if polled.is_pending() {
+        if poll_once(&self.runtime, &mut work).await.is_pending() {
             let demand = Demand::new(self.clone());
             self.spawn(&self.stop, async move {
                 let _waiting = demand;

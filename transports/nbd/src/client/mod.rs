@@ -81,8 +81,9 @@ impl Default for ClientSettings {
 ///
 /// `flush` fails with `Conflict`, once, when a connection broke after it had acknowledged writes that no other connection
 /// makes durable: the server may have restarted, so these may be lost and must be written again. So it does when the server
-/// answers a flush of writes with an error: NBD does not say that the next flush would include them. Whoever's flush is
-/// under way then is told; where nobody's is, because it was given up, the next.
+/// answers a flush of writes with an error, or the connection breaks under it, whatever the connections that the writes
+/// were made on: NBD does not say that the next flush would include them. Whoever's flush is under way then is told; where
+/// nobody's is, because it was given up, the next.
 ///
 /// A server that comes back with another export (size, abilities) is refused with `Conflict`. One that breaks the
 /// protocol's rules is `Corrupt`, and the connection is dropped.
