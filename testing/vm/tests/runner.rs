@@ -1,5 +1,5 @@
 //! What the runner makes of tests that go wrong in every way, the last of them taking the whole machine down. The test
-//! binary is a shell script that speaks as libtest does.
+//! binary is a shell script that speaks as libtest does. The last one's words need a moment to leave the machine.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -28,7 +28,7 @@ case "$2" in
     fsfreeze --freeze /tmp/place
     touch /tmp/place/file &
     echo "$ok";;
-  panics) echo 'last words'; echo c > /proc/sysrq-trigger; sleep 1000;;
+  panics) echo 'last words'; sleep 2; echo c > /proc/sysrq-trigger; sleep 1000;;
 esac
 "#;
 
