@@ -230,9 +230,8 @@ mod tests {
         assert_eq!(blocks(&source.take().await.unwrap()), [3], "it is not lost if the region stays");
     }
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_fence_is_lifted_also_where_nobody_waits_for_that_any_more() {
-        let (mut slice, source) = slice();
+    /// Sets a fence, and has it lifted as soon as what is answered is told to go on; nobody waits for that.
+    async fn lift_and_do_not_wait(source: &SliceSource) -> oneshot::Sender<()> {
         source.fence(Fencing::Strict).await.unwrap();
         let (ends, end) = oneshot::channel();
         let slow = async {
@@ -245,6 +244,13 @@ mod tests {
             () = source.unfence() => panic!("it waits until changing the protection has ended"),
             () = std::future::ready(()) => {}
         }
+        ends
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fence_is_lifted_also_where_nobody_waits_for_that_any_more() {
+        let (mut slice, source) = slice();
+        let ends = lift_and_do_not_wait(&source).await;
         ends.send(()).unwrap();
         r3map_testkit::deadline(std::time::Duration::from_secs(60), "the fence", async {
             while source.fence.lock().await.set {
@@ -258,18 +264,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_fence_that_is_lifted_late_leaves_the_next_one_alone() {
         let (_slice, source) = slice();
-        source.fence(Fencing::Strict).await.unwrap();
-        let (ends, end) = oneshot::channel();
-        let slow = async {
-            let _ = end.await;
-            Ok(())
-        };
-        source.fence.lock().await.protecting = Some(crate::engine::handle().spawn(slow));
-        tokio::select! {
-            biased;
-            () = source.unfence() => panic!("it waits until changing the protection has ended"),
-            () = std::future::ready(()) => {}
-        }
+        let ends = lift_and_do_not_wait(&source).await;
         r3map_testkit::deadline(std::time::Duration::from_secs(60), "the lifting", async {
             while source.fence.lock().await.protecting.is_some() {
                 tokio::task::yield_now().await;

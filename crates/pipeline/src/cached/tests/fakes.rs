@@ -1,4 +1,4 @@
-//! Local sides over the testkit's store and over a vector, and a record in memory that outlives a region.
+//! Local sides over the testkit's store and over a vector, a remote that lends its bytes, and a record in memory that outlives a region.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use r3map_core::{Backend, Capabilities, Error, ErrorKind, Operation, Piece, Result, check_range};
+use r3map_core::{Backend, Capabilities, Error, ErrorKind, Operation, Piece, ReadPieces, Result, check_range};
 
 use r3map_testkit::deadline;
 use tokio::task::JoinHandle;
@@ -16,6 +16,39 @@ use crate::{
     Cached, CachedParts, CachedSettings, InstallNow, Local, PullSettings, PushSettings, Recorded, StateRecord, Workers,
     Written,
 };
+
+/// A read-only remote of `size` bytes that does nothing but lend them, as `pieces` does.
+pub(crate) fn lending<P: ReadPieces + 'static>(size: u64, pieces: P) -> Arc<Lender<P>> {
+    Arc::new(Lender { size, pieces })
+}
+
+pub(crate) struct Lender<P> {
+    size: u64,
+    pub(crate) pieces: P,
+}
+
+#[async_trait]
+impl<P: ReadPieces + 'static> Backend for Lender<P> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn capabilities(&self) -> Capabilities<'_> {
+        Capabilities { pieces: Some(&self.pieces), read_only: true, ..Capabilities::default() }
+    }
+
+    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> Result<()> {
+        panic!("it lends its bytes")
+    }
+
+    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
+        panic!("it is read-only")
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
 
 /// A local side whose bytes rest in `bytes`.
 pub(crate) struct Side {

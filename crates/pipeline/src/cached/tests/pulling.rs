@@ -10,7 +10,7 @@ use r3map_testkit::store::Store;
 use r3map_testkit::{deadline, fill};
 use tokio_util::sync::CancellationToken;
 
-use super::fakes::{SOON, joined, quiet, read, reading, writing};
+use super::fakes::{SOON, joined, lending, quiet, read, reading, writing};
 use super::{Side, open};
 use crate::{Cached, CachedParts, CachedSettings, Hooks, Priority, PullSettings, Workers};
 
@@ -79,7 +79,7 @@ async fn a_long_read_is_pulled_side_by_side() {
 #[tokio::test]
 async fn a_demand_that_can_be_had_at_once_completes_in_its_first_poll() {
     // The testkit's store gives way once; a slice or memory does not. This one answers at once.
-    let remote = Arc::new(Ready(7));
+    let remote = lending(SIZE, Ready(7));
     let cached = open(Side::vector(SIZE), remote, quiet()).await;
     let mut buf = [0; 10];
     let polled = futures_util::FutureExt::now_or_never(cached.read_at(CHUNK - 5, &mut buf));
@@ -89,29 +89,6 @@ async fn a_demand_that_can_be_had_at_once_completes_in_its_first_poll() {
 
 /// A remote that lends its bytes without waiting.
 struct Ready(u64);
-
-#[async_trait::async_trait]
-impl Backend for Ready {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn capabilities(&self) -> r3map_core::Capabilities<'_> {
-        r3map_core::Capabilities { pieces: Some(self), read_only: true, ..Default::default() }
-    }
-
-    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> r3map_core::Result<()> {
-        panic!("it lends its bytes")
-    }
-
-    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> r3map_core::Result<()> {
-        panic!("it is read-only")
-    }
-
-    async fn flush(&self) -> r3map_core::Result<()> {
-        Ok(())
-    }
-}
 
 #[async_trait::async_trait]
 impl r3map_core::ReadPieces for Ready {
@@ -134,35 +111,12 @@ impl r3map_core::ReadPieces for Ready {
 
 #[tokio::test]
 async fn pieces_of_any_length_are_put_together() {
-    let cached = open(Side::vector(SIZE), Arc::new(Ready(3)), quiet()).await;
+    let cached = open(Side::vector(SIZE), lending(SIZE, Ready(3)), quiet()).await;
     fill::check(&read(&cached, 0, SIZE as usize).await, 0, 3).unwrap();
 }
 
 /// A remote that has lent everything, and never ends its reply.
 struct Unending;
-
-#[async_trait::async_trait]
-impl Backend for Unending {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn capabilities(&self) -> r3map_core::Capabilities<'_> {
-        r3map_core::Capabilities { pieces: Some(self), read_only: true, ..Default::default() }
-    }
-
-    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> r3map_core::Result<()> {
-        panic!("it lends its bytes")
-    }
-
-    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> r3map_core::Result<()> {
-        panic!("it is read-only")
-    }
-
-    async fn flush(&self) -> r3map_core::Result<()> {
-        Ok(())
-    }
-}
 
 #[async_trait::async_trait]
 impl r3map_core::ReadPieces for Unending {
@@ -185,7 +139,7 @@ async fn everything_is_there_when_it_is_though_a_reply_has_not_ended() {
         Hooks { on_chunk_local: Some(Arc::new(move |chunk| seen.lock().unwrap().push(chunk))), ..Hooks::default() };
     let parts = CachedParts { hooks, ..CachedParts::default() };
     let settings = background(fixed(3), 8 * CHUNK);
-    let cached = Cached::open(Side::vector(SIZE), Arc::new(Unending), settings, parts).await.unwrap();
+    let cached = Cached::open(Side::vector(SIZE), lending(SIZE, Unending), settings, parts).await.unwrap();
     deadline(SOON, "pulling", cached.pulled()).await.unwrap();
     assert!(cached.progress().borrow().pulled);
     fill::check(&read(&cached, 0, SIZE as usize).await, 0, 7).unwrap();
@@ -378,33 +332,10 @@ impl r3map_core::ReadPieces for Confused {
     }
 }
 
-#[async_trait::async_trait]
-impl Backend for Confused {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn capabilities(&self) -> r3map_core::Capabilities<'_> {
-        r3map_core::Capabilities { pieces: Some(self), read_only: true, ..Default::default() }
-    }
-
-    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> r3map_core::Result<()> {
-        panic!("it lends its bytes")
-    }
-
-    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> r3map_core::Result<()> {
-        panic!("it is read-only")
-    }
-
-    async fn flush(&self) -> r3map_core::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn a_remote_that_lends_other_bytes_than_asked_for_is_not_believed() {
     for confused in [Confused(0, 4096), Confused(4096, 0), Confused(0, -4096)] {
-        let cached = open(Side::vector(SIZE), Arc::new(confused), quiet()).await;
+        let cached = open(Side::vector(SIZE), lending(SIZE, confused), quiet()).await;
         let error = joined(reading(&cached, 0, 10)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(!cached.is_local(&(CHUNK..CHUNK + 1)), "nothing was put where it does not belong");

@@ -14,7 +14,7 @@ use r3map_testkit::{deadline, fill};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use super::fakes::{SOON, flushing, joined, quiet, read, reading, writing};
+use super::fakes::{SOON, flushing, joined, lending, quiet, read, reading, writing};
 use super::{Side, open};
 use crate::{Cached, CachedParts, CachedSettings, Hooks, Phase, Priority, PullSettings, Workers};
 
@@ -199,7 +199,7 @@ async fn a_region_that_is_given_up_while_it_closes_stays_given_up() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn who_gave_a_region_up_can_wait_for_a_pull_that_a_reader_does_himself() {
     let local = Side::vector(SIZE);
-    let cached = open(local.clone(), Arc::new(Lending(Ok(()))), quiet()).await;
+    let cached = open(local.clone(), lending(SIZE, Lending(Ok(()))), quiet()).await;
     let (installs, (release, released)) = (Arc::new(Notify::new()), mpsc::channel::<()>());
     let (tell, released) = (installs.clone(), std::sync::Mutex::new(released));
     let call = move || {
@@ -242,29 +242,6 @@ fn a_region_whose_runtime_ends_leaves_nobody_waiting() {
 struct Lending(Result<()>);
 
 #[async_trait]
-impl Backend for Lending {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn capabilities(&self) -> Capabilities<'_> {
-        Capabilities { pieces: Some(self), read_only: true, ..Capabilities::default() }
-    }
-
-    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> Result<()> {
-        panic!("it lends its bytes")
-    }
-
-    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
-        panic!("it is read-only")
-    }
-
-    async fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-}
-
-#[async_trait]
 impl ReadPieces for Lending {
     async fn read_pieces(
         &self,
@@ -280,7 +257,7 @@ impl ReadPieces for Lending {
 #[tokio::test(start_paused = true)]
 async fn an_error_after_everything_has_come_is_none() {
     let error = Error::new(ErrorKind::Unavailable, Operation::Read, "the connection is gone");
-    let cached = open(Side::vector(SIZE), Arc::new(Lending(Err(error))), pulling(2)).await;
+    let cached = open(Side::vector(SIZE), lending(SIZE, Lending(Err(error))), pulling(2)).await;
     deadline(SOON, "pulling", cached.pulled()).await.unwrap();
     fill::check(&read(&cached, 0, SIZE as usize).await, 0, 7).unwrap();
     assert!(cached.progress().borrow().last_error.is_none());
@@ -290,14 +267,14 @@ async fn an_error_after_everything_has_come_is_none() {
 /// not end.
 #[tokio::test(start_paused = true)]
 async fn everything_is_there_when_it_is_though_the_next_look_is_far_away() {
-    let remote = Arc::new(Hesitant { failing: AtomicBool::new(true), come: Notify::new() });
+    let remote = lending(2 * CHUNK, Hesitant { failing: AtomicBool::new(true), come: Notify::new() });
     let mut settings = pulling(2);
     settings.pull.max_request = NonZeroU64::new(CHUNK).unwrap();
     settings.pull.retry_pause = Duration::from_secs(3600);
     let cached = open(Side::vector(2 * CHUNK), remote.clone(), settings).await;
     assert_eq!(cached.pulled().await.unwrap_err().kind(), ErrorKind::Unavailable);
     read(&cached, 0, 10).await;
-    remote.come.notify_one();
+    remote.pieces.come.notify_one();
     deadline(SOON, "pulling", cached.pulled()).await.unwrap();
     fill::check(&read(&cached, 0, 2 * CHUNK as usize).await, 0, 7).unwrap();
 }
@@ -306,29 +283,6 @@ async fn everything_is_there_when_it_is_though_the_next_look_is_far_away() {
 struct Hesitant {
     failing: AtomicBool,
     come: Notify,
-}
-
-#[async_trait]
-impl Backend for Hesitant {
-    fn size(&self) -> u64 {
-        2 * CHUNK
-    }
-
-    fn capabilities(&self) -> Capabilities<'_> {
-        Capabilities { pieces: Some(self), read_only: true, ..Capabilities::default() }
-    }
-
-    async fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> Result<()> {
-        panic!("it lends its bytes")
-    }
-
-    async fn write_at(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
-        panic!("it is read-only")
-    }
-
-    async fn flush(&self) -> Result<()> {
-        Ok(())
-    }
 }
 
 #[async_trait]
